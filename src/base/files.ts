@@ -1,0 +1,193 @@
+import { lstat, open, readFile, rename, rm, statfs } from 'node:fs/promises';
+import { read as readCallback, write as writeCallback } from 'node:fs';
+import type { FileHandle } from 'node:fs/promises';
+import { basename, dirname, join } from 'node:path';
+import { promisify } from 'node:util';
+import { badInput, ConvertError, noResource } from './errors.js';
+
+const readFd = promisify(readCallback);
+const writeFd = promisify(writeCallback);
+
+/** The operating system's error code (`ENOENT` ...), or undefined for other errors. */
+export function errorCode(error: unknown): string | undefined {
+  const code = (error as { code?: unknown } | undefined)?.code;
+  return typeof code === 'string' ? code : undefined;
+}
+
+const inputCodes = ['ENOENT', 'EACCES', 'EPERM', 'EISDIR', 'ENOTDIR', 'ELOOP', 'ENAMETOOLONG', 'EROFS', 'EEXIST'];
+const inputReasons: Record<string, string> = {
+  ENOENT: 'no such file or folder',
+  EACCES: 'permission denied',
+  EPERM: 'operation not permitted',
+  EISDIR: 'a folder, not a file',
+  ENOTDIR: 'a file, not a folder',
+  EROFS: 'the file system is read-only',
+};
+
+/**
+ * The ConvertError for a failed system call: a full or broken disk is a resource error that names path and bytes,
+ * a missing or forbidden path an input error. A ConvertError passes through unchanged.
+ */
+export function ioError(cause: unknown, doing: string, path: string, bytes?: number): ConvertError {
+  if (cause instanceof ConvertError) return cause;
+  const code = errorCode(cause);
+  const size = bytes === undefined ? '' : `, ${formatBytes(bytes)}`;
+  const where = `${path}${size}`;
+  if (code === 'ENOSPC' || code === 'EDQUOT') {
+    const got = code === 'ENOSPC' ? 'the disk is full' : 'the quota is used up';
+    const hint = 'Free some space and run the same command again: it goes on where it stopped.';
+    return noResource(`Cannot ${doing}`, { where, got, hint, cause });
+  }
+  const message = cause instanceof Error ? cause.message : String(cause);
+  if (code === 'EIO') {
+    const hint = 'The device reported an input/output error: look at the system log and check the disk.';
+    return noResource(`Cannot ${doing}`, { where, got: message, hint, cause });
+  }
+  if (code !== undefined && inputCodes.includes(code)) {
+    return badInput(`Cannot ${doing}`, { where: path, got: inputReasons[code] ?? message, cause });
+  }
+  return noResource(`Cannot ${doing}`, { where, got: message, cause });
+}
+
+/** `1234567` -> `1.23 MB` (powers of ten, as disks are sold and tools print them). */
+export function formatBytes(bytes: number): string {
+  const units = ['B', 'kB', 'MB', 'GB', 'TB', 'PB'];
+  let value = bytes;
+  let unit = 0;
+  while (value >= 1000 && unit < units.length - 1) [value, unit] = [value / 1000, unit + 1];
+  return unit === 0 ? `${bytes} B` : `${value.toPrecision(3)} ${units[unit]}`;
+}
+
+/** Forces a file's or a folder's entries to disk. */
+export async function fsyncPath(path: string): Promise<void> {
+  let handle: FileHandle | undefined;
+  try {
+    handle = await open(path, 'r');
+    await handle.sync();
+  } catch (error) {
+    throw ioError(error, 'flush to disk', path);
+  } finally {
+    await handle?.close();
+  }
+}
+
+/** Renames within one file system and forces both folders' entries to disk. */
+export async function renameDurable(from: string, to: string): Promise<void> {
+  try {
+    await rename(from, to);
+  } catch (error) {
+    throw ioError(error, `rename ${from} to`, to);
+  }
+  await fsyncPath(dirname(to));
+  if (dirname(from) !== dirname(to)) await fsyncPath(dirname(from));
+}
+
+/** Writes a new file and renames it over `path`: after a crash there is the old content or the new, nothing between. */
+export async function writeFileAtomic(path: string, data: string | Uint8Array): Promise<void> {
+  const bytes = typeof data === 'string' ? Buffer.from(data) : data;
+  const temporary = join(dirname(path), `.${basename(path)}.${process.pid}.tmp`);
+  let handle: FileHandle | undefined;
+  try {
+    handle = await open(temporary, 'w');
+    await handle.writeFile(bytes);
+    await handle.sync();
+    await handle.close();
+    handle = undefined;
+  } catch (error) {
+    await handle?.close().catch(() => undefined);
+    await rm(temporary, { force: true }).catch(() => undefined);
+    throw ioError(error, 'write', path, bytes.length);
+  }
+  await renameDurable(temporary, path);
+}
+
+/** JSON of a small file of ours (journal, provenance ...); undefined when there is no such file. */
+export async function readJsonFile(path: string): Promise<unknown> {
+  let text: string;
+  try {
+    text = await readFile(path, 'utf8');
+  } catch (error) {
+    if (errorCode(error) === 'ENOENT') return undefined;
+    throw ioError(error, 'read', path);
+  }
+  try {
+    return JSON.parse(text) as unknown;
+  } catch (cause) {
+    throw badInput('Damaged JSON file', { where: path, got: (cause as Error).message, cause });
+  }
+}
+
+/** Fills `buffer` from `position` on; a file that ends earlier is an input error naming the byte. */
+export async function readFully(fd: number, buffer: Uint8Array, position: number, path: string): Promise<void> {
+  let done = 0;
+  while (done < buffer.length) {
+    let bytesRead: number;
+    try {
+      ({ bytesRead } = await readFd(fd, buffer, done, buffer.length - done, position + done));
+    } catch (error) {
+      throw ioError(error, `read at byte ${position + done} of`, path, buffer.length);
+    }
+    if (bytesRead === 0) {
+      throw badInput('File ends too early', {
+        where: `${path}, byte ${position + done}`,
+        expected: `${buffer.length} bytes from byte ${position}`,
+        got: `${done} bytes`,
+        hint: 'The file is truncated or was changed while it was read: compare its size with the original.',
+      });
+    }
+    done += bytesRead;
+  }
+}
+
+/** `bytes` bytes from `position` on, in a fresh buffer. */
+export async function readAt(fd: number, position: number, bytes: number, path: string): Promise<Buffer> {
+  const buffer = Buffer.allocUnsafe(bytes);
+  await readFully(fd, buffer, position, path);
+  return buffer;
+}
+
+/** Writes all of `buffer` at `position`; a full disk is a resource error naming path and bytes. */
+export async function writeFully(fd: number, buffer: Uint8Array, position: number, path: string): Promise<void> {
+  let done = 0;
+  while (done < buffer.length) {
+    try {
+      const { bytesWritten } = await writeFd(fd, buffer, done, buffer.length - done, position + done);
+      done += bytesWritten;
+    } catch (error) {
+      throw ioError(error, `write at byte ${position + done} of`, path, buffer.length - done);
+    }
+  }
+}
+
+/** Whether anything, be it a broken link, stands at `path`. */
+export async function exists(path: string): Promise<boolean> {
+  try {
+    await lstat(path);
+    return true;
+  } catch (error) {
+    if (errorCode(error) === 'ENOENT' || errorCode(error) === 'ENOTDIR') return false;
+    throw ioError(error, 'look at', path);
+  }
+}
+
+/** Bytes that an unprivileged process may still write into the file system of `folder`. */
+export async function freeBytes(folder: string): Promise<number> {
+  try {
+    const { bavail, bsize } = await statfs(folder);
+    return bavail * bsize;
+  } catch (error) {
+    throw ioError(error, 'ask for free space of', folder);
+  }
+}
+
+/** Refuses, before any work, an output that will not fit. `bytes` is what is still to be written. */
+export async function requireSpace(folder: string, bytes: number): Promise<void> {
+  const free = await freeBytes(folder);
+  if (free >= bytes) return;
+  throw noResource('Not enough disk space for the output', {
+    where: folder,
+    expected: `${formatBytes(bytes)} free`,
+    got: formatBytes(free),
+    hint: 'Free some space, or write to another disk with -o.',
+  });
+}

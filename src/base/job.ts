@@ -1,0 +1,242 @@
+import { mkdir, readdir, rm, rmdir, stat } from 'node:fs/promises';
+import { dirname, join, resolve } from 'node:path';
+import { badInput } from './errors.js';
+import { exists, fsyncPath, ioError, readJsonFile, writeFileAtomic } from './files.js';
+import { FileLock } from './lock.js';
+
+export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
+
+export interface JobOptions {
+  /** The output that the job makes; its work folder is `<out>.part`. */
+  readonly out: string;
+  /** Everything that decides the output's bytes: inputs, recipe, calibration text, tool version. */
+  readonly fingerprint: Readonly<Record<string, Json>>;
+  /** An existing output may be replaced (at the very end, by rename). */
+  readonly overwrite?: boolean;
+  /** Throws away what an earlier run left in the work folder. */
+  readonly restart?: boolean;
+}
+
+interface Step {
+  readonly index: number;
+  readonly data: Json;
+}
+
+interface Header {
+  readonly version: number;
+  readonly fingerprint: Readonly<Record<string, Json>>;
+}
+
+const restartHint = (folder: string): string =>
+  `Run the earlier command again to go on with it, add --restart to begin anew, or remove ${folder}.`;
+
+/**
+ * The durable work folder of one output. Steps are marked by rename after fsync, so a job that is killed at any
+ * instant knows exactly which steps are done; only one process at a time works in it.
+ */
+export class Job {
+  /** Absolute path of the output. */
+  readonly out: string;
+  /** `<out>.part`: journal, states and the growing output. */
+  readonly folder: string;
+  /** Whether an earlier run's steps were found. */
+  readonly resumed: boolean;
+  /** An earlier run gave the output its name and was killed before it could clean up: only `remove()` is left to do. */
+  readonly finished: boolean;
+  readonly overwrite: boolean;
+  readonly #steps: Map<string, Step>;
+  readonly #lock: FileLock;
+
+  private constructor(options: JobOptions, lock: FileLock, steps: Map<string, Step>, finished: boolean) {
+    this.out = resolve(options.out);
+    this.folder = `${this.out}.part`;
+    this.overwrite = options.overwrite ?? false;
+    [this.#lock, this.#steps, this.finished] = [lock, steps, finished];
+    this.resumed = steps.size > 0;
+  }
+
+  /**
+   * Opens or goes on with the job for `out`.
+   * Errors (all kind 'input'): the output exists and may not be overwritten; another live process works on it;
+   * the work folder belongs to a job with another fingerprint (with a diff).
+   */
+  static async open(options: JobOptions): Promise<Job> {
+    const out = resolve(options.out);
+    const folder = `${out}.part`;
+    const named = options.restart !== true && (await outputIsNamed(out, folder));
+    if (!named) await requireNoOutput(out, options.overwrite ?? false);
+    try {
+      await mkdir(join(folder, 'steps'), { recursive: true });
+      await mkdir(join(folder, 'state'), { recursive: true });
+    } catch (error) {
+      throw ioError(error, 'make the work folder', folder);
+    }
+    const lock = await FileLock.take(join(folder, 'lock'), 'The work folder');
+    try {
+      if (options.restart) await clear(folder);
+      const header: Header = { version: 1, fingerprint: options.fingerprint };
+      const path = join(folder, 'job.json');
+      const before = (await readJsonFile(path)) as Header | undefined;
+      if (before === undefined) {
+        await clear(folder); // without a header nothing in here can be trusted
+        await writeFileAtomic(path, `${JSON.stringify(header, null, 1)}\n`);
+        await fsyncPath(dirname(out));
+      } else {
+        refuseOther(before, header, path, folder);
+      }
+      return new Job(options, lock, await readSteps(folder), named);
+    } catch (error) {
+      await lock.release();
+      throw error;
+    }
+  }
+
+  done(step: string): boolean {
+    return this.#steps.has(step);
+  }
+
+  /** What `mark` stored with the step; undefined when the step is not done. */
+  data(step: string): Json | undefined {
+    return this.#steps.get(step)?.data;
+  }
+
+  /** Names of the steps done so far, in the order in which they were marked. */
+  steps(): string[] {
+    return [...this.#steps.keys()];
+  }
+
+  /** Records a step durably. What the step wrote must be on disk already (`writer.flush`, `fsyncPath`). */
+  async mark(step: string, data: Json = null): Promise<void> {
+    const known = this.#steps.get(step);
+    const index = known?.index ?? this.#steps.size;
+    const name = `${String(index).padStart(6, '0')}.json`;
+    await writeFileAtomic(join(this.folder, 'steps', name), `${JSON.stringify({ step, data })}\n`);
+    this.#steps.set(step, { index, data });
+  }
+
+  /** Path of a state file (calibration states ...) inside the work folder. */
+  statePath(name: string): string {
+    return join(this.folder, 'state', name);
+  }
+
+  /** Folder in which the output grows; renamed (or its files moved) to the output's name at the end. */
+  get outputFolder(): string {
+    return join(this.folder, 'output');
+  }
+
+  /** To be called when the output is complete and verified, just before it gets its name. */
+  async markFinishing(): Promise<void> {
+    await writeFileAtomic(join(this.folder, finishing), '{}\n');
+  }
+
+  /** Ends this run's hold and keeps the work folder for a later run. */
+  async close(): Promise<void> {
+    await this.#lock.release();
+  }
+
+  /** Ends the job: the work folder goes. For a finished output, or one that is given up. */
+  async remove(): Promise<void> {
+    await clear(this.folder);
+    await this.#lock.release();
+    // Not recursive: a process that came meanwhile keeps what it has made.
+    for (const path of [join(this.folder, 'steps'), join(this.folder, 'state'), this.folder]) {
+      await rmdir(path).catch(() => undefined);
+    }
+  }
+}
+
+const finishing = 'finishing.json';
+
+/** Whether an earlier run was killed after it gave the output its name, before it removed the work folder. */
+async function outputIsNamed(out: string, folder: string): Promise<boolean> {
+  const [marker, output, named] = [join(folder, finishing), join(folder, 'output'), out];
+  return (await exists(marker)) && !(await exists(output)) && (await exists(named));
+}
+
+/** Refuses an output that exists, before any work. An empty folder is no output yet. */
+export async function requireNoOutput(out: string, overwrite: boolean): Promise<void> {
+  if (!(await exists(out))) return;
+  const isFolder = (await stat(out)).isDirectory();
+  const entries = isFolder ? await readdir(out) : [];
+  if (isFolder && entries.length === 0) return;
+  if (!overwrite) {
+    throw badInput('The output exists already', {
+      where: out,
+      hint: 'Add --overwrite to replace it when the new one is complete, or choose another path with -o.',
+    });
+  }
+  // --overwrite with a mistyped path must not remove somebody's home folder.
+  const ours = ['config.json', 'deepseek-convert.json'];
+  if (isFolder && !ours.some((name) => entries.includes(name))) {
+    throw badInput('The output to overwrite is not a model folder', {
+      where: out,
+      expected: `a folder with ${ours.join(' or ')}`,
+      got: entries.slice(0, 4).join(', '),
+      hint: 'Choose another path with -o, or remove the folder yourself.',
+    });
+  }
+}
+
+async function clear(folder: string): Promise<void> {
+  for (const entry of await readdir(folder)) {
+    if (entry === 'lock' || entry.startsWith('.lock.')) continue;
+    await rm(join(folder, entry), { recursive: true, force: true });
+  }
+  await mkdir(join(folder, 'steps'), { recursive: true });
+  await mkdir(join(folder, 'state'), { recursive: true });
+}
+
+async function readSteps(folder: string): Promise<Map<string, Step>> {
+  const steps = new Map<string, Step>();
+  const names = (await readdir(join(folder, 'steps'))).filter((name) => /^\d+\.json$/.test(name));
+  for (const name of names.sort()) {
+    const path = join(folder, 'steps', name);
+    const { step, data } = (await readJsonFile(path)) as { step: string; data: Json };
+    steps.set(step, { index: Number.parseInt(name, 10), data });
+  }
+  return steps;
+}
+
+function refuseOther(before: Header, now: Header, path: string, folder: string): void {
+  if (before.version !== now.version) {
+    throw badInput('The work folder was made by another version of this tool', {
+      where: path,
+      got: `version ${before.version}`,
+      expected: `version ${now.version}`,
+      hint: restartHint(folder),
+    });
+  }
+  const changes = diffJson(before.fingerprint, now.fingerprint);
+  if (changes.length === 0) return;
+  const shown = changes.slice(0, 20).map((line) => `\n  ${line}`);
+  const more = changes.length > 20 ? `\n  and ${changes.length - 20} more` : '';
+  throw badInput(
+    `The work folder belongs to a different job. Different are (earlier -> now):${shown.join('')}${more}`,
+    {
+      where: path,
+      hint: restartHint(folder),
+    },
+  );
+}
+
+/** One line for each leaf that differs: `recipe.bits: 4 -> 3`. Order of keys does not matter. */
+export function diffJson(before: Json | undefined, now: Json | undefined, at = ''): string[] {
+  if (isRecord(before) && isRecord(now)) {
+    const keys = [...new Set([...Object.keys(before), ...Object.keys(now)])].sort();
+    return keys.flatMap((key) => diffJson(before[key], now[key], at === '' ? key : `${at}.${key}`));
+  }
+  if (Array.isArray(before) && Array.isArray(now) && before.length === now.length) {
+    return before.flatMap((item: Json, i) => diffJson(item, (now as Json[])[i], `${at}[${i}]`));
+  }
+  if (JSON.stringify(before) === JSON.stringify(now)) return [];
+  return [`${at}: ${show(before)} -> ${show(now)}`];
+}
+
+const isRecord = (value: Json | undefined): value is { readonly [key: string]: Json } =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);
+
+function show(value: Json | undefined): string {
+  if (value === undefined) return '(none)';
+  const text = JSON.stringify(value);
+  return text.length > 120 ? `${text.slice(0, 100)}... (${text.length} characters)` : text;
+}
