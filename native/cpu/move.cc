@@ -1,0 +1,4 @@
+// Movement: fill (the other movement ops stand in this file too).
+#include "cpu.h"
+
+using namespace dc;

@@ -1,0 +1,149 @@
+import { ConvertError, bug, noResource } from '../base/errors.js';
+import { dtypeCode } from '../base/dtype.js';
+import type { DeviceKind, DeviceOptions, MemoryStats, NativeDevice, NativeModule, TensorView } from './types.js';
+
+const maxNumbers = 12 * 16 + 32;
+
+/**
+ * A CPU or GPU with its queue. Ops are enqueued and return at once; only `download`, `sync` and file transfers are
+ * awaited. An op's failure is reported by the next of those.
+ */
+export class Device {
+  readonly kind: DeviceKind;
+  readonly index: number;
+  readonly #native: NativeDevice;
+  readonly #ops: ReadonlyMap<string, number>;
+  readonly #numbers = new Float64Array(maxNumbers);
+
+  constructor(native: NativeModule, library: string, options: DeviceOptions) {
+    this.kind = options.kind;
+    this.index = options.index ?? 0;
+    this.#ops = new Map(native.ops.map((op, i) => [op.name, i]));
+    const settings = { threads: options.threads, blas: options.blas === false ? 0 : 1 };
+    this.#native = new native.Device(
+      library,
+      this.index,
+      JSON.stringify(settings),
+      options.memoryLimit ?? 0,
+      options.ioThreads ?? 4,
+      options.poison ?? false,
+    );
+  }
+
+  /** Reserves `bytes` (64-byte aligned, contents undefined); a number for the other calls. */
+  alloc(bytes: number): number {
+    try {
+      return this.#native.alloc(bytes);
+    } catch (error) {
+      throw this.#explain(error, 'alloc');
+    }
+  }
+
+  free(buffer: number): void {
+    this.#native.free(buffer);
+  }
+
+  /** Enqueues one op of native/backend.h; arguments in the order of its line there. */
+  run(op: string, tensors: readonly (TensorView | undefined)[], ints: readonly number[], floats: readonly number[]) {
+    const index = this.#ops.get(op);
+    if (index === undefined) throw bug(`no native op named ${op}`);
+    const numbers = this.#numbers;
+    let at = 0;
+    for (const tensor of tensors) {
+      if (tensor === undefined) {
+        numbers.fill(0, at, at + 12);
+      } else {
+        const rank = tensor.shape.length;
+        numbers[at] = tensor.buffer;
+        numbers[at + 1] = tensor.byteOffset;
+        numbers[at + 2] = dtypeCode[tensor.dtype];
+        numbers[at + 3] = rank;
+        for (let d = 0; d < 4; d++) {
+          numbers[at + 4 + d] = d < rank ? tensor.shape[d]! : 1;
+          numbers[at + 8 + d] = d < rank ? tensor.strides[d]! : 0;
+        }
+      }
+      at += 12;
+    }
+    for (const i of ints) numbers[at++] = i;
+    for (const f of floats) numbers[at++] = f;
+    this.#native.run(index, numbers, tensors.length, ints.length, floats.length);
+  }
+
+  has(op: string): boolean {
+    const index = this.#ops.get(op);
+    return index !== undefined && this.#native.has(index);
+  }
+
+  upload(buffer: number, offset: number, data: Uint8Array): void {
+    this.#native.upload(buffer, offset, data);
+  }
+
+  async download(buffer: number, offset: number, into: Uint8Array): Promise<void> {
+    await this.#native.download(buffer, offset, into).catch((e: unknown) => this.#raise(e, 'download'));
+  }
+
+  /** File -> device memory, beside the queue; resolves when the bytes are there. */
+  async readFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void> {
+    await this.#native.readFile(buffer, offset, fd, position, bytes).catch((e: unknown) => this.#raise(e, 'read'));
+  }
+
+  /** Device memory -> file, after everything enqueued so far. */
+  async writeFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void> {
+    await this.#native.writeFile(buffer, offset, fd, position, bytes).catch((e: unknown) => this.#raise(e, 'write'));
+  }
+
+  /** Resolves when everything enqueued so far is done; rejects with the first failure. */
+  async sync(): Promise<void> {
+    await this.#native.sync().catch((e: unknown) => this.#raise(e, 'sync'));
+  }
+
+  memory(): MemoryStats {
+    return this.#native.stats();
+  }
+
+  resetPeak(): void {
+    this.#native.resetPeak();
+  }
+
+  /** Gives cached memory back to the system. */
+  trim(): void {
+    this.#native.trim();
+  }
+
+  /** What the backend says of itself: name, memory, libraries and where they were looked for. */
+  info(): Record<string, unknown> {
+    return JSON.parse(this.#native.info()) as Record<string, unknown>;
+  }
+
+  close(): void {
+    this.#native.close();
+  }
+
+  #raise(error: unknown, during: string): never {
+    throw this.#explain(error, during);
+  }
+
+  #explain(error: unknown, during: string): Error {
+    if (!(error instanceof Error)) return bug(`native ${during} failed`, { cause: error });
+    const code = (error as Error & { code?: string }).code;
+    switch (code) {
+      case 'DC_NO_MEMORY':
+        return noResource(`Out of memory on ${this.kind}:${this.index}: ${error.message}`, {
+          hint: `Use fewer or shorter calibration samples (--samples, --seq-len)${this.kind === 'cuda' ? ', raise --vram, or run with --device cpu' : ', or raise --ram'}.`,
+        });
+      case 'ENOSPC':
+        return noResource('Disk full while writing', {
+          hint: 'Free some space and run the same command again: it resumes.',
+        });
+      case 'EIO':
+        return noResource(`The disk failed during a ${during}`, { cause: error });
+      case 'DC_EOF':
+        return new ConvertError('input', 'The file ended before the tensor did', {
+          hint: 'It is truncated or changed while being read: copy or download it again.',
+        });
+      default:
+        return bug(`${this.kind}:${this.index} ${during}: ${error.message}`, { cause: error });
+    }
+  }
+}

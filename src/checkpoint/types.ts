@@ -1,0 +1,46 @@
+import type { ByteSource } from '../base/bytes.js';
+import type { DType } from '../base/dtype.js';
+import type { Encoding, TensorEntry } from '../formats/types.js';
+
+export type { Encoding, GgmlType, TensorEntry } from '../formats/types.js';
+
+export type ContainerFormat = 'safetensors' | 'torch' | 'gguf' | 'onnx' | 'deepseek-native';
+
+/** A checkpoint opened for reading: headers only, data on demand. */
+export interface Checkpoint {
+  readonly path: string;
+  readonly format: ContainerFormat;
+  /** config.json as it stands (or the equivalent rebuilt from GGUF metadata). */
+  readonly config: Readonly<Record<string, unknown>>;
+  readonly configPath: string | undefined;
+  readonly tensors: ReadonlyMap<string, TensorEntry>;
+  /** Files with weights, in order. */
+  readonly files: readonly string[];
+  /** Tokenizer and generation files beside the weights, carried along by writers. */
+  readonly companions: readonly string[];
+  /** What was ignored or assumed, one sentence each (optimizer state, nested dicts ...). */
+  readonly notes: readonly string[];
+  /** SHA-256 over headers and config: identifies the input without reading the weights. */
+  readonly fingerprint: string;
+  close(): Promise<void>;
+}
+
+/** One tensor of an output, known before anything is computed. */
+export interface PlannedTensor {
+  readonly name: string;
+  readonly shape: readonly number[];
+  readonly dtype: DType;
+  /** Stored otherwise than as plain `dtype` elements: GGML blocks, or opaque bytes carried through. */
+  readonly encoding?: Encoding;
+}
+
+/** Writes planned tensors in any order into temporary files; nothing has its final name before `finish`. */
+export interface CheckpointWriter {
+  readonly partFolder: string;
+  /** Puts one planned tensor's bytes where they belong; size and name are checked against the plan. */
+  write(name: string, data: ByteSource): Promise<void>;
+  /** Forces everything written so far to disk. */
+  flush(): Promise<void>;
+  /** Index, config, companions, provenance; every planned tensor written; then the rename. */
+  finish(): Promise<void>;
+}

@@ -1,0 +1,207 @@
+import { noResource } from '../../base/errors.js';
+import type { FloatDType } from '../../base/dtype.js';
+import type { Scope, Tensor } from '../tensor.js';
+import { ensure, ensureContiguous, ensureDType, ensureFloat, ensureShape } from './check.js';
+
+/** H f32 [K,K] (or [E,K,K] with offsets i32 [E+1]) += alpha X'X, lower triangle; X float [T,K]. */
+export function hessianAdd(
+  h: Tensor,
+  x: Tensor,
+  { alpha = 1, offsets, rowWeight }: { alpha?: number; offsets?: Tensor; rowWeight?: Tensor } = {},
+): void {
+  const k = x.dim(1);
+  ensureShape('hessian_add', 'H', h, ...(offsets ? [offsets.dim(0) - 1, k, k] : [k, k]));
+  ensureFloat('hessian_add', x);
+  h.device.run('hessian_add', [h, x, offsets, rowWeight], [], [alpha]);
+}
+
+/** In place: the upper triangle becomes the lower one's mirror. */
+export const symmetrize = (h: Tensor): void => h.device.run('symmetrize', [h], [], []);
+
+/**
+ * A = H + damp mean(diag H) I = F F'; F lower, or upper (`reversed`, as LDLQ wants it). H f32 [K,K] or [E,K,K], lower
+ * triangle read. info i32 [E]: 0, or 1 + the first non-positive pivot.
+ */
+export function cholesky(s: Scope, h: Tensor, damp: number, reversed = false): { factor: Tensor; info: Tensor } {
+  ensureDType('cholesky', 'f32', h);
+  const factor = s.empty('f32', h.shape);
+  const info = s.empty('i32', [h.shape.length === 3 ? h.dim(0) : 1]);
+  h.device.run('cholesky', [factor, info, h], [reversed ? 1 : 0], [damp]);
+  return { factor, info };
+}
+
+/** Damped factor of one H, retried with ten times the damping while a pivot is not positive. */
+export async function choleskyRetry(s: Scope, h: Tensor, damp: number, reversed = false) {
+  for (let d = damp; d <= 100; d = Math.max(d, 1e-4) * 10) {
+    const { factor, info } = cholesky(s, h, d, reversed);
+    const bad = (await info.int32()).some((i) => i !== 0);
+    s.free(info);
+    if (!bad) return { factor, damp: d };
+    s.free(factor);
+  }
+  throw noResource('A Hessian could not be factored even with heavy damping', {
+    hint: 'Its calibration inputs are not finite: validate the source checkpoint.',
+  });
+}
+
+/** X of A X = B with F from `cholesky`; B f32 [K,M]. */
+export function choleskySolve(s: Scope, factor: Tensor, b: Tensor, reversed = false): Tensor {
+  const x = s.empty('f32', b.shape);
+  x.device.run('cholesky_solve', [x, factor, b], [reversed ? 1 : 0], []);
+  return x;
+}
+
+/** Integer codes low..high on a grid per row and group: w ~ (code - zero) scale. */
+export interface Grid {
+  /** f32 [N,G] (or [E,N,G]). */
+  scale: Tensor;
+  /** f32 [N,G]; absent: symmetric. */
+  zero?: Tensor | undefined;
+  low: number;
+  high: number;
+  group: number;
+  /** i32 [K]: the group of each column; absent: j / group. */
+  columnGroup?: Tensor | undefined;
+}
+const gridTensors = (g: Grid) => [g.scale, g.zero, g.columnGroup] as const;
+const gridInts = (g: Grid) => [g.low, g.high, g.group];
+
+/** LDLQ sweep: codes i8, Q f32 (dequantized), error f32 [N]; W f32 [N,K], R upper from `cholesky(reversed)`. */
+export function ldlq(s: Scope, w: Tensor, r: Tensor, grid: Grid): { codes: Tensor; q: Tensor; error: Tensor } {
+  ensureDType('ldlq', 'f32', w, r, grid.scale, grid.zero);
+  ensureShape('ldlq', 'R', r, ...w.shape.slice(0, -2), w.dim(-1), w.dim(-1));
+  const codes = s.empty('i8', w.shape);
+  const q = s.empty('f32', w.shape);
+  const error = s.empty('f32', w.shape.slice(0, -1));
+  w.device.run('ldlq', [codes, q, w, r, ...gridTensors(grid), error], gridInts(grid), []);
+  return { codes, q, error };
+}
+
+export interface ScaleSearchOptions {
+  low: number;
+  high: number;
+  group: number;
+  asymmetric?: boolean;
+  /** f32 [K]: activation energy per column (the Hessian's diagonal). */
+  weight?: Tensor;
+  points?: number;
+  from?: number;
+  to?: number;
+  freeSign?: boolean;
+}
+
+/** The grid that minimises the weighted squared error of rounding, per row and group of W f32 [N,K]. */
+export function scaleSearch(s: Scope, w: Tensor, o: ScaleSearchOptions): Grid {
+  ensureDType('scale_search', 'f32', w, o.weight);
+  const { low, high, group } = o;
+  const shape = [...w.shape.slice(0, -1), Math.ceil(w.dim(-1) / group)];
+  const scale = s.empty('f32', shape);
+  const zero = o.asymmetric ? s.empty('f32', shape) : undefined;
+  const ints = [low, high, group, o.points ?? 1, +!!o.freeSign];
+  w.device.run('scale_search', [scale, zero, w, o.weight], ints, [o.from ?? 1, o.to ?? 1]);
+  return { scale, zero, low, high, group };
+}
+
+export function quantize(s: Scope, w: Tensor, grid: Grid): Tensor {
+  const codes = s.empty('i8', w.shape);
+  w.device.run('quantize', [codes, w, ...gridTensors(grid)], gridInts(grid), []);
+  return codes;
+}
+
+export function dequantize(s: Scope, codes: Tensor, grid: Grid, dtype: FloatDType = 'f32'): Tensor {
+  const w = s.empty(dtype, codes.shape);
+  w.device.run('dequantize', [w, codes, ...gridTensors(grid)], [grid.group], []);
+  return w;
+}
+
+/** Least-squares refit of the scales under H (symmetric, f32 [K,K]) with the codes fixed. */
+export function scaleRefit(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: Grid, damp = 1e-6): Tensor {
+  const scale = s.empty('f32', grid.scale.shape);
+  w.device.run('scale_refit', [scale, codes, w, h, grid.zero, grid.columnGroup], [grid.group], [damp]);
+  return scale;
+}
+
+/** One pass of coordinate descent over the codes under H, in place; changed i32 [N]. */
+export function codeDescent(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: Grid): Tensor {
+  const changed = s.empty('i32', [w.dim(0)]);
+  w.device.run('code_descent', [codes, w, h, ...gridTensors(grid), changed], gridInts(grid), []);
+  return changed;
+}
+
+export interface PackOptions {
+  bits: 2 | 3 | 4 | 8;
+  /** Added to each code before it is packed (8 for signed 4-bit codes). */
+  bias: number;
+  /** Which dimension runs along a word. */
+  axis: 0 | 1;
+  order?: 'linear' | 'awq';
+}
+const packInts = (o: PackOptions) => [o.bits, o.bias, o.axis, o.order === 'awq' ? 1 : 0];
+
+/** codes i8 [R,C] -> i32 words, little end first; the last word is padded with zeros. */
+export function pack(s: Scope, codes: Tensor, o: PackOptions): Tensor {
+  ensureShape('pack', 'codes', codes, -1, -1);
+  ensureDType('pack', 'i8', codes);
+  const per = Math.floor(32 / o.bits);
+  const [r, c] = [codes.dim(0), codes.dim(1)];
+  const words = s.empty('i32', o.axis === 1 ? [r, Math.ceil(c / per)] : [Math.ceil(r / per), c]);
+  words.device.run('pack', [words, codes], packInts(o), []);
+  return words;
+}
+
+/** i32 words -> codes i8 [rows, columns]. */
+export function unpack(s: Scope, words: Tensor, rows: number, columns: number, o: PackOptions): Tensor {
+  ensureDType('unpack', 'i32', words);
+  const codes = s.empty('i8', [rows, columns]);
+  words.device.run('unpack', [codes, words], packInts(o), []);
+  return codes;
+}
+
+/** y [M,N] = x [M,K] W' for packed 4-bit W: words i32 [N,K/8], scale float [N,G], zero i32 [N/8,G] packed. */
+export function int4Matmul(
+  s: Scope,
+  x: Tensor,
+  words: Tensor,
+  scale: Tensor,
+  { group, zero, bias }: { group: number; zero?: Tensor; bias?: Tensor },
+): Tensor {
+  ensureContiguous('int4_matmul', words, scale);
+  ensure(x.dim(1) <= words.dim(1) * 8, 'int4_matmul', 'inner dimensions', x, words);
+  const y = s.empty(x.dtype, [x.dim(0), words.dim(0)]);
+  y.device.run('int4_matmul', [y, x, words, scale, zero, bias], [group], []);
+  return y;
+}
+
+/** Numbers of dc_encoding in native/backend.h. */
+export const encodings = {
+  q4_0: 0,
+  q4_1: 1,
+  q5_0: 2,
+  q5_1: 3,
+  q8_0: 4,
+  q2_k: 5,
+  q3_k: 6,
+  q4_k: 7,
+  q5_k: 8,
+  q6_k: 9,
+  iq4_nl: 10,
+  mxfp4: 11,
+  f8_e4m3: 12,
+  f4_e2m1: 13,
+} as const;
+export type EncodingName = keyof typeof encodings;
+
+/** Stored blocks (u8) -> values [N,K]; FP8/FP4 with one scale per block of rows x columns. */
+export function decode(
+  s: Scope,
+  stored: Tensor,
+  encoding: EncodingName,
+  shape: readonly [number, number],
+  dtype: FloatDType,
+  scaled?: { scale: Tensor; block: readonly [number, number] },
+): Tensor {
+  const y = s.empty(dtype, shape);
+  const [rows, columns] = scaled?.block ?? [1, 1];
+  y.device.run('decode', [y, stored, scaled?.scale], [encodings[encoding], rows, columns], []);
+  return y;
+}
