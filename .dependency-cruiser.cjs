@@ -4,7 +4,7 @@ const floors = [
   ['batch'],
   ['quant', 'moe', 'train', 'validate', 'export'],
   ['arch'],
-  ['nn'],
+  ['nn', 'layout'],
   ['tensor'],
   ['backend'],
   ['checkpoint', 'tokenizer'],

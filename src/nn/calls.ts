@@ -1,0 +1,105 @@
+import type { Scope, Tensor } from '../tensor/tensor.js';
+import type { AttentionOptions, ExpertOrder, RouteOptions } from '../tensor/ops.js';
+
+/**
+ * A block's forward pass is a generator that yields a call wherever somebody may want to look or step in: linears,
+ * attention, routing, experts. Whoever drives it answers each call. Plain inference answers at once; calibration keeps
+ * one suspended generator per batch, gathers statistics of all batches at a call, quantizes, and answers with the new
+ * weights (one pass, errors propagate); validation steps two models side by side.
+ */
+export type Calls<R> = Generator<Call, R, unknown>;
+export type Call = LinearCall | AttentionCall | RouteCall | ExpertsCall;
+
+/** One weight matrix [outFeatures, inFeatures] of the checkpoint. */
+export interface LinearSpec {
+  /** Tensor name without `.weight`: `model.layers.3.self_attn.q_proj`. */
+  readonly name: string;
+  readonly inFeatures: number;
+  readonly outFeatures: number;
+  readonly bias?: boolean;
+  /** Routers and heads stay in high precision unless asked otherwise. */
+  readonly role: 'attention' | 'mlp' | 'expert' | 'shared-expert' | 'router' | 'head' | 'other';
+}
+
+/** Linears that share one input (q/k/v; gate/up): one Hessian, one scheme. Answer: y [T, N] for each. */
+export interface LinearCall {
+  readonly kind: 'linear';
+  readonly linears: readonly LinearSpec[];
+  /** [T, K], contiguous rows. */
+  readonly x: Tensor;
+}
+
+/** Answer: o [B, S, Hq, Dv]. q and k come rotated. */
+export interface AttentionCall {
+  readonly kind: 'attention';
+  readonly layer: number;
+  readonly q: Tensor;
+  readonly k: Tensor;
+  readonly v: Tensor;
+  readonly options: AttentionOptions;
+}
+
+/** Answer: { w, idx } as `ops.route` gives. */
+export interface RouteCall {
+  readonly kind: 'route';
+  readonly layer: number;
+  /** [T, E] */
+  readonly logits: Tensor;
+  readonly options: RouteOptions;
+}
+
+/** The same one or two linears of every expert on rows sorted by expert. Answer: y [R, N] for each name. */
+export interface ExpertsCall {
+  readonly kind: 'experts';
+  readonly layer: number;
+  /** linears[j][e]: linear j (gate, up | down) of expert e. */
+  readonly linears: readonly (readonly LinearSpec[])[];
+  /** [R, K] sorted by expert. */
+  readonly x: Tensor;
+  readonly order: ExpertOrder;
+}
+
+export function* linear(linears: readonly LinearSpec[], x: Tensor): Calls<Tensor[]> {
+  return (yield { kind: 'linear', linears, x }) as Tensor[];
+}
+export function* attend(call: Omit<AttentionCall, 'kind'>): Calls<Tensor> {
+  return (yield { kind: 'attention', ...call }) as Tensor;
+}
+export function* choose(call: Omit<RouteCall, 'kind'>): Calls<{ w: Tensor; idx: Tensor }> {
+  return (yield { kind: 'route', ...call }) as { w: Tensor; idx: Tensor };
+}
+export function* experts(call: Omit<ExpertsCall, 'kind'>): Calls<Tensor[]> {
+  return (yield { kind: 'experts', ...call }) as Tensor[];
+}
+
+/** Weights of one block (or of the head) on the device, by full checkpoint name. */
+export interface Weights {
+  /** A tensor by its full name; throws when it was not loaded. */
+  get(name: string): Tensor;
+  has(name: string): boolean;
+  /** [E, N, K]: the weights of linear j of all experts, stacked. */
+  stack(linears: readonly LinearSpec[]): Tensor;
+  /** Replaces a linear's weight (calibration puts the quantized one here). */
+  set(name: string, weight: Tensor): void;
+}
+
+/** Keys and values of earlier tokens, one layer: appended to by attention, which then sees all of them. */
+export interface KvCache {
+  /** Tokens already held. */
+  readonly length: number;
+  append(k: Tensor, v: Tensor): { k: Tensor; v: Tensor };
+}
+
+/** What a forward pass runs in. Tokens are [B, S]; hidden states [B S, C]. */
+export interface ForwardContext {
+  /** Intermediates live here; free early what is large. */
+  readonly scope: Scope;
+  readonly weights: Weights;
+  readonly batch: number;
+  readonly length: number;
+  /** i32 [B, S]. */
+  readonly positions: Tensor;
+  /** i32 [B]: number of real tokens of each row when rows are padded on the right. */
+  readonly lengths?: Tensor;
+  readonly cache?: KvCache;
+}
