@@ -1,0 +1,217 @@
+import type { DType } from '../base/dtype.js';
+import { badInput, didYouMean } from '../base/errors.js';
+import { isJsonObject, parseJson } from './json.js';
+import type { JsonObject, JsonValue } from './json.js';
+import { hashHeaders, safeU64 } from './source.js';
+import type { RandomAccess } from './source.js';
+import type { Encoding, ParsedFile, TensorEntry } from './types.js';
+
+/** As in the reference implementation. */
+const maxHeader = 100_000_000;
+
+const plain = (dtype: DType, bits: number): { encoding: Encoding; bits: number } => ({
+  encoding: { kind: 'plain', dtype },
+  bits,
+});
+const opaque = (name: string, bits: number): { encoding: Encoding; bits: number } => ({
+  encoding: { kind: 'opaque', name, bits },
+  bits,
+});
+
+const dtypes = new Map<string, { readonly encoding: Encoding; readonly bits: number }>([
+  ['BOOL', plain('bool', 8)],
+  ['F4', opaque('F4', 4)],
+  ['F6_E2M3', opaque('F6_E2M3', 6)],
+  ['F6_E3M2', opaque('F6_E3M2', 6)],
+  ['U8', plain('u8', 8)],
+  ['I8', plain('i8', 8)],
+  ['F8_E5M2', plain('f8_e5m2', 8)],
+  ['F8_E4M3', plain('f8_e4m3', 8)],
+  ['F8_E8M0', opaque('F8_E8M0', 8)],
+  ['F8_E4M3FNUZ', opaque('F8_E4M3FNUZ', 8)],
+  ['F8_E5M2FNUZ', opaque('F8_E5M2FNUZ', 8)],
+  ['I16', plain('i16', 16)],
+  ['U16', plain('u16', 16)],
+  ['F16', plain('f16', 16)],
+  ['BF16', plain('bf16', 16)],
+  ['I32', plain('i32', 32)],
+  ['U32', plain('u32', 32)],
+  ['F32', plain('f32', 32)],
+  ['C64', opaque('C64', 64)],
+  ['F64', plain('f64', 64)],
+  ['I64', plain('i64', 64)],
+  ['U64', plain('u64', 64)],
+]);
+
+const nameOf = new Map<string, string>(
+  [...dtypes].flatMap(([name, { encoding }]) => (encoding.kind === 'plain' ? [[encoding.dtype, name] as const] : [])),
+);
+
+export interface SafetensorsFile extends ParsedFile {
+  readonly metadata: Readonly<Record<string, string>>;
+  /** Where the tensors' data begins, bytes. */
+  readonly dataStart: number;
+}
+
+/**
+ * Reads a safetensors header. Refuses what the Rust reference refuses (sizes, holes, overlaps, trailing bytes,
+ * unknown dtypes, non-string metadata) and duplicate keys, which the specification forbids.
+ */
+export function readSafetensors(source: RandomAccess): SafetensorsFile {
+  const { path, size } = source;
+  const length = safeU64(source.read(0, 8, 'header length'), 0);
+  if (length > maxHeader) {
+    throw badInput('Not a safetensors file, or a damaged one: the header length is impossible', {
+      where: `${path}, byte 0`,
+      expected: `at most ${maxHeader}`,
+      got: `${length}`,
+    });
+  }
+  const bytes = source.read(8, length, 'header');
+  const header = parseJson(bytes, { where: `${path}, header`, maxDepth: 32, integersOnly: true });
+  if (!isJsonObject(header)) throw badInput('The safetensors header is no JSON object', { where: path });
+  const dataStart = 8 + length;
+  const metadata = readMetadata(header['__metadata__'] ?? null, path);
+  const tensors: TensorEntry[] = [];
+  for (const name in header) {
+    if (name !== '__metadata__') tensors.push(readTensor(name, header[name]!, path, dataStart));
+  }
+  requireContiguous(tensors, dataStart, size, path);
+  return { tensors, notes: [], headerHash: hashHeaders(size, [bytes]), metadata, dataStart };
+}
+
+function readMetadata(value: JsonValue, path: string): Record<string, string> {
+  if (value === null) return Object.create(null) as Record<string, string>;
+  const strings = isJsonObject(value) && Object.values(value).every((item) => typeof item === 'string');
+  if (!strings) {
+    throw badInput('Safetensors metadata must map strings to strings', { where: `${path}, header, __metadata__` });
+  }
+  return value as Record<string, string>;
+}
+
+function readTensor(name: string, value: JsonValue, path: string, dataStart: number): TensorEntry {
+  const where = `${path}, tensor ${JSON.stringify(name)}`;
+  if (!isJsonObject(value)) throw badInput('A tensor in the header is no object', { where });
+  const dtype = readDtype(value, where);
+  const shape = readIntegers(value, 'shape', where);
+  const offsets = readIntegers(value, 'data_offsets', where);
+  const [begin, end] = offsets;
+  if (offsets.length !== 2 || begin! > end!) {
+    throw badInput('Bad data_offsets', { where, expected: '[begin, end]', got: JSON.stringify(offsets) });
+  }
+  const bits = shape.reduce((product, dim) => times(product, dim, shape, where), dtype.bits);
+  if (bits % 8 !== 0) {
+    throw badInput('The tensor ends inside a byte', { where, got: `${bits} bits`, expected: 'a multiple of 8 bits' });
+  }
+  if (bits / 8 !== end! - begin!) {
+    const expected = `${bits / 8} bytes for ${value['dtype'] as string} [${shape.join(', ')}]`;
+    throw badInput('Size of a tensor disagrees with its offsets', { where, expected, got: `${end! - begin!} bytes` });
+  }
+  const span = { path, offset: dataStart + begin!, bytes: end! - begin! };
+  return { name, shape, encoding: dtype.encoding, span };
+}
+
+function readDtype(value: JsonObject, where: string): { encoding: Encoding; bits: number } {
+  const name = value['dtype'];
+  const dtype = typeof name === 'string' ? dtypes.get(name) : undefined;
+  if (dtype !== undefined) return dtype;
+  const near = typeof name === 'string' ? didYouMean(name, dtypes.keys()) : undefined;
+  throw badInput('Unknown dtype', {
+    where,
+    got: JSON.stringify(name)?.slice(0, 80) ?? 'none',
+    expected: near === undefined ? `one of ${[...dtypes.keys()].join(', ')}` : `perhaps ${near}`,
+  });
+}
+
+function readIntegers(value: JsonObject, key: string, where: string): number[] {
+  const list = value[key];
+  if (
+    Array.isArray(list) &&
+    list.length <= 64 &&
+    list.every((item) => Number.isSafeInteger(item) && Number(item) >= 0)
+  ) {
+    return list as number[];
+  }
+  const got = list === undefined ? 'none' : JSON.stringify(list).slice(0, 80);
+  throw badInput(`Bad ${key}`, { where, expected: 'non-negative integers', got });
+}
+
+function times(product: number, dim: number, shape: readonly number[], where: string): number {
+  const result = product * dim;
+  if (!Number.isSafeInteger(result)) throw badInput('Shape overflows', { where, got: `[${shape.join(', ')}]` });
+  return result;
+}
+
+/** The data section must be covered exactly: no hole to hide bytes in, no byte with two meanings. */
+function requireContiguous(tensors: readonly TensorEntry[], dataStart: number, size: number, path: string): void {
+  const sorted = [...tensors].sort((a, b) => a.span.offset - b.span.offset || a.span.bytes - b.span.bytes);
+  let at = dataStart;
+  for (const { name, span } of sorted) {
+    if (span.offset !== at) {
+      const what = span.offset < at ? 'Tensors overlap' : 'Hole between tensors';
+      const where = `${path}, tensor ${JSON.stringify(name)}`;
+      throw badInput(what, { where, expected: `data from byte ${at}`, got: `byte ${span.offset}` });
+    }
+    at += span.bytes;
+  }
+  if (at === size) return;
+  throw badInput(at > size ? 'File is truncated' : 'Bytes after the last tensor', {
+    where: path,
+    expected: `${at} bytes by the header`,
+    got: `${size} bytes`,
+    hint:
+      at > size ? 'The download or copy stopped early: fetch the file again.' : 'The file is damaged: fetch it again.',
+  });
+}
+
+/** The dtype name in a header, for a plain or opaque encoding; others have none. */
+export function safetensorsDtype(encoding: Encoding): string | undefined {
+  if (encoding.kind === 'plain') return nameOf.get(encoding.dtype);
+  return encoding.kind === 'opaque' && dtypes.has(encoding.name) ? encoding.name : undefined;
+}
+
+export interface HeaderTensor {
+  readonly name: string;
+  readonly shape: readonly number[];
+  /** As `safetensorsDtype` names it. */
+  readonly dtype: string;
+}
+
+/** Bytes that a tensor takes. */
+export function safetensorsBytes({ dtype, shape }: HeaderTensor): number {
+  return (shape.reduce((n, d) => n * d, 1) * dtypes.get(dtype)!.bits) / 8;
+}
+
+/** Place in the reference's list of dtypes, which ascends by size: its writer sorts by this, descending, then by name. */
+const rank = new Map([...dtypes.keys()].map((name, index) => [name, index]));
+
+/**
+ * Builds a header: tensors by descending element size, so that each lies aligned, in the reference writer's order;
+ * padded with spaces to 8 bytes. `offsets` are absolute, in bytes; `size` is the whole file's.
+ */
+export function buildSafetensorsHeader(
+  tensors: readonly HeaderTensor[],
+  metadata: Readonly<Record<string, string>> = {},
+): { header: Buffer; offsets: Map<string, number>; size: number } {
+  const order = (a: HeaderTensor, b: HeaderTensor): number =>
+    rank.get(b.dtype)! - rank.get(a.dtype)! || (a.name < b.name ? -1 : a.name > b.name ? 1 : 0);
+  const entries: string[] = [];
+  if (Object.keys(metadata).length > 0) entries.push(`"__metadata__":${JSON.stringify(metadata)}`);
+  const relative = new Map<string, number>();
+  let at = 0;
+  for (const tensor of [...tensors].sort(order)) {
+    if (tensor.name === '__metadata__') throw badInput('safetensors cannot hold a tensor named __metadata__');
+    const end = at + safetensorsBytes(tensor);
+    const { name, dtype, shape } = tensor;
+    entries.push(`${JSON.stringify(name)}:${JSON.stringify({ dtype, shape, data_offsets: [at, end] })}`);
+    relative.set(name, at);
+    at = end;
+  }
+  const json = Buffer.from(`{${entries.join(',')}}`);
+  const padded = Math.ceil(json.length / 8) * 8;
+  const header = Buffer.alloc(8 + padded, 0x20);
+  header.writeBigUInt64LE(BigInt(padded), 0);
+  json.copy(header, 8);
+  const offsets = new Map([...relative].map(([name, offset]) => [name, header.length + offset]));
+  return { header, offsets, size: header.length + at };
+}

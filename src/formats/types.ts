@@ -1,0 +1,43 @@
+import type { FileSpan } from '../base/bytes.js';
+import type { DType } from '../base/dtype.js';
+
+/** Block formats of GGML/GGUF. Bytes and values per block: ggml.ts. */
+export type GgmlType =
+  | 'q4_0' | 'q4_1' | 'q5_0' | 'q5_1' | 'q8_0'
+  | 'q2_k' | 'q3_k' | 'q4_k' | 'q5_k' | 'q6_k'
+  | 'iq4_nl' | 'mxfp4'; // prettier-ignore
+
+/** How a tensor's values are stored. Decoding happens in native code (op `decode`). */
+export type Encoding =
+  | { readonly kind: 'plain'; readonly dtype: DType }
+  | { readonly kind: 'ggml'; readonly type: GgmlType }
+  /** FP8 E4M3, or two FP4 E2M1 a byte (low nibble first), times one scale per block of rows x columns. */
+  | {
+      readonly kind: 'scaled';
+      readonly element: 'f8_e4m3' | 'f4_e2m1';
+      readonly block: readonly [rows: number, columns: number];
+      readonly scale: TensorEntry;
+      readonly scaleElement: 'f32' | 'f8_e8m0' | 'bf16';
+    }
+  /** Carried through as bytes; never computed with (C64, F8_E8M0 without a partner ...). */
+  | { readonly kind: 'opaque'; readonly name: string; readonly bits: number };
+
+export interface TensorEntry {
+  readonly name: string;
+  /** Logical shape: what the decoded tensor has. */
+  readonly shape: readonly number[];
+  readonly encoding: Encoding;
+  /** Raw bytes on disk, in row-major order unless `strides` says otherwise. */
+  readonly span: FileSpan;
+  /** In elements; only where the file stores a view that is not contiguous (PyTorch). */
+  readonly strides?: readonly number[];
+}
+
+/** What a format's parser gives: headers understood, no weight read. */
+export interface ParsedFile {
+  readonly tensors: readonly TensorEntry[];
+  /** What was ignored or assumed, one sentence each. */
+  readonly notes: readonly string[];
+  /** SHA-256 (hex) of the header bytes and the file's size. */
+  readonly headerHash: string;
+}
