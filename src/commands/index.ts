@@ -1,0 +1,11 @@
+import type { Command } from './types.js';
+
+interface Entry {
+  readonly summary: string;
+  readonly load: () => Promise<{ readonly command: Command }>;
+}
+
+/** Every subcommand, in the order of help. A new one is its file and a line here. */
+export const commands: Readonly<Record<string, Entry>> = {};
+
+export type CommandName = string;

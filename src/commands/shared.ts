@@ -1,0 +1,81 @@
+import { existsSync } from 'node:fs';
+import type { DeviceOptions } from '../backend/types.js';
+import type { JobEnv } from '../backend/env.js';
+import { Expected, byteSize, custom, flag, integer, text, type Values } from '../base/options.js';
+import type { Io } from './types.js';
+
+/** The model that a command reads: a folder, or a .safetensors, .bin, .pt, .pth, .gguf file. */
+export const input = text({
+  required: true,
+  value: 'in',
+  aliases: ['input-model'],
+  help: 'The model to read: a Hugging Face folder, or one .safetensors, .bin, .pt or .pth file.',
+});
+
+/** Spread into the options of each command that writes a model. */
+export const outputOptions = {
+  out: text({
+    required: true,
+    short: 'o',
+    value: 'path',
+    aliases: ['output-model'],
+    help: 'Where the result goes: a folder, or one .safetensors, .bin, .pt or .pth file.',
+  }),
+  overwrite: flag({ help: 'Replace an output that exists, once the new one is complete and verified.' }),
+  restart: flag({ help: 'Throw away what an interrupted run left, instead of going on with it.' }),
+  dryRun: flag({ help: 'Show what would be done to each tensor, and memory and disk needed; read headers only.' }),
+} as const;
+
+export type DeviceChoice = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
+
+const section = 'Machine:';
+/** Spread into the options of each command that computes. */
+export const deviceOptions = {
+  device: custom(
+    { default: 'auto' as DeviceChoice, section, help: 'Where to compute. auto takes a CUDA GPU, else the CPU.' },
+    'auto|cpu|cuda[:n]',
+    (given): DeviceChoice => {
+      if (!/^(auto|cpu|cuda(:\d+)?)$/.test(given)) throw new Expected('auto, cpu, cuda or cuda:0, cuda:1 ...');
+      return given as DeviceChoice;
+    },
+  ),
+  threads: integer({ min: 1, max: 1024, section, defaultNote: 'all cores', help: 'CPU threads to compute with.' }),
+  ram: byteSize({ section, defaultNote: 'what the machine has', help: 'Most host memory for tensors: 16GB, 8GiB.' }),
+  vram: byteSize({ section, defaultNote: 'what the GPU has', help: 'Most GPU memory for tensors.' }),
+} as const;
+
+export const seedOption = {
+  seed: integer({ min: 0, default: 0, help: 'Seed of everything random; the same seed gives the same bytes.' }),
+} as const;
+
+export type DeviceValues = Values<typeof deviceOptions>;
+
+/** A job's surroundings with the device that the options ask for; to be closed by `using`. */
+export async function openEnvironment(given: DeviceValues, io: Io): Promise<JobEnv & Disposable> {
+  const { openBestDevice, openDevice, cudaLibraryPath } = await import('../backend/load.js');
+  const common: Omit<DeviceOptions, 'kind'> = given.threads === undefined ? {} : { threads: given.threads };
+  const limit = (bytes: number | undefined) => (bytes === undefined ? {} : { memoryLimit: bytes });
+  const openCpu = () => openDevice({ ...common, ...limit(given.ram), kind: 'cpu' });
+  const device = (() => {
+    if (given.device === 'cpu') return openCpu();
+    if (given.device !== 'auto') {
+      const index = Number(given.device.split(':')[1] ?? 0);
+      return openDevice({ ...common, ...limit(given.vram), kind: 'cuda', index });
+    }
+    // Without the module there is nothing to try, and the CPU is what the user has: no need to open twice.
+    if (!existsSync(cudaLibraryPath())) {
+      io.log.info('Computing on the CPU: the CUDA module is not built (deepseek-convert doctor says what it needs).');
+      return openCpu();
+    }
+    const best = openBestDevice({ ...common, ...limit(given.vram) });
+    if (best.reason === undefined) return best.device;
+    io.log.info(`Computing on the CPU: ${best.reason}`);
+    if (given.ram === undefined) return best.device;
+    best.device.close();
+    return openCpu();
+  })();
+  if (device.kind === 'cpu' && given.vram !== undefined) {
+    io.log.warn('--vram has no effect on the CPU; --ram is the limit there.');
+  }
+  return { device, log: io.log, signal: io.signal, [Symbol.dispose]: () => device.close() };
+}
