@@ -1,8 +1,22 @@
 import { existsSync } from 'node:fs';
 import type { DeviceOptions } from '../backend/types.js';
 import type { JobEnv } from '../backend/env.js';
-import { Expected, byteSize, custom, flag, integer, text, type Values } from '../base/options.js';
+import { Expected, byteSize, choice, custom, flag, integer, text, type Values } from '../base/options.js';
 import type { Io } from './types.js';
+
+/** Options of every command. */
+export const commonOptions = {
+  json: flag({ section: 'Output:', help: 'One JSON object on stdout, errors too.' }),
+  progress: choice(['auto', 'tty', 'plain', 'json', 'none'], {
+    default: 'auto',
+    section: 'Output:',
+    help: 'How progress is shown on stderr.',
+  }),
+  quiet: flag({ short: 'q', section: 'Output:', help: 'Warnings and errors only.' }),
+  verbose: flag({ short: 'v', section: 'Output:', help: 'Say more.' }),
+  color: flag({ default: true, section: 'Output:', help: 'Colours (also off with NO_COLOR, on with FORCE_COLOR).' }),
+  configFile: text({ value: 'job.yaml', section: 'Output:', help: 'Options from a file, by their names.' }),
+} as const;
 
 /** The model that a command reads: a folder, or a .safetensors, .bin, .pt, .pth, .gguf file. */
 export const input = text({
@@ -32,7 +46,7 @@ const section = 'Machine:';
 /** Spread into the options of each command that computes. */
 export const deviceOptions = {
   device: custom(
-    { default: 'auto' as DeviceChoice, section, help: 'Where to compute. auto takes a CUDA GPU, else the CPU.' },
+    { default: 'auto', section, help: 'Where to compute. auto takes a CUDA GPU, else the CPU.' },
     'auto|cpu|cuda[:n]',
     (given): DeviceChoice => {
       if (!/^(auto|cpu|cuda(:\d+)?)$/.test(given)) throw new Expected('auto, cpu, cuda or cuda:0, cuda:1 ...');
