@@ -9,7 +9,7 @@ export async function refusal(action: Promise<unknown> | (() => unknown)): Promi
   } catch (reason) {
     error = reason;
   }
-  if (error !== undefined && !(error instanceof ConvertError)) throw error;
+  if (error instanceof Error && !(error instanceof ConvertError)) throw error;
   expect(error, 'should have been refused').toBeInstanceOf(ConvertError);
   return error as ConvertError;
 }
