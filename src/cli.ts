@@ -1,14 +1,12 @@
 import { readFileSync } from 'node:fs';
 import { Chalk, supportsColor, supportsColorStderr, type ChalkInstance } from 'chalk';
-import { fromConfigFile } from './base/config.js';
 import { ConvertError, bug, didYouMean } from './base/errors.js';
 import { errorCode, ioError } from './base/files.js';
 import type { Json } from './base/job.js';
 import { environmentName, fromEnvironment, mergeTables, resolveOptions, type Values } from './base/options.js';
-import { createProgress, type ProgressLog, type ProgressMode } from './base/progress.js';
+import type { ProgressLog, ProgressMode } from './base/progress.js';
 import { columns, shellQuote } from './base/text.js';
 import { commands } from './commands/index.js';
-import { parseArguments } from './commands/parse.js';
 import { route } from './commands/route.js';
 import { commonOptions } from './commands/shared.js';
 import type { Command, CommandResult, Io } from './commands/types.js';
@@ -58,7 +56,7 @@ async function main(): Promise<number> {
 
   run.command = way.name;
   const entry = commands[way.name]!;
-  const { command } = await entry.load();
+  const [{ command }, { parseArguments }] = await Promise.all([entry.load(), import('./commands/parse.js')]);
   const table = mergeTables(command.arguments, command.options, commonOptions);
   const width = Math.max(60, Math.min(process.stdout.columns ?? 80, 120));
   const typed = parseArguments(command, way.argv, {
@@ -69,11 +67,12 @@ async function main(): Promise<number> {
   });
   if (typed === undefined) return 0;
   const sources = [typed, fromEnvironment(table, run.environment)];
-  if (way.config) sources.push(fromConfigFile(way.config, way.name, names, table));
+  if (way.config) sources.push((await import('./base/config.js')).fromConfigFile(way.config, way.name, names, table));
   const { values, from } = resolveOptions(table, sources);
   const common = values as Values<typeof commonOptions>;
   run.json = common.json;
   if (!common.color) run.paintOut = run.paintErr = new Chalk({ level: 0 });
+  const { createProgress } = await import('./base/progress.js');
   run.log = await createProgress({
     mode: progressMode(common.progress),
     quiet: common.quiet,
@@ -211,7 +210,7 @@ async function warnOfUnknownVariables(log: ProgressLog): Promise<void> {
   const set = Object.keys(run.environment).filter((name) => name.startsWith(prefix));
   if (set.length === 0) return;
   const tables = await Promise.all(Object.values(commands).map(async ({ load }) => (await load()).command));
-  const known = new Set([`${prefix}BUILD`, `${prefix}TARGET_ARCH`]);
+  const known = new Set(['BUILD', 'BLAS', 'ISA', 'TARGET_ARCH'].map(environmentName));
   for (const table of [commonOptions, ...tables.flatMap((t) => [t.arguments, t.options])]) {
     for (const [key, { aliases }] of Object.entries(table)) {
       for (const name of [key, ...aliases]) known.add(environmentName(name));

@@ -1,5 +1,4 @@
 import { readFile } from 'node:fs/promises';
-import { parseDocument } from 'yaml';
 import { badInput, badUsage, didYouMean } from './errors.js';
 import { ioError } from './files.js';
 import { flagName, type Given, type OptionTable } from './options.js';
@@ -18,6 +17,7 @@ export async function readConfigFile(path: string): Promise<ConfigFile> {
   } catch (error) {
     throw ioError(error, 'read the config file', path);
   }
+  const { parseDocument } = await import('yaml');
   const document = parseDocument(content, { intAsBigInt: true, stringKeys: true });
   const [problem] = document.errors;
   if (problem)
@@ -30,13 +30,6 @@ export async function readConfigFile(path: string): Promise<ConfigFile> {
     });
   }
   return { path, entries };
-}
-
-/** The command that the file asks for by `command:`. */
-export function configuredCommand({ path, entries }: ConfigFile): string | undefined {
-  const { command } = entries;
-  if (command === undefined || typeof command === 'string') return command;
-  throw badInput('command must be a name', { where: path, got: JSON.stringify(command) });
 }
 
 /**

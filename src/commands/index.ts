@@ -6,6 +6,6 @@ interface Entry {
 }
 
 /** Every subcommand, in the order of help. A new one is its file and a line here. */
-export const commands: Readonly<Record<string, Entry>> = {};
-
-export type CommandName = string;
+export const commands: Readonly<Record<string, Entry>> = {
+  doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
+};

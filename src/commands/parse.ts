@@ -5,8 +5,9 @@ import { flagName, type Given, type Option, type OptionTable } from '../base/opt
 import type { Command } from './types.js';
 
 const footer = `
-Every option can also stand in the environment (--group-size: DEEPSEEK_CONVERT_GROUP_SIZE) and in --config-file
-(group-size: 64). The command line wins over the environment, and that over the file.`;
+Options can also stand in the environment (--dry-run: DEEPSEEK_CONVERT_DRY_RUN)
+and in --config-file (dry-run: true). The command line wins over the environment,
+and that over the file.`;
 
 export interface ParserSettings {
   readonly summary: string;

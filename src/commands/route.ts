@@ -1,5 +1,5 @@
-import { badUsage, didYouMean } from '../base/errors.js';
-import { configuredCommand, readConfigFile, type ConfigFile } from '../base/config.js';
+import { badInput, badUsage, didYouMean } from '../base/errors.js';
+import type { ConfigFile } from '../base/config.js';
 import { flagName, type OptionTable } from '../base/options.js';
 
 /** What the arguments ask for: a command with the rest of the arguments, or one of the program's own answers. */
@@ -43,7 +43,7 @@ export async function route(
     if (argv.some((a) => a === '-h' || a === '--help')) return { kind: 'help' };
     if (argv.some((a) => a === '-V' || a === '--version')) return { kind: 'version' };
   }
-  const chosen = config && configuredCommand(config);
+  const chosen = config && commandOf(config);
   if (chosen !== undefined && !documents) {
     if (!names.includes(chosen)) throw unknownCommand(chosen, names);
     return { kind: 'command', name: chosen, argv, ...withFile };
@@ -59,7 +59,13 @@ async function configFile(argv: readonly string[], environment: NodeJS.ProcessEn
   const flag = flags[at];
   const path = flag?.includes('=') ? flag.slice(flag.indexOf('=') + 1) : flag && flags[at + 1];
   const chosen = path ?? environment.DEEPSEEK_CONVERT_CONFIG_FILE;
-  return chosen === undefined || chosen === '' ? undefined : readConfigFile(chosen);
+  return chosen === undefined || chosen === '' ? undefined : (await import('../base/config.js')).readConfigFile(chosen);
+}
+
+/** The command that a config file asks for by `command:`. */
+function commandOf({ path, entries: { command } }: ConfigFile): string | undefined {
+  if (command === undefined || typeof command === 'string') return command;
+  throw badInput('command must be a name', { where: path, got: JSON.stringify(command) });
 }
 
 /** Index of the first argument that is neither a flag nor the value of one. */

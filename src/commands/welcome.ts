@@ -60,7 +60,7 @@ function models(folder: string): Found[] {
     return [{ path: '.', kind: kindOf(join(folder, 'config.json')) }];
   }
   for (const name of here.sort()) {
-    if (name.startsWith('.') || name.endsWith('.part')) continue;
+    if (name.endsWith('.part') || name === 'node_modules') continue;
     if (weightFile.test(name)) {
       found.push({ path: name, kind: kindOf(join(folder, `${name.replace(weightFile, '')}.config.json`)) });
     } else if (names(join(folder, name)).some((inner) => weightFile.test(inner))) {
@@ -72,7 +72,10 @@ function models(folder: string): Found[] {
 
 function names(folder: string): string[] {
   try {
-    return statSync(folder).isDirectory() ? readdirSync(folder).slice(0, 1000) : [];
+    if (!statSync(folder).isDirectory()) return [];
+    return readdirSync(folder)
+      .filter((name) => !name.startsWith('.'))
+      .slice(0, 1000);
   } catch {
     return []; // a folder that may not be read holds no suggestion
   }
