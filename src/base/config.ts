@@ -83,7 +83,7 @@ function scalar(value: unknown, where: string): Given['raw'] {
 }
 
 function unknownKey(written: string, where: string, command: string, known: Iterable<string>) {
-  const near = didYouMean(written, known);
+  const near = didYouMean(written, [...known, 'command']);
   return badUsage(`${command} has no option "${written}" (${where})`, {
     hint: near === undefined ? `deepseek-convert ${command} --help lists them.` : `Did you mean ${near}?`,
   });
