@@ -5,8 +5,8 @@ export const count = (n: number): string => n.toLocaleString('en-US');
 export function short(n: number): string {
   const units = ['', ' K', ' M', ' B', ' T'];
   let [value, unit] = [n, 0];
-  while (Math.abs(value) >= 1000 && unit < units.length - 1) [value, unit] = [value / 1000, unit + 1];
-  return unit === 0 ? String(n) : `${value.toPrecision(3)}${units[unit]}`;
+  while (Math.abs(value) >= 999.5 && unit < units.length - 1) [value, unit] = [value / 1000, unit + 1];
+  return unit === 0 ? String(n) : `${value >= 99.95 ? value.toFixed(0) : value.toPrecision(3)}${units[unit]}`;
 }
 
 /** Seconds -> `0.42 s`, `12.3 s`, `4 min 05 s`, `3 h 12 min`. */
