@@ -22,6 +22,8 @@ export interface Checkpoint {
   readonly notes: readonly string[];
   /** SHA-256 over headers and config: identifies the input without reading the weights. */
   readonly fingerprint: string;
+  /** Refuses input files that were changed since they were opened: to be called when all has been read. */
+  assertUnchanged(): Promise<void>;
   close(): Promise<void>;
 }
 

@@ -28,6 +28,8 @@ function requireRange(source: RandomAccess, position: number, bytes: number, wha
 export class OpenFile implements RandomAccess, Disposable {
   readonly path: string;
   readonly size: number;
+  /** Time of the last change, ms since 1970. */
+  readonly modified: number;
   readonly #fd: number;
 
   constructor(path: string) {
@@ -39,6 +41,7 @@ export class OpenFile implements RandomAccess, Disposable {
     }
     const stat = fstatSync(this.#fd);
     this.size = stat.size;
+    this.modified = stat.mtimeMs;
     if (!stat.isFile()) {
       closeSync(this.#fd);
       throw badInput('Not a regular file', { where: path });
