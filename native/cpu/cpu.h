@@ -29,41 +29,42 @@ void parallel_for(dc_context* c, int64_t n, int64_t grain, const std::function<v
 
 int fail(dc_context* c, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-inline bool present(const dc_tensor& t) { return t.data != nullptr; }
-inline int64_t count(const dc_tensor& t) { return t.dim[0] * t.dim[1] * t.dim[2] * t.dim[3]; }
+static inline bool present(const dc_tensor& t) { return t.data != nullptr; }
+static inline int64_t count(const dc_tensor& t) { return t.dim[0] * t.dim[1] * t.dim[2] * t.dim[3]; }
 template <class T>
-inline T* data(const dc_tensor& t) {
+static inline T* data(const dc_tensor& t) {
   return static_cast<T*>(t.data);
 }
-inline size_t dtype_size(int dtype) {
+static inline size_t dtype_size(int dtype) {
   static const uint8_t size[] = {4, 2, 2, 8, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1};
   return size[dtype];
 }
 
-// --- number formats; conversions to narrower ones round to nearest even ---
-inline float bits_float(uint32_t u) {
+// --- number formats; conversions to narrower ones round to nearest even. Static: kernels/ compiles them once per
+// instruction set, and the linker must not mix those copies ---
+static inline float bits_float(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
 }
-inline uint32_t float_bits(float f) {
+static inline uint32_t float_bits(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   return u;
 }
-inline float bf16_to_float(uint16_t h) { return bits_float(uint32_t(h) << 16); }
-inline uint16_t float_to_bf16(float f) {
+static inline float bf16_to_float(uint16_t h) { return bits_float(uint32_t(h) << 16); }
+static inline uint16_t float_to_bf16(float f) {
   uint32_t u = float_bits(f);
   if ((u & 0x7FFFFFFF) > 0x7F800000) return uint16_t((u >> 16) | 0x40);  // NaN stays NaN
   return uint16_t((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
 }
-inline float f16_to_float(uint16_t h) {
+static inline float f16_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, body = h & 0x7FFF;
   if (body >= 0x7C00) return bits_float(sign | 0x7F800000 | ((body & 0x3FF) << 13));
   if (body < 0x400) return bits_float(sign | float_bits(float(body) * 5.9604644775390625e-8f));  // 2^-24
   return bits_float(sign | ((body << 13) + 0x38000000));
 }
-inline uint16_t float_to_f16(float f) {
+static inline uint16_t float_to_f16(float f) {
   const uint32_t u = float_bits(f), sign = (u >> 16) & 0x8000;
   const uint32_t a = u & 0x7FFFFFFF;
   if (a > 0x7F800000) return uint16_t(sign | 0x7E00);

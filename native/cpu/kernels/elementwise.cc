@@ -1,0 +1,233 @@
+// Row kernels: conversions, element-wise functions, sums. Compiled once per instruction set.
+#include "elementwise.h"
+
+#include <math.h>
+
+#include "../cpu.h"
+#include "vec.h"
+
+namespace dc {
+namespace {
+
+// --- conversions ---
+void load_row(float* dst, const void* src, int dtype, int64_t n) {
+  int64_t i = 0;
+  if (dtype == DC_F32) {
+    if (n > 0) memcpy(dst, src, size_t(n) * 4);
+  } else if (dtype == DC_BF16) {
+    const auto* s = static_cast<const uint16_t*>(src);
+    for (; i < n; i++) dst[i] = bf16_to_float(s[i]);
+  } else {
+    const auto* s = static_cast<const uint16_t*>(src);
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(s + i))));
+#endif
+    for (; i < n; i++) dst[i] = f16_to_float(s[i]);
+  }
+}
+void store_row(void* dst, int dtype, const float* src, int64_t n) {
+  int64_t i = 0;
+  if (dtype == DC_F32) {
+    if (n > 0 && dst != src) memcpy(dst, src, size_t(n) * 4);
+  } else if (dtype == DC_BF16) {
+    auto* d = static_cast<uint16_t*>(dst);
+    for (; i + W <= n; i += W) {
+      const vu u = vload<vu>(src + i);
+      const vu rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+      const vu nan = (u >> 16) | 0x40;
+      const vh h = __builtin_convertvector((u & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded, vh);
+      memcpy(d + i, &h, sizeof h);
+    }
+    for (; i < n; i++) d[i] = float_to_bf16(src[i]);
+  } else {
+    auto* d = static_cast<uint16_t*>(dst);
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128((__m128i*)(d + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < n; i++) d[i] = float_to_f16(src[i]);
+  }
+}
+
+// Applies f to whole vectors; the rest goes through a padded one, so that every element gets the same arithmetic.
+template <class F>
+inline __attribute__((always_inline)) void map(float* x, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) storef(x + i, f(loadf(x + i)));
+  if (i < n) {
+    float rest[W] = {};
+    memcpy(rest, x + i, size_t(n - i) * 4);
+    storef(rest, f(loadf(rest)));
+    memcpy(x + i, rest, size_t(n - i) * 4);
+  }
+}
+template <class F>
+inline __attribute__((always_inline)) void map2(float* y, const float* a, const float* b, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) storef(y + i, f(loadf(a + i), loadf(b + i)));
+  if (i < n) {
+    float u[W] = {}, v[W] = {};
+    memcpy(u, a + i, size_t(n - i) * 4);
+    memcpy(v, b + i, size_t(n - i) * 4);
+    storef(u, f(loadf(u), loadf(v)));
+    memcpy(y + i, u, size_t(n - i) * 4);
+  }
+}
+template <class F>
+inline __attribute__((always_inline)) vf each(vf x, F f) {
+  float v[W];
+  storef(v, x);
+  for (int i = 0; i < W; i++) v[i] = f(v[i]);
+  return loadf(v);
+}
+
+inline __attribute__((always_inline)) vf vabs(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
+inline __attribute__((always_inline)) vf vsqrt(vf x) {
+  return each(x, [](float v) { return sqrtf(v); });
+}
+inline __attribute__((always_inline)) vf vsigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
+inline __attribute__((always_inline)) vf vtanh(vf x) {
+  // (1 - e) / (1 + e), e = exp(-2|x|), loses digits near 0: the odd polynomial of Cephes there.
+  const vf a = vabs(x);
+  const vf e = vexp(a * -2.0f);
+  const vf far = (1.0f - e) / (1.0f + e);
+  const vf z = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z + -5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z + -3.33332819422e-1f;
+  const vf near = p * z * x + x;
+  return a < 0.625f ? near : (vf)((vi)far | ((vi)x & (int32_t)0x80000000));
+}
+
+void unary_row(float* x, int64_t n, int kind, float a, float b) {
+  switch (kind) {
+    case DC_NEG: return map(x, n, [](vf v) { return -v; });
+    case DC_ABS: return map(x, n, [](vf v) { return vabs(v); });
+    case DC_SQUARE: return map(x, n, [](vf v) { return v * v; });
+    case DC_SQRT: return map(x, n, [](vf v) { return vsqrt(v); });
+    case DC_RSQRT: return map(x, n, [](vf v) { return 1.0f / vsqrt(v); });
+    case DC_EXP: return map(x, n, [](vf v) { return vexp(v); });
+    case DC_LOG: return map(x, n, [](vf v) { return each(v, [](float u) { return logf(u); }); });
+    case DC_SIGMOID: return map(x, n, [](vf v) { return vsigmoid(v); });
+    case DC_SILU: return map(x, n, [](vf v) { return v * vsigmoid(v); });
+    case DC_GELU:
+      return map(x, n, [](vf v) { return each(v, [](float u) { return 0.5f * u * (1.0f + erff(u * 0.70710678118654752f)); }); });
+    case DC_GELU_TANH:
+      return map(x, n, [](vf v) { return 0.5f * v * (1.0f + vtanh(0.79788456080286536f * (v + 0.044715f * v * v * v))); });
+    case DC_RELU: return map(x, n, [](vf v) { return v < 0.0f ? splat(0) : v; });
+    case DC_TANH: return map(x, n, [](vf v) { return vtanh(v); });
+    case DC_SOFTPLUS:  // max(x, 0) + log1p(e^-|x|)
+      return map(x, n, [](vf v) { return (v < 0.0f ? splat(0) : v) + each(vexp(-vabs(v)), [](float u) { return log1pf(u); }); });
+    case DC_SOFTCAP: return map(x, n, [a](vf v) { return a * vtanh(v / a); });
+    case DC_AFFINE: return map(x, n, [a, b](vf v) { return a * v + b; });
+    case DC_RECIPROCAL: return map(x, n, [](vf v) { return 1.0f / v; });
+    case DC_RELU2: return map(x, n, [](vf v) { return v < 0.0f ? splat(0) : v * v; });
+    case DC_CLAMP: return map(x, n, [a, b](vf v) { return v < a ? splat(a) : v > b ? splat(b) : v; });
+    case DC_IS_NONFINITE:
+      return map(x, n, [](vf v) { return ((vi)v & 0x7F800000) == 0x7F800000 ? splat(1) : splat(0); });
+  }
+}
+void binary_row(float* y, const float* a, const float* b, int64_t n, int kind, float alpha) {
+  const vf s = splat(alpha);
+  switch (kind) {
+    case DC_ADD: return map2(y, a, b, n, [s](vf u, vf v) { return u + s * v; });
+    case DC_SUB: return map2(y, a, b, n, [s](vf u, vf v) { return u - s * v; });
+    case DC_MUL: return map2(y, a, b, n, [s](vf u, vf v) { return u * (s * v); });
+    case DC_DIV: return map2(y, a, b, n, [s](vf u, vf v) { return u / (s * v); });
+    // A NaN on either side is the result.
+    case DC_MAX: return map2(y, a, b, n, [s](vf u, vf v) { v = s * v; return u != u ? u : u > v ? u : v; });
+    case DC_MIN: return map2(y, a, b, n, [s](vf u, vf v) { v = s * v; return u != u ? u : u < v ? u : v; });
+    case DC_EQUAL: return map2(y, a, b, n, [s](vf u, vf v) { return u == s * v ? splat(1) : splat(0); });
+  }
+}
+
+// --- rows ---
+void axpy_row(float* y, float a, const float* x, int64_t n) {
+  const vf s = splat(a);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) storef(y + i, madd(s, loadf(x + i), loadf(y + i)));
+  for (; i < n; i++) y[i] += a * x[i];
+}
+void scale_row(float* x, float a, int64_t n) {
+  for (int64_t i = 0; i < n; i++) x[i] *= a;
+}
+void multiply_row(float* x, const float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) x[i] *= y[i];
+}
+float dot_row(const float* a, const float* b, int64_t n) {
+  vf s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    s0 = madd(loadf(a + i), loadf(b + i), s0);
+    s1 = madd(loadf(a + i + W), loadf(b + i + W), s1);
+    s2 = madd(loadf(a + i + 2 * W), loadf(b + i + 2 * W), s2);
+    s3 = madd(loadf(a + i + 3 * W), loadf(b + i + 3 * W), s3);
+  }
+  for (; i + W <= n; i += W) s0 = madd(loadf(a + i), loadf(b + i), s0);
+  float s = hsum((s0 + s1) + (s2 + s3));
+  for (; i < n; i++) s += a[i] * b[i];
+  return s;
+}
+float max_row(const float* x, int64_t n) {
+  vf m = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) m = vmax(loadf(x + i), m);
+  float best = hmax(m);
+  for (; i < n; i++) best = x[i] > best ? x[i] : best;
+  return best;
+}
+// Sums run in fp32 lanes over 1024 elements at a time, in double beyond.
+constexpr int64_t kRun = 1024;
+double exp_sum_row(float* x, float scale, float shift, int64_t n) {
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t end = n < begin + kRun ? n : begin + kRun;
+    vf s{};
+    int64_t i = begin;
+    for (; i + W <= end; i += W) {
+      const vf e = vexp(loadf(x + i) * scale - shift);
+      storef(x + i, e);
+      s += e;
+    }
+    if (i < end) {
+      float rest[W];
+      for (int j = 0; j < W; j++) rest[j] = i + j < end ? x[i + j] * scale - shift : -INFINITY;
+      const vf e = vexp(loadf(rest));
+      storef(rest, e);
+      memcpy(x + i, rest, size_t(end - i) * 4);
+      s += e;
+    }
+    total += hsum(s);
+  }
+  return total;
+}
+double sum_row(const float* x, int64_t n) {
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t end = n < begin + kRun ? n : begin + kRun;
+    vf s{};
+    int64_t i = begin;
+    for (; i + W <= end; i += W) s += loadf(x + i);
+    float part = hsum(s);
+    for (; i < end; i++) part += x[i];
+    total += part;
+  }
+  return total;
+}
+double sum_squares_row(const float* x, int64_t n) {
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kRun) total += dot_row(x + begin, x + begin, n < begin + kRun ? n - begin : kRun);
+  return total;
+}
+
+}  // namespace
+
+extern const ElementKernels DC_FOR_ISA(element_kernels);
+const ElementKernels DC_FOR_ISA(element_kernels) = {
+    load_row, store_row,    unary_row, binary_row, axpy_row,    scale_row,
+    multiply_row, dot_row, max_row,   exp_sum_row, sum_row, sum_squares_row,
+};
+
+}  // namespace dc

@@ -1,0 +1,21 @@
+// Packed matrix multiplication, one table per instruction set (kernels/gemm.cc). Goto & van de Geijn 2008; Van Zee &
+// van de Geijn 2015 (BLIS): A and B are copied into panels that the micro-kernel reads front to back.
+#pragma once
+#include <cstdint>
+
+namespace dc {
+
+struct GemmKernels {
+  int mr, nr;  // rows and columns of the micro-kernel: the widths of the panels of A and B
+  // Lines of a matrix of any float dtype -> panels of `width` lines, fp32: dst[panel][p][line in panel], missing lines
+  // 0. Element (line i, position p) stands at i * line_stride + p * position_stride; p < k.
+  void (*pack)(float* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines,
+               int64_t k, int width);
+  // C [m, n] (row stride ldc) = or += A B of packed panels with k positions each.
+  void (*block)(float* c, int64_t ldc, const float* a, const float* b, int64_t m, int64_t n, int64_t k,
+                bool accumulate);
+};
+
+const GemmKernels& gemm_kernels();
+
+}  // namespace dc

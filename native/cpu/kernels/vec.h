@@ -1,0 +1,94 @@
+// Vectors of floats for kernels/*.cc, as wide as the instruction set of this compilation. Everything here is static:
+// the same names exist once per instruction set, and the linker must never mix them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define DC_PASTE2(a, b) a##_##b
+#define DC_PASTE(a, b) DC_PASTE2(a, b)
+#define DC_FOR_ISA(name) DC_PASTE(name, DC_ISA)
+
+namespace dc {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+template <class V>
+inline __attribute__((always_inline)) V vload(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline __attribute__((always_inline)) vf loadf(const float* p) { return vload<vf>(p); }
+inline __attribute__((always_inline)) void storef(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline __attribute__((always_inline)) vf splat(float x) { return vf{} + x; }
+inline __attribute__((always_inline)) vi splati(int32_t x) { return vi{} + x; }
+
+// a b + c: fused where the instruction set has it (x86 base does not).
+inline __attribute__((always_inline)) vf madd(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+inline __attribute__((always_inline)) vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline __attribute__((always_inline)) vf vmin(vf a, vf b) { return a < b ? a : b; }
+inline __attribute__((always_inline)) float hsum(vf v) {
+  float x[W], s = 0;
+  storef(x, v);
+  for (int i = 0; i < W; i++) s += x[i];
+  return s;
+}
+inline __attribute__((always_inline)) float hmax(vf v) {
+  float x[W];
+  storef(x, v);
+  float m = x[0];
+  for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+// e^x within 1 ulp or so; NaN stays NaN, overflow gives infinity, underflow 0 through the subnormals. No fused
+// operations: every instruction set gives the same bits.
+inline __attribute__((always_inline)) vf vexp(vf x) {
+  const vf c = vmax(vmin(x, splat(88.8f)), splat(-104.0f));  // NaN: both comparisons are false, taken care of below
+  const vf shift = splat(12582912.0f);                       // 1.5 * 2^23: rounds to the nearest integer
+  const vf t = c * 1.44269504088896341f + shift;
+  const vf n = t - shift;
+  vf r = c - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vi e = (vi)t - (vi)shift;  // n as an integer
+  const vi half = e >> 1;          // 2^e in two factors: 2^-149 and 2^128 are no floats of one
+  const vf y = p * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
+  return x == x ? y : x;
+}
+
+}  // namespace
+}  // namespace dc

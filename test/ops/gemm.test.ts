@@ -1,0 +1,117 @@
+import { expect, test } from 'vitest';
+import { gemm, groupedGemm, matmulT } from '../../src/tensor/ops.js';
+import { Scope } from '../../src/tensor/tensor.js';
+import { bytesOf, expectClose, floatDTypes, onDevices, rounded, strided, tensor, type Values } from './support.js';
+
+const product = (a: Values, b: Values, m: number, n: number, k: number): Values => {
+  const c = new Float64Array(m * n);
+  for (let i = 0; i < m; i++)
+    for (let p = 0; p < k; p++) for (let j = 0; j < n; j++) c[i * n + j]! += a[i * k + p]! * b[p * n + j]!;
+  return c;
+};
+
+onDevices('gemm', (device, random) => {
+  // Around the edges of the micro-kernels (6 or 14 rows; 8, 16 or 32 columns) and of the blocks (256 deep).
+  const shapes: [number, number, number][] = [
+    [1, 1, 1], [1, 5, 300], [2, 33, 7], [3, 17, 257], [4, 64, 64], [5, 31, 100], [7, 16, 8], [13, 15, 255], [14, 32, 256], [29, 65, 513], [150, 97, 40],
+  ]; // prettier-ignore
+  for (const dtype of floatDTypes) {
+    for (const [m, n, k] of shapes) {
+      test(`${dtype} ${m} x ${n} x ${k}, every layout`, async () => {
+        using s = new Scope(device());
+        const a = rounded(dtype, random.normals(m * k));
+        const b = rounded(dtype, random.normals(k * n));
+        const expected = product(a, b, m, n, k);
+        for (const orderA of [
+          [0, 1],
+          [1, 0],
+        ]) {
+          for (const orderB of [
+            [0, 1],
+            [1, 0],
+          ]) {
+            const x = tensor(s, dtype, [m, k], a, { order: orderA, pad: 3 });
+            const y = tensor(s, dtype, [k, n], b, { order: orderB, pad: 1 });
+            await expectClose(gemm(s, x, y), expected);
+            await expectClose(gemm(s, x, y, { dtype: 'f32' }), expected);
+            const out = strided(s, 'f32', [m, n], { order: orderA, pad: 2 });
+            await expectClose(gemm(s, x, y, { out }), expected);
+          }
+        }
+      });
+    }
+  }
+
+  test('alpha, beta and bias, mixed dtypes', async () => {
+    using s = new Scope(device());
+    const [m, n, k] = [37, 50, 300];
+    const a = rounded('bf16', random.normals(m * k));
+    const b = rounded('f16', random.normals(k * n));
+    const bias = rounded('f32', random.normals(n));
+    const before = rounded('bf16', random.normals(m * n, 20));
+    const ab = product(a, b, m, n, k);
+    for (const [alpha, beta] of [
+      [1, 0],
+      [1, 1],
+      [-0.5, 2],
+      [0, 1],
+    ] as const) {
+      for (const dtype of floatDTypes) {
+        const out = tensor(s, dtype, [m, n], before, { pad: 5 });
+        gemm(s, tensor(s, 'bf16', [m, k], a), tensor(s, 'f16', [k, n], b), { out, alpha, beta, bias: tensor(s, 'f32', [n], bias) }); // prettier-ignore
+        await expectClose(out, ab.map((v, i) => alpha * v + beta * before[i]! + bias[i % n]!)); // prettier-ignore
+      }
+    }
+  });
+
+  test('batches, shared operands, empty dimensions', async () => {
+    using s = new Scope(device());
+    const [e, m, n, k] = [5, 9, 21, 30];
+    const a = rounded('f32', random.normals(e * m * k));
+    const b = rounded('f32', random.normals(k * n));
+    const expected = new Float64Array(e * m * n);
+    for (let i = 0; i < e; i++) expected.set(product(a.subarray(i * m * k, (i + 1) * m * k), b, m, n, k), i * m * n);
+    const c = gemm(s, tensor(s, 'f32', [e, m, k], a), tensor(s, 'f32', [1, k, n], b));
+    await expectClose(c, expected);
+    const none = gemm(s, s.empty('f32', [3, 0]), s.empty('f32', [0, 4]), { bias: tensor(s, 'f32', [4], [1, 2, 3, 4]) });
+    await expectClose(none, [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4]);
+    expect(gemm(s, s.empty('f32', [0, 5]), s.empty('f32', [5, 4])).shape).toEqual([0, 4]);
+    await device().sync();
+  });
+
+  test('sizes beyond one block; the same bytes twice', async () => {
+    using s = new Scope(device());
+    for (const [m, n, k] of [
+      [1030, 40, 520],
+      [20, 4200, 33],
+    ] as const) {
+      const a = rounded('bf16', random.normals(m * k));
+      const b = rounded('bf16', random.normals(k * n));
+      const [x, w] = [tensor(s, 'bf16', [m, k], a), tensor(s, 'bf16', [k, n], b, { order: [1, 0] })];
+      const y = gemm(s, x, w, { dtype: 'f32' });
+      const z = matmulT(s, x, w.transpose());
+      const expected = product(a, b, m, n, k);
+      await expectClose(y, expected);
+      await expectClose(z, expected);
+      expect(await bytesOf(gemm(s, x, w, { dtype: 'f32' }))).toEqual(await bytesOf(y));
+    }
+  });
+
+  test('grouped: rows sorted by expert, some experts without rows', async () => {
+    using s = new Scope(device());
+    const [n, k] = [19, 45];
+    const offsets = [0, 0, 7, 8, 8, 40];
+    const e = offsets.length - 1;
+    for (const dtype of floatDTypes) {
+      const x = rounded(dtype, random.normals(40 * k));
+      const w = rounded(dtype, random.normals(e * n * k));
+      const expected = new Float64Array(40 * n);
+      for (let g = 0; g < e; g++)
+        for (let r = offsets[g]!; r < offsets[g + 1]!; r++)
+          for (let j = 0; j < n; j++)
+            for (let p = 0; p < k; p++) expected[r * n + j]! += x[r * k + p]! * w[(g * n + j) * k + p]!;
+      const y = groupedGemm(s, tensor(s, dtype, [40, k], x), tensor(s, dtype, [e, n, k], w), tensor(s, 'i32', [e + 1], offsets)); // prettier-ignore
+      await expectClose(y, expected);
+    }
+  });
+});
