@@ -1,13 +1,12 @@
 import type { Tensor } from '../tensor/tensor.js';
 import type { Calls, ForwardContext, LinearSpec } from '../nn/calls.js';
+import type { TensorSpec } from '../nn/layer.js';
+import type { FfnSpec } from '../nn/mlp.js';
+import type { MoeSpec } from '../nn/moe.js';
 
-/** One tensor that an architecture expects. */
-export interface TensorSpec {
-  readonly name: string;
-  readonly shape: readonly number[];
-  /** Missing is fine (tied head, optional bias). */
-  readonly optional?: boolean;
-}
+export type { TensorSpec } from '../nn/layer.js';
+export type { FfnSpec } from '../nn/mlp.js';
+export type { MoeSpec } from '../nn/moe.js';
 
 /** One decoder layer. */
 export interface Block {
@@ -20,22 +19,10 @@ export interface Block {
   /** The dense gated feed-forward part, where this block has one (what `moe` splits). */
   readonly ffn?: FfnSpec;
   readonly moe?: MoeSpec;
+  /** Only the last `window` keys are seen; absent: all. */
+  readonly window?: number;
   /** x [B S, C] -> [B S, C]. */
   forward(x: Tensor, ctx: ForwardContext): Calls<Tensor>;
-}
-
-export interface FfnSpec {
-  readonly gate: LinearSpec;
-  readonly up: LinearSpec;
-  readonly down: LinearSpec;
-  readonly activation: 'silu' | 'gelu' | 'gelu_tanh';
-}
-
-export interface MoeSpec {
-  readonly experts: number;
-  readonly active: number;
-  readonly shared: number;
-  readonly width: number;
 }
 
 /** What algorithms see of an architecture. */
@@ -53,6 +40,8 @@ export interface Model {
   readonly blocks: readonly Block[];
   /** Tensors outside the blocks: embedding, final norm, head. */
   readonly outer: readonly TensorSpec[];
+  /** Name of the embedding's tensor, [V, C]. */
+  readonly embedding: string;
   /** The head as a linear; its tensor is the embedding when tied. */
   readonly head: LinearSpec;
   readonly tied: boolean;
@@ -62,6 +51,9 @@ export interface Model {
   readonly carried: readonly string[];
   /** tokens i32 [B, S] -> [B S, C]. */
   embed(tokens: Tensor, ctx: ForwardContext): Tensor;
-  /** Final norm and head: [T, C] -> logits [T, V]. */
+  /** Final norm and head: [T, C] -> logits f32 [T, V]. */
   logits(x: Tensor, ctx: ForwardContext): Calls<Tensor>;
 }
+
+/** Every linear of a model but the head, in order. */
+export const modelLinears = (model: Model): LinearSpec[] => model.blocks.flatMap((block) => block.linears.flat());

@@ -1,7 +1,11 @@
 import type { Scope, Tensor } from '../tensor/tensor.js';
 import type { AttentionOptions, ExpertOrder, RouteOptions } from '../tensor/ops.js';
+import type { RopeTables } from './rope.js';
 
 /**
+ * Tensors of a call live until it is answered; answers are contiguous, live in the context's scope and are freed by
+ * the forward pass that asked.
+ *
  * A block's forward pass is a generator that yields a call wherever somebody may want to look or step in: linears,
  * attention, routing, experts. Whoever drives it answers each call. Plain inference answers at once; calibration keeps
  * one suspended generator per batch, gathers statistics of all batches at a call, quantizes, and answers with the new
@@ -87,7 +91,8 @@ export interface Weights {
 export interface KvCache {
   /** Tokens already held. */
   readonly length: number;
-  append(k: Tensor, v: Tensor): { k: Tensor; v: Tensor };
+  /** [B,S,H,D] each -> all so far, [B,T,H,D]. Without `v` (compressed latents), the values are the keys. */
+  append(k: Tensor, v?: Tensor): { k: Tensor; v: Tensor };
 }
 
 /** What a forward pass runs in. Tokens are [B, S]; hidden states [B S, C]. */
@@ -99,6 +104,9 @@ export interface ForwardContext {
   readonly length: number;
   /** i32 [B, S]. */
   readonly positions: Tensor;
+  /** One more than the largest position. */
+  readonly end: number;
+  readonly rope: RopeTables;
   /** i32 [B]: number of real tokens of each row when rows are padded on the right. */
   readonly lengths?: Tensor;
   readonly cache?: KvCache;

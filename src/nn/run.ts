@@ -9,7 +9,10 @@ export function answer(call: Call, ctx: ForwardContext): unknown {
     case 'linear':
       return call.linears.map((linear): Tensor => {
         const bias = linear.bias ? weights.get(`${linear.name}.bias`) : undefined;
-        return matmulT(scope, call.x, weights.get(`${linear.name}.weight`), bias ? { bias } : {});
+        // Choices and probabilities are made from fp32 scores, whatever the precision of the hidden states.
+        const precise = linear.role === 'router' || linear.role === 'head';
+        const options = { ...(bias && { bias }), ...(precise && { dtype: 'f32' as const }) };
+        return matmulT(scope, call.x, weights.get(`${linear.name}.weight`), options);
       });
     case 'attention':
       return attention(scope, call.q, call.k, call.v, call.options);

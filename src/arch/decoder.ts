@@ -1,0 +1,161 @@
+import { add, gather } from '../tensor/ops.js';
+import type { Tensor } from '../tensor/tensor.js';
+import { linear, type Calls, type ForwardContext } from '../nn/calls.js';
+import { drop, linearSpec, type Layer } from '../nn/layer.js';
+import type { FfnSpec } from '../nn/mlp.js';
+import type { MoeSpec } from '../nn/moe.js';
+import { normalise, normTensor, type NormSpec } from '../nn/norm.js';
+import { limits, type Config } from './config.js';
+import type { Block, Model } from './types.js';
+
+/** What an architecture file says of one decoder layer. */
+export interface LayerParts {
+  readonly attention: Layer;
+  readonly mlp: Layer & { readonly ffn?: FfnSpec; readonly moe?: MoeSpec };
+  readonly window?: number | undefined;
+}
+
+/** Sizes that every decoder's config has. */
+export interface Sizes {
+  readonly hidden: number;
+  readonly layers: number;
+  readonly heads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly context: number;
+  readonly eps: number;
+}
+
+export function readSizes(c: Config, defaults: { eps?: number; headDim?: number } = {}): Sizes {
+  const hidden = c.int('hidden_size', { max: limits.hidden });
+  const heads = c.int('num_attention_heads', { max: limits.heads });
+  const kvHeads = c.int('num_key_value_heads', { max: limits.heads, default: heads });
+  if (heads % kvHeads !== 0) throw c.wrong('num_key_value_heads', `a divisor of num_attention_heads (${heads})`);
+  const given = c.optionalInt('head_dim', { max: limits.hidden }) ?? defaults.headDim;
+  if (given === undefined && hidden % heads !== 0) {
+    throw c.wrong('num_attention_heads', `a divisor of hidden_size (${hidden}), or head_dim given`);
+  }
+  return {
+    hidden,
+    layers: c.int('num_hidden_layers', { max: limits.layers }),
+    heads,
+    kvHeads,
+    headDim: given ?? hidden / heads,
+    context: c.int('max_position_embeddings'),
+    eps: c.float('rms_norm_eps', { max: 1, default: defaults.eps ?? 1e-6 }),
+  };
+}
+
+/** The feed-forward activation by the names that configs use. */
+export function readActivation(c: Config): FfnSpec['activation'] {
+  const names = {
+    silu: 'silu',
+    swish: 'silu',
+    gelu: 'gelu',
+    gelu_pytorch_tanh: 'gelu_tanh',
+    gelu_new: 'gelu_tanh',
+    gelu_fast: 'gelu_tanh',
+  } as const;
+  return names[c.choice('hidden_act', Object.keys(names) as (keyof typeof names)[], 'silu')];
+}
+
+export const normSpec = (name: string, width: number, eps: number): NormSpec => ({ name, width, eps });
+
+/** A gated feed-forward network of separate gate, up and down projections. */
+export function ffnSpec(
+  name: string,
+  sizes: { hidden: number; width: number },
+  activation: FfnSpec['activation'],
+  role: 'mlp' | 'expert' | 'shared-expert' = 'mlp',
+  { names = ['gate_proj', 'up_proj', 'down_proj'], bias = false }: { names?: string[]; bias?: boolean } = {},
+): FfnSpec {
+  const [gate, up, down] = names as [string, string, string];
+  const { hidden, width } = sizes;
+  return {
+    gate: linearSpec(`${name}.${gate}`, hidden, width, role, bias),
+    up: linearSpec(`${name}.${up}`, hidden, width, role, bias),
+    down: linearSpec(`${name}.${down}`, width, hidden, role, bias),
+    activation,
+  };
+}
+
+/**
+ * A pre-norm decoder: embedding, layers of attention and feed-forward behind one norm each, final norm, head. `layer`
+ * gives the parts of layer i, whose tensors start with `name`.
+ */
+export function decoder(
+  c: Config,
+  sizes: Sizes,
+  layer: (i: number, name: string) => LayerParts,
+  { carried = [] }: { carried?: readonly string[] } = {},
+): Model {
+  const { hidden, eps } = sizes;
+  const vocab = c.int('vocab_size', { max: limits.vocab });
+  const tied = c.bool('tie_word_embeddings', false);
+  const embedding = 'model.embed_tokens.weight';
+  const norm = normSpec('model.norm', hidden, eps);
+  const head = linearSpec(tied ? 'model.embed_tokens' : 'lm_head', hidden, vocab, 'head');
+  const shape = [vocab, hidden];
+  const blocks = Array.from({ length: sizes.layers }, (_, i) => {
+    const name = `model.layers.${i}`;
+    return block(i, name, sizes, layer(i, name));
+  });
+  const bosIds = c.ids('bos_token_id');
+  const modelType = c.raw('model_type');
+  return {
+    modelType: typeof modelType === 'string' ? modelType : '',
+    config: c.values,
+    hidden,
+    vocab,
+    context: sizes.context,
+    heads: sizes.heads,
+    kvHeads: sizes.kvHeads,
+    headDim: sizes.headDim,
+    blocks,
+    outer: [
+      { name: embedding, shape },
+      normTensor(norm),
+      // A tied checkpoint may hold the head all the same: torch.save writes both names of one storage.
+      { name: 'lm_head.weight', shape, ...(tied && { optional: true }) },
+    ],
+    embedding,
+    head,
+    tied,
+    bosId: bosIds[0],
+    eosIds: c.ids('eos_token_id'),
+    carried,
+    embed: (tokens, ctx) => gather(ctx.scope, ctx.weights.get(embedding), tokens.view(-1)),
+    *logits(x: Tensor, ctx: ForwardContext): Calls<Tensor> {
+      const h = normalise(norm, x, ctx);
+      const [y] = yield* linear([head], h);
+      drop(ctx.scope, [h]);
+      return y!;
+    },
+  };
+}
+
+function block(index: number, name: string, { hidden, eps }: Sizes, { attention, mlp, window }: LayerParts): Block {
+  const before = normSpec(`${name}.input_layernorm`, hidden, eps);
+  const between = normSpec(`${name}.post_attention_layernorm`, hidden, eps);
+  return {
+    index,
+    name,
+    tensors: [normTensor(before), ...attention.tensors, normTensor(between), ...mlp.tensors],
+    linears: [...attention.linears, ...mlp.linears],
+    ...(mlp.ffn && { ffn: mlp.ffn }),
+    ...(mlp.moe && { moe: mlp.moe }),
+    ...(window && { window }),
+    *forward(x: Tensor, ctx: ForwardContext): Calls<Tensor> {
+      const { scope } = ctx;
+      const h = normalise(before, x, ctx);
+      const a = yield* attention.forward(h, ctx);
+      const middle = add(scope, x, a);
+      drop(scope, [h, a]);
+      const n = normalise(between, middle, ctx);
+      const f = yield* mlp.forward(n, ctx);
+      const y = add(scope, middle, f);
+      drop(scope, [middle, n, f]);
+      return y;
+    },
+  };
+}

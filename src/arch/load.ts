@@ -1,0 +1,134 @@
+import { ConvertError, badInput, bug } from '../base/errors.js';
+import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
+import type { Device } from '../backend/device.js';
+import type { TensorEntry } from '../formats/types.js';
+import { copyInto, decode, dequantize } from '../tensor/ops.js';
+import { Scope, Tensor } from '../tensor/tensor.js';
+import type { OpenModel } from './open.js';
+
+/** Reads in flight: enough to keep a disk and the I/O threads busy, few enough to bound staging memory. */
+const inFlight = 6;
+
+const floats: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f16', 'f64', 'f8_e4m3', 'f8_e5m2']);
+
+/** Brings stored tensors to a device: into memory that the caller has made, converted to its dtype. */
+export class TensorLoader {
+  readonly #open: OpenModel;
+  readonly #device: Device;
+
+  constructor(open: OpenModel, device: Device) {
+    this.#open = open;
+    this.#device = device;
+  }
+
+  /** Fills `into` (contiguous) of each job with the tensor `name`. */
+  async load(jobs: readonly { name: string; into: Tensor }[]): Promise<void> {
+    let next = 0;
+    let failure: { error: unknown } | undefined;
+    const worker = async (): Promise<void> => {
+      while (next < jobs.length && !failure) {
+        const { name, into } = jobs[next++]!;
+        await this.#one(name, into).catch((error: unknown) => {
+          failure ??= { error };
+        });
+      }
+    };
+    // All workers end before an error is thrown: transfers under way hold the caller's memory.
+    await Promise.all(Array.from({ length: inFlight }, worker));
+    if (failure) throw failure.error;
+  }
+
+  async #one(name: string, into: Tensor): Promise<void> {
+    const stored = this.#open.tensors.get(name);
+    if (!stored) throw bug(`tensor ${name} is not in the checkpoint`);
+    using scope = new Scope(this.#device);
+    if (stored.linear) {
+      const [n, k] = into.shape as [number, number];
+      const { codes, grid } = await stored.linear.read(scope, (entry, dtype) => this.raw(scope, entry, dtype), n, k);
+      copyInto(into, dequantize(scope, codes, grid, into.dtype as 'f32'));
+      return;
+    }
+    await this.#entry(scope, stored.entry, into);
+  }
+
+  async #entry(scope: Scope, entry: TensorEntry, into: Tensor): Promise<void> {
+    const { encoding, strides } = entry;
+    switch (encoding.kind) {
+      case 'plain': {
+        if (!floats.has(encoding.dtype)) {
+          throw badInput('A weight has a type that is not a number with a fraction', {
+            where: `${entry.span.path}, tensor ${entry.name}`,
+            got: encoding.dtype,
+            expected: [...floats].join(', '),
+          });
+        }
+        if (encoding.dtype === into.dtype && !strides) return this.#read(entry, into);
+        if (!strides) {
+          copyInto(into, await this.raw(scope, entry, encoding.dtype));
+          return;
+        }
+        const size = entry.span.bytes / dtypeSize(encoding.dtype);
+        const flat = scope.empty(encoding.dtype, [size]);
+        await this.#read(entry, flat);
+        copyInto(into, new Tensor(flat.storage, 0, flat.dtype, entry.shape, strides));
+        return;
+      }
+      case 'ggml': {
+        const bytes = scope.empty('u8', [entry.span.bytes]);
+        await this.#read(entry, bytes);
+        const columns = into.dim(-1);
+        const rows = into.count / columns;
+        copyInto(into.view(rows, columns), decode(scope, bytes, encoding.type, [rows, columns], into.dtype as 'f32'));
+        return;
+      }
+      case 'scaled': {
+        const bytes = scope.empty('u8', [entry.span.bytes]);
+        const scaleDType = encoding.scaleElement === 'f8_e8m0' ? 'u8' : encoding.scaleElement;
+        const shape = [Math.ceil(into.dim(0) / encoding.block[0]), Math.ceil(into.dim(1) / encoding.block[1])];
+        const scale = scope.empty(scaleDType, shape);
+        await Promise.all([this.#read(entry, bytes), this.#read(encoding.scale, scale)]);
+        const [rows, columns] = into.shape as [number, number];
+        const scaled = { scale, block: encoding.block };
+        copyInto(into, decode(scope, bytes, encoding.element, [rows, columns], into.dtype as 'f32', scaled));
+        return;
+      }
+      case 'opaque':
+        throw badInput('A weight is stored in a way that cannot be computed with', {
+          where: `${entry.span.path}, tensor ${entry.name}`,
+          got: encoding.name,
+        });
+    }
+  }
+
+  /** A stored tensor as it is on disk, under its own shape. */
+  async raw(scope: Scope, entry: TensorEntry, dtype: DType): Promise<Tensor> {
+    const tensor = scope.empty(dtype, entry.shape);
+    if (entry.strides) throw bug(`raw read of ${entry.name}, which is a view`);
+    await this.#read(entry, tensor);
+    return tensor;
+  }
+
+  async #read({ name, span }: TensorEntry, into: Tensor): Promise<void> {
+    const bytes = elementCount(into.shape) * dtypeSize(into.dtype);
+    if (bytes !== span.bytes) {
+      throw badInput('A tensor does not have the size that its shape asks for', {
+        where: `${span.path}, tensor ${name}`,
+        got: `${span.bytes} bytes`,
+        expected: `${bytes} bytes for ${into.dtype} [${into.shape.join(', ')}]`,
+      });
+    }
+    if (bytes === 0) return;
+    const file = await this.#open.file(span.path);
+    try {
+      await this.#device.readFile(into.buffer, into.byteOffset, file.fd, span.offset, bytes);
+    } catch (error) {
+      if (!(error instanceof ConvertError) || error.kind !== 'input') throw error;
+      throw badInput(error.message.split('\n')[0]!, {
+        where: `${span.path}, tensor ${name}`,
+        expected: `${bytes} bytes from byte ${span.offset} on`,
+        ...(error.facts.hint !== undefined && { hint: error.facts.hint }),
+        cause: error,
+      });
+    }
+  }
+}

@@ -1,0 +1,40 @@
+import { badInput, didYouMean } from '../base/errors.js';
+import { Config } from './config.js';
+import { llama } from './llama.js';
+import type { Model } from './types.js';
+
+/** model_type -> its architecture. A new one is a file and a line here (docs/adding-an-architecture.md). */
+const architectures: Readonly<Record<string, (c: Config) => Model>> = {
+  llama,
+};
+
+export const modelTypes: readonly string[] = Object.keys(architectures).sort();
+
+/**
+ * What a config.json describes. `where` names it in errors.
+ * Errors: unknown model_type, keys that are wrong, missing or not understood.
+ */
+export function buildModel(config: Readonly<Record<string, unknown>>, where: string): Model {
+  const c = new Config(config, where);
+  const type = c.raw('model_type');
+  if (typeof type !== 'string') {
+    throw badInput('The configuration does not say what model this is', {
+      where,
+      got: type === undefined ? 'no model_type' : `model_type ${JSON.stringify(type)}`,
+      expected: `model_type: one of ${modelTypes.join(', ')}`,
+    });
+  }
+  const build = Object.hasOwn(architectures, type) ? architectures[type] : undefined;
+  if (!build) {
+    const near = didYouMean(type, modelTypes);
+    throw badInput('This architecture is not supported', {
+      where,
+      got: `model_type ${JSON.stringify(type)}`,
+      expected: `one of ${modelTypes.join(', ')}`,
+      ...(near !== undefined && { hint: `Did you mean ${near}?` }),
+    });
+  }
+  const model = build(c);
+  c.finish();
+  return model;
+}

@@ -1,0 +1,48 @@
+import type { Scope, Tensor } from '../tensor/tensor.js';
+import type { Calls, ForwardContext, LinearSpec } from './calls.js';
+
+/** One tensor that an architecture expects. */
+export interface TensorSpec {
+  readonly name: string;
+  readonly shape: readonly number[];
+  /** Missing is fine (tied head, optional bias). */
+  readonly optional?: boolean;
+  /** Held in fp32 whatever the run's precision (router biases). */
+  readonly f32?: boolean;
+}
+
+/** A part of a block: attention, or a feed-forward network. */
+export interface Layer {
+  readonly tensors: readonly TensorSpec[];
+  /** In the order in which forward calls them; inner arrays share an input. Experts stand one by one. */
+  readonly linears: readonly (readonly LinearSpec[])[];
+  /** x [B S, C], already normalised -> [B S, C], without the residual. */
+  forward(x: Tensor, ctx: ForwardContext): Calls<Tensor>;
+}
+
+export function linearSpec(
+  name: string,
+  inFeatures: number,
+  outFeatures: number,
+  role: LinearSpec['role'],
+  bias = false,
+): LinearSpec {
+  return bias ? { name, inFeatures, outFeatures, role, bias } : { name, inFeatures, outFeatures, role };
+}
+
+/** The tensors of linears: weight [N, K], bias [N]. */
+export const linearTensors = (linears: readonly LinearSpec[]): TensorSpec[] =>
+  linears.flatMap(({ name, inFeatures, outFeatures, bias }) => {
+    const weight = { name: `${name}.weight`, shape: [outFeatures, inFeatures] };
+    return bias ? [weight, { name: `${name}.bias`, shape: [outFeatures] }] : [weight];
+  });
+
+/**
+ * Frees intermediates of `scope` as soon as they are used up; what belongs to somebody else, or shares its memory with
+ * a tensor of `keep`, stays.
+ */
+export function drop(scope: Scope, tensors: readonly (Tensor | undefined)[], keep: readonly Tensor[] = []): void {
+  for (const tensor of tensors) {
+    if (tensor && scope.owns(tensor) && !keep.some((k) => k.storage === tensor.storage)) scope.free(tensor);
+  }
+}

@@ -1,0 +1,94 @@
+import { binary, expertCombine, expertSort, gather, swiglu, unary, type RouteOptions } from '../tensor/ops.js';
+import type { Tensor } from '../tensor/tensor.js';
+import { choose, experts, linear, type Calls, type ForwardContext, type LinearSpec } from './calls.js';
+import { drop, linearTensors, type Layer } from './layer.js';
+import { gatedMlp, type FfnSpec } from './mlp.js';
+
+/** A mixture of gated feed-forward experts (Shazeer et al. 2017; shared experts: Dai et al. 2024). */
+export interface MoeLayerSpec {
+  readonly layer: number;
+  /** [experts, C]. */
+  readonly router: LinearSpec;
+  readonly route: Omit<RouteOptions, 'bias'>;
+  /** Tensor name of the selection bias f32 [experts]. */
+  readonly routeBias?: string | undefined;
+  readonly experts: readonly FfnSpec[];
+  /** Shared experts, stored as one network. */
+  readonly shared?: FfnSpec | undefined;
+  /** How many experts `shared` stands for. */
+  readonly sharedCount?: number | undefined;
+  /** [1, C]: the shared network's output is multiplied by sigmoid of this. */
+  readonly sharedGate?: LinearSpec | undefined;
+}
+
+export interface MoeSpec {
+  readonly experts: number;
+  readonly active: number;
+  readonly shared: number;
+  readonly width: number;
+  readonly router: LinearSpec;
+  readonly expertLinears: readonly FfnSpec[];
+}
+
+export function moeLayer(m: MoeLayerSpec): Layer & { readonly moe: MoeSpec } {
+  const shared = m.shared && gatedMlp(m.shared);
+  const gate = m.sharedGate ? [m.sharedGate] : [];
+  return {
+    moe: {
+      experts: m.experts.length,
+      active: m.route.topK,
+      shared: m.shared ? (m.sharedCount ?? 1) : 0,
+      width: m.experts[0]!.gate.outFeatures,
+      router: m.router,
+      expertLinears: m.experts,
+    },
+    tensors: [
+      ...linearTensors([m.router, ...gate]),
+      ...(m.routeBias ? [{ name: m.routeBias, shape: [m.experts.length], f32: true }] : []),
+      ...m.experts.flatMap((e) => linearTensors([e.gate, e.up, e.down])),
+      ...(shared?.tensors ?? []),
+    ],
+    linears: [
+      [m.router],
+      ...(shared?.linears ?? []),
+      ...(m.sharedGate ? [[m.sharedGate]] : []),
+      ...m.experts.map((e) => [e.gate, e.up]),
+      ...m.experts.map((e) => [e.down]),
+    ],
+    forward: (x, ctx) => forward(m, shared, x, ctx),
+  };
+}
+
+function* forward(m: MoeLayerSpec, shared: Layer | undefined, x: Tensor, ctx: ForwardContext): Calls<Tensor> {
+  const { scope, weights } = ctx;
+  const [logits] = yield* linear([m.router], x);
+  const options = { ...m.route, ...(m.routeBias && { bias: weights.get(m.routeBias) }) };
+  const { w, idx } = yield* choose({ layer: m.layer, logits: logits!, options });
+  drop(scope, [logits]);
+
+  let base: Tensor | undefined;
+  if (shared) base = yield* shared.forward(x, ctx);
+  if (base && m.sharedGate) {
+    const [g] = yield* linear([m.sharedGate], x);
+    unary(scope, 'sigmoid', g!, 0, 0, g);
+    binary(scope, 'mul', base, g!, { out: base });
+    drop(scope, [g]);
+  }
+
+  const order = expertSort(scope, idx, m.experts.length);
+  const rows = gather(scope, x, order.tokens);
+  const both = { layer: m.layer, order };
+  const [gate, up] = yield* experts({
+    ...both,
+    x: rows,
+    linears: [m.experts.map((e) => e.gate), m.experts.map((e) => e.up)],
+  });
+  drop(scope, [rows]);
+  const h = swiglu(scope, gate!, up!, m.experts[0]!.activation);
+  drop(scope, [gate, up]);
+  const [y] = yield* experts({ ...both, x: h, linears: [m.experts.map((e) => e.down)] });
+  drop(scope, [h]);
+  const out = expertCombine(scope, y!, order.place, w, base);
+  drop(scope, [y, base, w, idx, order.slots, order.offsets, order.place, order.tokens]);
+  return out;
+}

@@ -1,0 +1,92 @@
+import { createHash } from 'node:crypto';
+import { existsSync, readdirSync, statSync } from 'node:fs';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { Tokenizer as NativeTokenizer } from '@anush008/tokenizers';
+import { badInput } from '../base/errors.js';
+
+export interface EncodeOptions {
+  /** With what the tokenizer puts around every text (BOS, EOS); default false. */
+  special?: boolean;
+}
+export interface DecodeOptions {
+  /** Keep special tokens in the text; default false. */
+  special?: boolean;
+}
+
+/** A tokenizer.json, as Hugging Face's own Rust library reads it. Work happens off the event loop. */
+export class Tokenizer {
+  readonly path: string;
+  /** SHA-256 (hex) of the file. */
+  readonly hash: string;
+  /** With added tokens. */
+  readonly vocabSize: number;
+  readonly #native: NativeTokenizer;
+
+  constructor(native: NativeTokenizer, path: string, hash: string) {
+    this.#native = native;
+    this.path = path;
+    this.hash = hash;
+    this.vocabSize = native.getVocabSize(true);
+  }
+
+  async encode(text: string, { special = false }: EncodeOptions = {}): Promise<Int32Array> {
+    const encoding = await this.#native.encode(text, null, { addSpecialTokens: special });
+    return Int32Array.from(encoding.getIds());
+  }
+  /** Several texts at once, on all cores. */
+  async encodeAll(texts: readonly string[], { special = false }: EncodeOptions = {}): Promise<Int32Array[]> {
+    const encodings = await this.#native.encodeBatch([...texts], { addSpecialTokens: special });
+    return encodings.map((encoding) => Int32Array.from(encoding.getIds()));
+  }
+  async decode(ids: Iterable<number>, { special = false }: DecodeOptions = {}): Promise<string> {
+    return this.#native.decode([...ids], !special);
+  }
+  /** The token as the vocabulary spells it (`Ġworld`), or undefined. */
+  token(id: number): string | undefined {
+    return this.#native.idToToken(id) ?? undefined;
+  }
+  id(token: string): number | undefined {
+    return this.#native.tokenToId(token) ?? undefined;
+  }
+}
+
+/**
+ * Loads tokenizer.json, given itself or its folder. The native library is loaded on first use only.
+ * Errors: no tokenizer.json, not one that the library understands.
+ */
+export async function loadTokenizer(folderOrFile: string): Promise<Tokenizer> {
+  const path = tokenizerFile(folderOrFile);
+  const bytes = await readFile(path);
+  const { Tokenizer: Native } = await import('@anush008/tokenizers').then((m) => m.default ?? m);
+  let native: NativeTokenizer;
+  try {
+    native = Native.fromString(bytes.toString('utf8'));
+  } catch (cause) {
+    throw badInput('The tokenizer cannot be read', {
+      where: path,
+      got: cause instanceof Error ? cause.message : String(cause),
+      expected: 'a tokenizer.json of the Hugging Face tokenizers library',
+      cause,
+    });
+  }
+  // Both would change what a text's tokens are; they are meant for training batches.
+  native.disableTruncation();
+  native.disablePadding();
+  return new Tokenizer(native, path, createHash('sha256').update(bytes).digest('hex'));
+}
+
+/** tokenizer.json in the folder, or the file itself. */
+function tokenizerFile(path: string): string {
+  if (!existsSync(path)) throw badInput('There is no tokenizer here', { where: path });
+  if (!statSync(path).isDirectory()) return path;
+  const file = join(path, 'tokenizer.json');
+  if (existsSync(file)) return file;
+  const slow = readdirSync(path).find((name) => ['tokenizer.model', 'vocab.json', 'spiece.model'].includes(name));
+  throw badInput('The model has no tokenizer.json', {
+    where: path,
+    hint: slow
+      ? `${slow} is an older form: load it with AutoTokenizer in Python once and save_pretrained() it to this folder.`
+      : 'Put the tokenizer.json of the model beside its weights.',
+  });
+}
