@@ -1,0 +1,528 @@
+// Attention: flash forward on tensor cores for 16-bit inputs, a plain kernel for fp32 and unusual widths, backward,
+// comparison of two models' attention rows.
+#include <cuda_pipeline.h>
+
+#include "cuda.cuh"
+
+namespace dc {
+namespace {
+
+struct View4 {  // [B, S, H, D], last stride 1
+  void* data;
+  int64_t b, s, h;
+  explicit View4(const dc_tensor& t) : data(t.data), b(t.stride[0]), s(t.stride[1]), h(t.stride[2]) {}
+};
+
+struct Problem {
+  int B, S, T, H, G, D, DV;  // G = query heads per key head
+  int causal, window, offset;
+  float scale, cap;
+  const int32_t* lengths;
+  const float* sinks;
+  float* lse;
+  // Keys that query s may see: [first, last)
+  __device__ int last(int b, int s) const {
+    int end = lengths ? min(T, lengths[b]) : T;
+    return causal ? min(end, s + offset + 1) : end;
+  }
+  __device__ int first(int s) const { return window > 0 ? max(0, s + offset - window + 1) : 0; }
+  __device__ float score(float dot) const {
+    const float x = dot * scale;
+    return cap > 0 ? cap * tanhf(x / cap) : x;
+  }
+};
+
+// --- plain: a warp per query --------------------------------------------------------------------------------------------
+
+template <int DMAX>
+__global__ void __launch_bounds__(128) plain_attention(dc_tensor o, dc_tensor q, dc_tensor k, dc_tensor v, Problem p) {
+  __shared__ float qs[4][DMAX];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t item = blockIdx.x * 4ll + warp;
+  if (item >= int64_t(p.B) * p.H * p.S) return;
+  const int s = int(item % p.S), h = int(item / p.S % p.H), b = int(item / p.S / p.H), kh = h / p.G;
+  const int64_t qi = b * q.stride[0] + s * q.stride[1] + h * q.stride[2];
+  for (int d = lane; d < p.D; d += 32) qs[warp][d] = load(q.data, q.dtype, qi + d);
+  __syncwarp();
+  const int first = p.first(s), last = p.last(b, s);
+  float top = -INFINITY, sum = 0, acc[DMAX / 32] = {};
+  for (int t0 = first; t0 < last; t0 += 32) {
+    const int t = t0 + lane;
+    float x = -INFINITY;
+    if (t < last) {
+      const int64_t ki = b * k.stride[0] + t * k.stride[1] + kh * k.stride[2];
+      float dot = 0;
+      for (int d = 0; d < p.D; d++) dot = fmaf(qs[warp][d], load(k.data, k.dtype, ki + d), dot);
+      x = p.score(dot);
+    }
+    const float new_top = fmaxf(top, warp_max(x));
+    const float shrink = top == -INFINITY ? 0.f : expf(top - new_top);
+    const float w = x == -INFINITY ? 0.f : expf(x - new_top);
+    sum = sum * shrink + warp_sum(w);
+    top = new_top;
+#pragma unroll
+    for (int i = 0; i < DMAX / 32; i++) acc[i] *= shrink;
+    const int n = min(32, last - t0);
+    for (int j = 0; j < n; j++) {
+      const float wj = __shfl_sync(~0u, w, j);
+      const int64_t vi = b * v.stride[0] + (t0 + j) * v.stride[1] + kh * v.stride[2];
+#pragma unroll
+      for (int i = 0; i < DMAX / 32; i++)
+        if (lane + i * 32 < p.DV) acc[i] = fmaf(wj, load(v.data, v.dtype, vi + lane + i * 32), acc[i]);
+    }
+  }
+  if (p.sinks) {
+    const float sink = p.sinks[h], new_top = fmaxf(top, sink), shrink = top == -INFINITY ? 0.f : expf(top - new_top);
+    sum = sum * shrink + expf(sink - new_top);
+    top = new_top;
+#pragma unroll
+    for (int i = 0; i < DMAX / 32; i++) acc[i] *= shrink;
+  }
+  const float inverse = sum > 0 ? 1.f / sum : 0.f;
+  const int64_t oi = b * o.stride[0] + s * o.stride[1] + h * o.stride[2];
+#pragma unroll
+  for (int i = 0; i < DMAX / 32; i++)
+    if (lane + i * 32 < p.DV) store(o.data, o.dtype, oi + lane + i * 32, acc[i] * inverse);
+  if (p.lse && lane == 0) p.lse[(int64_t(b) * p.H + h) * p.S + s] = sum > 0 ? top + logf(sum) : -INFINITY;
+}
+
+// --- flash forward ------------------------------------------------------------------------------------------------------
+// Dao 2023 (FlashAttention-2): a block takes QM queries of one head, each warp 16 of them, and walks the keys in tiles
+// of KN; scores and probabilities stay in registers.
+
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* p) {
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(p));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void* p) {
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(p));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float a, float b) {
+  T pair[2] = {from_float<T>(a), from_float<T>(b)};
+  return *reinterpret_cast<uint32_t*>(pair);
+}
+
+// A tile of `rows` x D values into shared memory, 16 bytes at a time; rows at and beyond `limit` become zeros.
+template <class T, int D, int ROWS, int THREADS>
+__device__ __forceinline__ void load_tile(T (*tile)[D + 8], const T* base, int64_t stride, int first, int limit, int columns) {
+  constexpr int PIECES = D / 8;
+  for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+    const int r = i / PIECES, c = i % PIECES * 8;
+    T* to = &tile[r][c];
+    if (first + r < limit && c < columns) __pipeline_memcpy_async(to, base + (first + r) * stride + c, 16);
+    else *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <class T, int D, int DV, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32) flash_attention(View4 o, View4 q, View4 k, View4 v, Problem p) {
+  constexpr int QM = WARPS * 16, KN = 64, THREADS = WARPS * 32;
+  extern __shared__ __align__(16) unsigned char memory[];
+  T(*Qs)[D + 8] = reinterpret_cast<T(*)[D + 8]>(memory);
+  T(*Ks)[D + 8] = Qs + QM;  // two stages
+  T(*Vs)[DV + 8] = reinterpret_cast<T(*)[DV + 8]>(Ks + 2 * KN);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int tile = gridDim.x - 1 - blockIdx.x;  // the longest rows first
+  const int h = blockIdx.y, b = blockIdx.z, kh = h / p.G, s0 = tile * QM;
+  const T* qb = static_cast<const T*>(q.data) + b * q.b + h * q.h;
+  const T* kb = static_cast<const T*>(k.data) + b * k.b + kh * k.h;
+  const T* vb = static_cast<const T*>(v.data) + b * v.b + kh * v.h;
+  const int s_last = min(s0 + QM, p.S) - 1;
+  const int key_end = p.last(b, s_last), key_begin = p.first(s0) / KN * KN;
+
+  load_tile<T, D, QM, THREADS>(Qs, qb, q.s, s0, p.S, p.D);
+  load_tile<T, D, KN, THREADS>(Ks, kb, k.s, key_begin, key_end, p.D);
+  load_tile<T, DV, KN, THREADS>(Vs, vb, v.s, key_begin, key_end, p.DV);
+  __pipeline_commit();
+
+  float acc[DV / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  uint32_t fq[D / 16][4];
+  int stage = 0;
+  for (int t0 = key_begin; t0 < key_end; t0 += KN, stage ^= 1) {
+    if (t0 + KN < key_end) {
+      load_tile<T, D, KN, THREADS>(Ks + (stage ^ 1) * KN, kb, k.s, t0 + KN, key_end, p.D);
+      load_tile<T, DV, KN, THREADS>(Vs + (stage ^ 1) * KN, vb, v.s, t0 + KN, key_end, p.DV);
+    }
+    __pipeline_commit();
+    __pipeline_wait_prior(1);
+    __syncthreads();
+    if (t0 == key_begin) {
+#pragma unroll
+      for (int i = 0; i < D / 16; i++) ldmatrix(fq[i], &Qs[warp * 16 + (lane & 15)][i * 16 + (lane >> 4) * 8]);
+    }
+    T(*K)[D + 8] = Ks + stage * KN;
+    T(*V)[DV + 8] = Vs + stage * KN;
+    float x[KN / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < D / 16; i++)
+#pragma unroll
+      for (int n = 0; n < KN / 16; n++) {
+        uint32_t f[4];  // keys n*16..+16, channels i*16..+16
+        ldmatrix(f, &K[n * 16 + (lane & 7) + (lane >> 4) * 8][i * 16 + (lane >> 3 & 1) * 8]);
+        mma<T>(x[2 * n], fq[i], f[0], f[1]);
+        mma<T>(x[2 * n + 1], fq[i], f[2], f[3]);
+      }
+    // Mask, running softmax. Element (row lane / 4 + 8 r, column n * 8 + lane % 4 * 2 + c) is x[n][2 r + c].
+    const bool edge = t0 + KN > p.last(b, s0) || p.window > 0 || s0 + QM > p.S;
+    float new_top[2] = {top[0], top[1]};
+#pragma unroll
+    for (int n = 0; n < KN / 8; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        x[n][j] = p.score(x[n][j]);
+        if (edge) {
+          const int s = s0 + warp * 16 + (lane >> 2) + (j >> 1) * 8, t = t0 + n * 8 + (lane & 3) * 2 + (j & 1);
+          if (t >= p.last(b, s) || t < p.first(s)) x[n][j] = -INFINITY;
+        }
+        new_top[j >> 1] = fmaxf(new_top[j >> 1], x[n][j]);
+      }
+    float shrink[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      new_top[r] = fmaxf(new_top[r], __shfl_xor_sync(~0u, new_top[r], 1));
+      new_top[r] = fmaxf(new_top[r], __shfl_xor_sync(~0u, new_top[r], 2));
+      shrink[r] = top[r] == -INFINITY ? 0.f : exp2f((top[r] - new_top[r]) * 1.4426950408889634f);
+      top[r] = new_top[r];
+      sum[r] *= shrink[r];
+    }
+#pragma unroll
+    for (int n = 0; n < KN / 8; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        x[n][j] = x[n][j] == -INFINITY ? 0.f : exp2f((x[n][j] - top[j >> 1]) * 1.4426950408889634f);
+        sum[j >> 1] += x[n][j];
+      }
+#pragma unroll
+    for (int n = 0; n < DV / 8; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) acc[n][j] *= shrink[j >> 1];
+#pragma unroll
+    for (int i = 0; i < KN / 16; i++) {
+      const uint32_t a[4] = {pack2<T>(x[2 * i][0], x[2 * i][1]), pack2<T>(x[2 * i][2], x[2 * i][3]), pack2<T>(x[2 * i + 1][0], x[2 * i + 1][1]), pack2<T>(x[2 * i + 1][2], x[2 * i + 1][3])};
+#pragma unroll
+      for (int n = 0; n < DV / 16; n++) {
+        uint32_t f[4];
+        ldmatrix_transposed(f, &V[i * 16 + (lane & 15)][n * 16 + (lane >> 4) * 8]);
+        mma<T>(acc[2 * n], a, f[0], f[1]);
+        mma<T>(acc[2 * n + 1], a, f[2], f[3]);
+      }
+    }
+    __syncthreads();
+  }
+  __pipeline_wait_prior(0);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+    sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+    const int s = s0 + warp * 16 + (lane >> 2) + r * 8;
+    float factor = 1;
+    if (p.sinks) {
+      const float sink = p.sinks[h], new_top = fmaxf(top[r], sink);
+      factor = top[r] == -INFINITY ? 0.f : expf(top[r] - new_top);
+      sum[r] = sum[r] * factor + expf(sink - new_top);
+      top[r] = new_top;
+    }
+    const float inverse = sum[r] > 0 ? factor / sum[r] : 0.f;
+    if (s >= p.S) continue;
+    T* out = static_cast<T*>(o.data) + b * o.b + s * o.s + h * o.h;
+#pragma unroll
+    for (int n = 0; n < DV / 8; n++) {
+      const int c = n * 8 + (lane & 3) * 2;
+      if (c < p.DV) *reinterpret_cast<uint32_t*>(out + c) = pack2<T>(acc[n][2 * r] * inverse, acc[n][2 * r + 1] * inverse);
+    }
+    if (p.lse && (lane & 3) == 0) p.lse[(int64_t(b) * p.H + h) * p.S + s] = sum[r] > 0 ? top[r] + logf(sum[r]) : -INFINITY;
+  }
+}
+
+template <class T, int D, int DV, int WARPS>
+int launch_flash(dc_context* c, const View4& o, const View4& q, const View4& k, const View4& v, const Problem& p) {
+  constexpr int QM = WARPS * 16, KN = 64;
+  const size_t shared = (size_t(QM + 2 * KN) * (D + 8) + 2 * KN * (DV + 8)) * 2;
+  auto kernel = flash_attention<T, D, DV, WARPS>;
+  DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  kernel<<<dim3(unsigned(ceil_div(p.S, QM)), unsigned(p.H), unsigned(p.B)), WARPS * 32, shared, c->stream>>>(o, q, k, v, p);
+  return launched(c, "attention");
+}
+template <class T>
+int choose_flash(dc_context* c, const View4& o, const View4& q, const View4& k, const View4& v, const Problem& p) {
+  const int d = p.D, dv = p.DV;
+  if (d <= 32 && dv <= 32) return launch_flash<T, 32, 32, 4>(c, o, q, k, v, p);
+  if (d <= 64 && dv <= 64) return launch_flash<T, 64, 64, 4>(c, o, q, k, v, p);
+  if (d <= 96 && dv <= 96) return launch_flash<T, 96, 96, 4>(c, o, q, k, v, p);
+  if (d <= 128 && dv <= 128) return launch_flash<T, 128, 128, 4>(c, o, q, k, v, p);
+  if (d <= 192 && dv <= 128) return launch_flash<T, 192, 128, 4>(c, o, q, k, v, p);
+  return launch_flash<T, 256, 256, 4>(c, o, q, k, v, p);
+}
+
+// --- backward -----------------------------------------------------------------------------------------------------------
+// With P = exp(score - lse): dV = P' dO, dS = P (dO V' - delta), delta = rowsum(dO O), dQ = scale dS K, dK = scale dS' Q.
+
+__global__ void row_dots(float* delta, dc_tensor a, dc_tensor b, int64_t rows, int S, int H, int DV) {
+  const int lane = threadIdx.x & 31;
+  const int64_t item = blockIdx.x * int64_t(blockDim.x / 32) + (threadIdx.x >> 5);
+  if (item >= rows) return;
+  const int64_t s = item % S, h = item / S % H, n = item / S / H;
+  float sum = 0;
+  for (int d = lane; d < DV; d += 32)
+    sum += load(a.data, a.dtype, n * a.stride[0] + s * a.stride[1] + h * a.stride[2] + d) * load(b.data, b.dtype, n * b.stride[0] + s * b.stride[1] + h * b.stride[2] + d);
+  sum = warp_sum(sum);
+  if (lane == 0) delta[item] = sum;
+}
+
+template <int DMAX>
+__global__ void __launch_bounds__(128) backward_queries(dc_tensor dq, dc_tensor dO, dc_tensor q, dc_tensor k, dc_tensor v, const float* lse, const float* delta, Problem p) {
+  __shared__ float qs[4][DMAX], gs[4][DMAX];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t item = blockIdx.x * 4ll + warp;
+  if (item >= int64_t(p.B) * p.H * p.S) return;
+  const int s = int(item % p.S), h = int(item / p.S % p.H), b = int(item / p.S / p.H), kh = h / p.G;
+  for (int d = lane; d < p.D; d += 32) qs[warp][d] = load(q.data, q.dtype, b * q.stride[0] + s * q.stride[1] + h * q.stride[2] + d);
+  for (int d = lane; d < p.DV; d += 32) gs[warp][d] = load(dO.data, dO.dtype, b * dO.stride[0] + s * dO.stride[1] + h * dO.stride[2] + d);
+  __syncwarp();
+  float acc[DMAX / 32] = {};
+  const int last = p.last(b, s);
+  for (int t0 = p.first(s); t0 < last; t0 += 32) {
+    const int t = t0 + lane;
+    float ds = 0;
+    if (t < last) {
+      const int64_t ki = b * k.stride[0] + t * k.stride[1] + kh * k.stride[2], vi = b * v.stride[0] + t * v.stride[1] + kh * v.stride[2];
+      float dot = 0, dp = 0;
+      for (int d = 0; d < p.D; d++) dot = fmaf(qs[warp][d], load(k.data, k.dtype, ki + d), dot);
+      for (int d = 0; d < p.DV; d++) dp = fmaf(gs[warp][d], load(v.data, v.dtype, vi + d), dp);
+      ds = expf(p.scale * dot - lse[item]) * (dp - delta[item]) * p.scale;
+    }
+    const int n = min(32, last - t0);
+    for (int j = 0; j < n; j++) {
+      const float w = __shfl_sync(~0u, ds, j);
+      const int64_t ki = b * k.stride[0] + (t0 + j) * k.stride[1] + kh * k.stride[2];
+#pragma unroll
+      for (int i = 0; i < DMAX / 32; i++)
+        if (lane + i * 32 < p.D) acc[i] = fmaf(w, load(k.data, k.dtype, ki + lane + i * 32), acc[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < DMAX / 32; i++)
+    if (lane + i * 32 < p.D) store(dq.data, dq.dtype, b * dq.stride[0] + s * dq.stride[1] + h * dq.stride[2] + lane + i * 32, acc[i]);
+}
+
+// A warp per key of one key head walks all queries of its group.
+template <int DMAX>
+__global__ void __launch_bounds__(128) backward_keys(dc_tensor dk, dc_tensor dv, dc_tensor dO, dc_tensor q, dc_tensor k, dc_tensor v, const float* lse, const float* delta, Problem p) {
+  __shared__ float ks[4][DMAX], vs[4][DMAX];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, heads = p.H / p.G;
+  const int64_t item = blockIdx.x * 4ll + warp;
+  if (item >= int64_t(p.B) * heads * p.T) return;
+  const int t = int(item % p.T), kh = int(item / p.T % heads), b = int(item / p.T / heads);
+  for (int d = lane; d < p.D; d += 32) ks[warp][d] = load(k.data, k.dtype, b * k.stride[0] + t * k.stride[1] + kh * k.stride[2] + d);
+  for (int d = lane; d < p.DV; d += 32) vs[warp][d] = load(v.data, v.dtype, b * v.stride[0] + t * v.stride[1] + kh * v.stride[2] + d);
+  __syncwarp();
+  float gk[DMAX / 32] = {}, gv[DMAX / 32] = {};
+  for (int h = kh * p.G; h < (kh + 1) * p.G; h++)
+    for (int s0 = 0; s0 < p.S; s0 += 32) {
+      const int s = s0 + lane;
+      float w = 0, ds = 0;
+      if (s < p.S && t < p.last(b, s) && t >= p.first(s)) {
+        const int64_t qi = b * q.stride[0] + s * q.stride[1] + h * q.stride[2], gi = b * dO.stride[0] + s * dO.stride[1] + h * dO.stride[2];
+        const int64_t row = (int64_t(b) * p.H + h) * p.S + s;
+        float dot = 0, dp = 0;
+        for (int d = 0; d < p.D; d++) dot = fmaf(ks[warp][d], load(q.data, q.dtype, qi + d), dot);
+        for (int d = 0; d < p.DV; d++) dp = fmaf(vs[warp][d], load(dO.data, dO.dtype, gi + d), dp);
+        w = expf(p.scale * dot - lse[row]);
+        ds = w * (dp - delta[row]) * p.scale;
+      }
+      for (unsigned some = __ballot_sync(~0u, w != 0 || ds != 0); some; some &= some - 1) {
+        const int j = __ffs(some) - 1;
+        const float wj = __shfl_sync(~0u, w, j), dj = __shfl_sync(~0u, ds, j);
+        const int64_t qi = b * q.stride[0] + (s0 + j) * q.stride[1] + h * q.stride[2], gi = b * dO.stride[0] + (s0 + j) * dO.stride[1] + h * dO.stride[2];
+#pragma unroll
+        for (int i = 0; i < DMAX / 32; i++) {
+          if (lane + i * 32 < p.D) gk[i] = fmaf(dj, load(q.data, q.dtype, qi + lane + i * 32), gk[i]);
+          if (lane + i * 32 < p.DV) gv[i] = fmaf(wj, load(dO.data, dO.dtype, gi + lane + i * 32), gv[i]);
+        }
+      }
+    }
+#pragma unroll
+  for (int i = 0; i < DMAX / 32; i++) {
+    if (lane + i * 32 < p.D) store(dk.data, dk.dtype, b * dk.stride[0] + t * dk.stride[1] + kh * dk.stride[2] + lane + i * 32, gk[i]);
+    if (lane + i * 32 < p.DV) store(dv.data, dv.dtype, b * dv.stride[0] + t * dv.stride[1] + kh * dv.stride[2] + lane + i * 32, gv[i]);
+  }
+}
+
+// --- comparison ---------------------------------------------------------------------------------------------------------
+// A block per query: both rows of scores in shared memory (long rows: in work memory), then the three figures.
+
+__global__ void __launch_bounds__(128) compare_rows(float* out, dc_tensor qa, dc_tensor ka, dc_tensor qb, dc_tensor kb, Problem p, float scale_b, int Ga, int Gb, int Db, float* work) {
+  extern __shared__ float row_memory[];
+  __shared__ float shared[33];
+  __shared__ float best_value[4];
+  __shared__ int best_index[4], chosen[2][8];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const int s = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
+  float* result = out + ((int64_t(b) * p.H + h) * p.S + s) * 3;
+  const int first = max(1, p.first(s)), last = p.last(b, s), n = last - first;
+  if (n <= 0) {
+    if (tid < 3) result[tid] = NAN;
+    return;
+  }
+  float* query = row_memory;  // both queries
+  float* rows = work ? work + ((int64_t(b) * gridDim.y + h) * gridDim.x + s) * 2 * p.T : row_memory + p.D + Db;
+  for (int d = tid; d < p.D; d += 128) query[d] = load(qa.data, qa.dtype, b * qa.stride[0] + s * qa.stride[1] + h * qa.stride[2] + d);
+  for (int d = tid; d < Db; d += 128) query[p.D + d] = load(qb.data, qb.dtype, b * qb.stride[0] + s * qb.stride[1] + h * qb.stride[2] + d);
+  __syncthreads();
+  float lse[2];
+  for (int side = 0; side < 2; side++) {
+    const dc_tensor& k = side ? kb : ka;
+    const int D = side ? Db : p.D, kh = h / (side ? Gb : Ga);
+    const float scale = side ? scale_b : p.scale;
+    const float* qs = query + (side ? p.D : 0);
+    float* row = rows + side * n;
+    float top = -INFINITY;
+    for (int i = warp; i < n; i += 4) {  // a warp per key: coalesced
+      const int64_t ki = b * k.stride[0] + int64_t(first + i) * k.stride[1] + kh * k.stride[2];
+      float dot = 0;
+      for (int d = lane; d < D; d += 32) dot = fmaf(qs[d], load(k.data, k.dtype, ki + d), dot);
+      dot = warp_sum(dot) * scale;
+      if (lane == 0) row[i] = dot;
+      top = fmaxf(top, dot);
+    }
+    top = block_max(top, shared);
+    float sum = 0;
+    for (int i = tid; i < n; i += 128) sum += expf(row[i] - top);
+    sum = block_sum(sum, shared);
+    lse[side] = top + logf(sum);
+  }
+  float js = 0, ab = 0, aa = 0, bb = 0;
+  for (int i = tid; i < n; i += 128) {
+    const float la = rows[i] - lse[0], lb = rows[n + i] - lse[1], a = expf(la), q = expf(lb), m = 0.5f * (a + q);
+    const float lm = logf(fmaxf(m, 1e-45f));
+    js += 0.5f * ((a > 0 ? a * (la - lm) : 0.f) + (q > 0 ? q * (lb - lm) : 0.f));
+    ab += a * q, aa += a * a, bb += q * q;
+    rows[i] = a;  // the top-8 is of probabilities: ties to the lower index
+    rows[n + i] = q;
+  }
+  js = block_sum(js, shared);
+  ab = block_sum(ab, shared);
+  aa = block_sum(aa, shared);
+  bb = block_sum(bb, shared);
+  const int wanted = min(8, n);
+  for (int side = 0; side < 2; side++)
+    for (int j = 0; j < wanted; j++) {
+      float value = -1;
+      int index = INT32_MAX;
+      for (int i = tid; i < n; i += 128) {
+        const float x = rows[side * n + i];
+        if (x > value) value = x, index = i;
+      }
+      for (int d = 16; d; d >>= 1) {
+        const float v = __shfl_xor_sync(~0u, value, d);
+        const int at = __shfl_xor_sync(~0u, index, d);
+        if (v > value || (v == value && at < index)) value = v, index = at;
+      }
+      if (lane == 0) best_value[warp] = value, best_index[warp] = index;
+      __syncthreads();
+      if (tid == 0) {
+        for (int w = 1; w < 4; w++)
+          if (best_value[w] > best_value[0] || (best_value[w] == best_value[0] && best_index[w] < best_index[0])) best_value[0] = best_value[w], best_index[0] = best_index[w];
+        chosen[side][j] = best_index[0];
+        if (best_index[0] < n) rows[side * n + best_index[0]] = -2;
+      }
+      __syncthreads();
+    }
+  if (tid == 0) {
+    int common = 0;
+    for (int i = 0; i < wanted; i++)
+      for (int j = 0; j < wanted; j++) common += chosen[0][i] == chosen[1][j];
+    result[0] = fmaxf(js, 0.f);
+    result[1] = ab / sqrtf(aa * bb);
+    result[2] = float(common) / float(wanted);
+  }
+}
+
+Problem problem_of(const dc_call* call, const dc_tensor& q, const dc_tensor& k, int DV, const dc_tensor& lengths) {
+  Problem p = {};
+  p.B = int(q.dim[0]), p.S = int(q.dim[1]), p.T = int(k.dim[1]), p.H = int(q.dim[2]), p.G = int(q.dim[2] / k.dim[2]), p.D = int(q.dim[3]), p.DV = DV;
+  p.causal = int(call->i[0]), p.window = int(call->i[1]), p.offset = int(call->i[2]);
+  p.scale = float(call->f[0]);
+  p.lengths = data<int32_t>(lengths);
+  return p;
+}
+
+bool sixteen(const dc_tensor& t) {  // rows that start on 16 bytes
+  const int64_t size = dtype_size(t.dtype);
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[0] * size % 16 == 0 && t.stride[1] * size % 16 == 0 && t.stride[2] * size % 16 == 0;
+}
+
+}  // namespace
+}  // namespace dc
+
+using namespace dc;
+
+extern "C" int dc_cuda_attention(dc_context* c, const dc_call* call) {
+  const dc_tensor &o = call->t[0], &q = call->t[1], &k = call->t[2], &v = call->t[3];
+  if (count(o) == 0) return 0;
+  Problem p = problem_of(call, q, k, int(v.dim[3]), call->t[4]);
+  p.sinks = data<float>(call->t[5]);
+  p.lse = data<float>(call->t[6]);
+  p.cap = float(call->f[1]);
+  const bool same = q.dtype != DC_F32 && q.dtype == k.dtype && q.dtype == v.dtype && q.dtype == o.dtype;
+  if (same && p.T > 0 && p.S > 1 && p.D <= 256 && p.DV <= 256 && p.D % 8 == 0 && p.DV % 8 == 0 && sixteen(q) && sixteen(k) && sixteen(v) && sixteen(o) && p.H < 65536 && p.B < 65536)
+    return q.dtype == DC_BF16 ? choose_flash<bf16>(c, View4(o), View4(q), View4(k), View4(v), p) : choose_flash<f16>(c, View4(o), View4(q), View4(k), View4(v), p);
+  const unsigned grid = unsigned(ceil_div(int64_t(p.B) * p.H * p.S, 4));
+  if (p.D <= 128 && p.DV <= 128) plain_attention<128><<<grid, 128, 0, c->stream>>>(o, q, k, v, p);
+  else if (p.D <= 640 && p.DV <= 640) plain_attention<640><<<grid, 128, 0, c->stream>>>(o, q, k, v, p);
+  else return fail(c, "attention: head width %d / %d is beyond 640", p.D, p.DV);
+  return launched(c, "attention");
+}
+
+extern "C" int dc_cuda_attention_backward(dc_context* c, const dc_call* call) {
+  const dc_tensor *t = call->t, &dq = t[0], &dk = t[1], &dv = t[2], &dO = t[3], &o = t[4], &q = t[5], &k = t[6], &v = t[7], &lse = t[8];
+  if (count(q) == 0) return 0;
+  const Problem p = problem_of(call, q, k, int(v.dim[3]), t[9]);
+  if (p.D > 256 || p.DV > 256) return fail(c, "attention_backward: head width %d / %d is beyond 256", p.D, p.DV);
+  const int64_t rows = int64_t(p.B) * p.H * p.S, keys = int64_t(p.B) * (p.H / p.G) * p.T;
+  float* delta = static_cast<float*>(scratch(c, 0, size_t(rows) * 4));
+  if (!delta) return 1;
+  row_dots<<<unsigned(ceil_div(rows, 4)), 128, 0, c->stream>>>(delta, dO, o, rows, p.S, p.H, p.DV);
+  if (p.D <= 128 && p.DV <= 128) {
+    backward_queries<128><<<unsigned(ceil_div(rows, 4)), 128, 0, c->stream>>>(dq, dO, q, k, v, data<float>(lse), delta, p);
+    backward_keys<128><<<unsigned(ceil_div(keys, 4)), 128, 0, c->stream>>>(dk, dv, dO, q, k, v, data<float>(lse), delta, p);
+  } else {
+    backward_queries<256><<<unsigned(ceil_div(rows, 4)), 128, 0, c->stream>>>(dq, dO, q, k, v, data<float>(lse), delta, p);
+    backward_keys<256><<<unsigned(ceil_div(keys, 4)), 128, 0, c->stream>>>(dk, dv, dO, q, k, v, data<float>(lse), delta, p);
+  }
+  return launched(c, "attention_backward");
+}
+
+extern "C" int dc_cuda_attention_compare(dc_context* c, const dc_call* call) {
+  const dc_tensor &out = call->t[0], &qa = call->t[1], &ka = call->t[2], &qb = call->t[3], &kb = call->t[4];
+  if (count(out) == 0) return 0;
+  Problem p = problem_of(call, qa, ka, 0, call->t[5]);
+  const size_t queries = size_t(qa.dim[3] + qb.dim[3]) * 4, rows = size_t(p.T) * 8;
+  size_t shared = queries + rows;
+  float* work = nullptr;
+  if (shared > c->shared_limit - 2048) {
+    work = static_cast<float*>(scratch(c, 0, size_t(p.B) * p.H * p.S * rows));
+    if (!work) return 1;
+    shared = queries;
+  }
+  DC_CUDA(cudaFuncSetAttribute(compare_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  compare_rows<<<dim3(unsigned(p.S), unsigned(p.H), unsigned(p.B)), 128, shared, c->stream>>>(
+      data<float>(out), qa, ka, qb, kb, p, float(call->f[1]), p.G, int(qb.dim[2] / kb.dim[2]), int(qb.dim[3]), work);
+  return launched(c, "attention_compare");
+}
