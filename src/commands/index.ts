@@ -7,5 +7,9 @@ interface Entry {
 
 /** Every subcommand, in the order of help. A new one is its file and a line here. */
 export const commands: Readonly<Record<string, Entry>> = {
+  inspect: {
+    summary: 'show what a model is: parameters, experts, memory, tensors',
+    load: () => import('./inspect.js'),
+  },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
 };

@@ -26,6 +26,11 @@ export const input = text({
   help: 'The model to read: a Hugging Face folder, or one .safetensors, .bin, .pt or .pth file.',
 });
 
+/** Spread into the options of each command that reads a model. */
+export const inputOptions = {
+  config: text({ value: 'path', help: "The model's config.json, where it does not lie beside the weights." }),
+} as const;
+
 /** Spread into the options of each command that writes a model. */
 export const outputOptions = {
   out: text({

@@ -1,0 +1,201 @@
+import { stat } from 'node:fs/promises';
+import { basename } from 'node:path';
+import { ConvertError } from '../base/errors.js';
+import { elementCount } from '../base/dtype.js';
+import { formatBytes } from '../base/files.js';
+import { flag } from '../base/options.js';
+import { columns, count, short } from '../base/text.js';
+import type { Model } from '../arch/types.js';
+import type { Checkpoint } from '../checkpoint/types.js';
+import { inputOptions, input } from './shared.js';
+import { encodingName, summarize, type ModelSummary } from './summary.js';
+import { defineCommand, type CommandResult, type Io } from './types.js';
+
+export const command = defineCommand({
+  name: 'inspect',
+  description:
+    'Reads headers only: the size of the model does not matter. Models of unknown architectures are shown as tensors.',
+  arguments: { input: { ...input, value: 'model' } },
+  options: {
+    ...inputOptions,
+    tensors: flag({ help: 'List every tensor: name, type, shape, bytes.' }),
+    security: flag({
+      help: 'Look for what could run code when others load the model: pickled objects, Python files, auto_map. Exit code 1 if there is.',
+    }),
+  },
+  examples: [
+    ['inspect fixtures/v1.0/v1.0_checkpoint.bin', 'What is in a PyTorch file.'],
+    ['inspect fixtures/moe-6m --tensors', 'Parameters, experts, and each tensor of a folder.'],
+    ['inspect fixtures/v1.0/v1.0_checkpoint.bin --security', 'Is it safe to load elsewhere?'],
+  ],
+  async run(given, io) {
+    if (given.security) return (await import('./security.js')).inspectSecurity(given.input, io);
+    const { openCheckpoint } = await import('../checkpoint/open.js');
+    const checkpoint = await openCheckpoint(given.input, { config: given.config, configOptional: true });
+    try {
+      return await report(checkpoint, given.tensors, io);
+    } finally {
+      await checkpoint.close();
+    }
+  },
+});
+
+async function report(checkpoint: Checkpoint, listed: boolean, io: Io): Promise<CommandResult> {
+  const { config, configPath } = checkpoint;
+  const notes = [...checkpoint.notes];
+  const model = await understand(checkpoint, notes);
+  const summary = model && summarize(model, checkpoint);
+  notes.push(...(summary?.problems ?? []));
+  const files = await Promise.all(checkpoint.files.map(async (path) => ({ path, bytes: (await stat(path)).size })));
+  const stored = histogram(checkpoint);
+  const tokenizer = checkpoint.companions.find((path) => /tokenizer\.(json|model)$/.test(path));
+  const quantization = quantizationOf(config);
+  const data = {
+    path: checkpoint.path,
+    format: checkpoint.format,
+    files,
+    fingerprint: checkpoint.fingerprint,
+    configPath: configPath ?? null,
+    modelType: text(config.model_type) ?? null,
+    architecture: Array.isArray(config.architectures) ? (config.architectures as unknown[])[0] : null,
+    supported: model !== undefined,
+    parameters: summary?.parameters ?? { total: null, active: null },
+    ...(model && shape(model)),
+    experts: summary?.experts ?? null,
+    memory: summary?.memory ?? null,
+    stored,
+    quantization: quantization ?? null,
+    tokenizer: tokenizer ?? null,
+    notes,
+    ...(listed && { tensors: tensorList(checkpoint) }),
+  };
+  const bytes = files.reduce((n, file) => n + file.bytes, 0);
+  const rows: string[][] = [
+    ['Model', `${checkpoint.path} (${checkpoint.format}, ${plural(files.length, 'file')}, ${formatBytes(bytes)})`],
+    ['Architecture', architecture(data.modelType, data.architecture, model)],
+    ...(model && summary ? modelRows(model, summary) : []),
+    ['Stored as', stored.map((s) => `${s.type}: ${plural(s.tensors, 'tensor')}, ${formatBytes(s.bytes)}`).join('; ')],
+    ...(quantization ? [['Quantized', `${quantization.method}${quantization.bits ? `, ${quantization.bits} bits` : ''}`]] : []),
+    ['Tokenizer', tokenizer === undefined ? 'none' : basename(tokenizer)],
+  ]; // prettier-ignore
+  const parts = [
+    columns(
+      rows.map(([name, value]) => [io.paint.bold(name!), value!]),
+      'll',
+    ),
+  ];
+  if (notes.length > 0) parts.push(notes.map((note) => `${io.paint.yellow('note:')} ${note}`).join('\n'));
+  if (listed) parts.push(tensorTable(checkpoint));
+  return { data, text: parts.join('\n\n') };
+}
+
+/** The architecture, or undefined with a note why not: what is stored can be shown all the same. */
+async function understand({ config, configPath }: Checkpoint, notes: string[]): Promise<Model | undefined> {
+  if (configPath === undefined) {
+    notes.push('No config.json beside it and no --config: only what is stored is known.');
+    return undefined;
+  }
+  const { buildModel } = await import('../arch/registry.js');
+  try {
+    return buildModel(config, configPath);
+  } catch (error) {
+    if (!(error instanceof ConvertError) || error.kind !== 'input') throw error;
+    notes.push(error.message.replace(/\s*\n\s*/g, ' '));
+    return undefined;
+  }
+}
+
+const shape = ({ blocks, hidden, heads, kvHeads, headDim, vocab, tied, context }: Model) => ({
+  layers: blocks.length,
+  hidden,
+  heads,
+  kvHeads,
+  headDim,
+  vocab,
+  tied,
+  context,
+});
+
+function modelRows(model: Model, { parameters, experts, memory }: ModelSummary): string[][] {
+  const { total, active } = parameters;
+  const each = memory.kvCachePerToken;
+  const rows = [
+    ['Parameters', `${short(total)} (${count(total)})${active < total ? `, ${short(active)} active a token` : ''}`],
+    ['Layers', `${model.blocks.length}, hidden ${model.hidden}`],
+    ['Attention', `${plural(model.heads, 'head')} of ${model.headDim}, ${model.kvHeads} for keys and values`],
+  ];
+  if (experts) {
+    const shared = experts.shared > 0 ? `, ${experts.shared} shared` : '';
+    const where = `in ${experts.layers.length} of ${model.blocks.length} layers`;
+    rows.push(['Experts', `${experts.routed}, ${experts.active} active${shared}, width ${experts.width}, ${where}`]);
+  }
+  rows.push(
+    ['Vocabulary', `${count(model.vocab)}${model.tied ? ', head tied to the embedding' : ''}`],
+    ['Context', `${count(model.context)} tokens`],
+    ['Weights need', `${formatBytes(memory.bf16)} at bf16, ${formatBytes(memory.int4)} at INT4 (groups of 128)`],
+    [
+      'KV cache needs',
+      `${formatBytes(each)} a token, ${formatBytes(each * model.context)} for the whole context (bf16)`,
+    ],
+  );
+  return rows;
+}
+
+function architecture(type: string | null, name: unknown, model: Model | undefined): string {
+  if (type === null) return 'unknown';
+  const known = model ? '' : ', not supported';
+  return typeof name === 'string' ? `${type} (${name})${known}` : `${type}${known}`;
+}
+
+interface Stored {
+  readonly type: string;
+  tensors: number;
+  values: number;
+  bytes: number;
+}
+
+function histogram({ tensors }: Checkpoint): Stored[] {
+  const types = new Map<string, Stored>();
+  for (const entry of tensors.values()) {
+    const type = encodingName(entry);
+    const at = types.get(type) ?? { type, tensors: 0, values: 0, bytes: 0 };
+    at.tensors += 1;
+    at.values += elementCount(entry.shape);
+    at.bytes += entry.span.bytes;
+    types.set(type, at);
+  }
+  return [...types.values()].sort((a, b) => b.bytes - a.bytes);
+}
+
+function quantizationOf(config: Checkpoint['config']): { method: string; bits: number | undefined } | undefined {
+  const found = config.quantization_config as Record<string, unknown> | undefined;
+  if (typeof found !== 'object' || found === null) return undefined;
+  const groups = Object.values((found.config_groups ?? {}) as Record<string, { weights?: { num_bits?: number } }>);
+  const bits = typeof found.bits === 'number' ? found.bits : groups[0]?.weights?.num_bits;
+  return { method: text(found.quant_method) ?? 'unknown', bits };
+}
+
+const tensorList = ({ tensors }: Checkpoint) =>
+  [...tensors.values()].map((entry) => ({
+    name: entry.name,
+    type: encodingName(entry),
+    shape: entry.shape,
+    bytes: entry.span.bytes,
+    file: basename(entry.span.path),
+    offset: entry.span.offset,
+  }));
+
+function tensorTable(checkpoint: Checkpoint): string {
+  const several = checkpoint.files.length > 1;
+  const rows = tensorList(checkpoint).map(({ name, type, shape, bytes, file }) => [
+    name,
+    type,
+    `[${shape.join(', ')}]`,
+    formatBytes(bytes),
+    ...(several ? [file] : []),
+  ]);
+  return columns(rows, several ? 'lllrl' : 'lllr');
+}
+
+const plural = (n: number, noun: string): string => `${count(n)} ${noun}${n === 1 ? '' : 's'}`;
+const text = (value: unknown): string | undefined => (typeof value === 'string' ? value : undefined);

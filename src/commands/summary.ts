@@ -1,0 +1,119 @@
+import type { Model, TensorSpec } from '../arch/types.js';
+import type { Checkpoint, TensorEntry } from '../checkpoint/types.js';
+import { elementCount } from '../base/dtype.js';
+import type { LinearSpec } from '../nn/calls.js';
+
+/** Numbers of a model that follow from its headers. Sizes are bytes. */
+export interface ModelSummary {
+  readonly parameters: { readonly total: number; readonly active: number };
+  readonly memory: {
+    readonly bf16: number;
+    /** Linears of the blocks at 4 bits with a bf16 scale per 128 inputs; the rest as in bf16. */
+    readonly int4: number;
+    /** Keys and values of one token at bf16. */
+    readonly kvCachePerToken: number;
+  };
+  readonly experts: ExpertSummary | undefined;
+  /** What does not fit between checkpoint and architecture, one sentence each. */
+  readonly problems: readonly string[];
+}
+
+export interface ExpertSummary {
+  readonly routed: number;
+  readonly active: number;
+  readonly shared: number;
+  readonly width: number;
+  /** Indices of the blocks with experts. */
+  readonly layers: readonly number[];
+}
+
+const quantizable = ({ role }: LinearSpec): boolean => role !== 'router' && role !== 'head' && role !== 'other';
+
+export function summarize(model: Model, { tensors, config }: Checkpoint): ModelSummary {
+  const specs = [...model.outer, ...model.blocks.flatMap((block) => block.tensors)];
+  const stored = new Set([...tensors.keys()].map(stem));
+  const has = (name: string) => tensors.has(name) || (name.endsWith('.weight') && stored.has(stem(name)));
+  const present = specs.filter((spec) => spec.optional !== true || has(spec.name));
+  const total = sum(present.map(({ shape }) => elementCount(shape)));
+  let sleeping = 0;
+  let int4 = 2 * total;
+  for (const block of model.blocks) {
+    const linears = block.linears.flat();
+    const inExperts = sum(linears.filter(({ role }) => role === 'expert').map(weights));
+    if (block.moe) sleeping += inExperts * (1 - block.moe.active / block.moe.experts);
+    for (const linear of linears.filter(quantizable)) {
+      const groups = Math.ceil(linear.inFeatures / 128);
+      int4 += linear.outFeatures * groups * (64 + 2) - 2 * weights(linear);
+    }
+  }
+  const first = model.blocks.find((block) => block.moe)?.moe;
+  return {
+    parameters: { total, active: Math.round(total - sleeping) },
+    memory: { bf16: 2 * total, int4, kvCachePerToken: kvValues(model, config) * 2 },
+    experts: first && {
+      routed: first.experts,
+      active: first.active,
+      shared: first.shared,
+      width: first.width,
+      layers: model.blocks.filter((block) => block.moe).map((block) => block.index),
+    },
+    problems: compare(specs, stored, tensors, model),
+  };
+}
+
+const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
+const weights = ({ inFeatures, outFeatures }: LinearSpec): number => inFeatures * outFeatures;
+
+/** Values that one token leaves in the cache: latent attention keeps one compressed vector and the rotary part. */
+function kvValues({ blocks, kvHeads, headDim }: Model, config: Checkpoint['config']): number {
+  const { kv_lora_rank: rank, qk_rope_head_dim: rope } = config;
+  const each = typeof rank === 'number' && typeof rope === 'number' ? rank + rope : 2 * kvHeads * headDim;
+  return blocks.length * each;
+}
+
+/** Quantized layouts store `X.weight` as `X.weight_packed`, `X.qweight` and so on: compared is what stands before. */
+const stem = (name: string): string => name.slice(0, Math.max(0, name.lastIndexOf('.')));
+
+function compare(
+  specs: readonly TensorSpec[],
+  stored: ReadonlySet<string>,
+  tensors: ReadonlyMap<string, TensorEntry>,
+  model: Model,
+): string[] {
+  const problems: string[] = [];
+  const tell = (names: readonly string[], what: string) => {
+    if (names.length === 0) return;
+    const more = names.length > 3 ? ` and ${names.length - 3} more` : '';
+    problems.push(`${what}: ${names.slice(0, 3).join(', ')}${more}.`);
+  };
+  const missing = specs.filter((spec) => spec.optional !== true && !stored.has(stem(spec.name)));
+  tell(missing.map(({ name }) => name), 'The architecture expects tensors that are not there'); // prettier-ignore
+  const otherShape = specs.filter(({ name, shape }) => {
+    const entry = tensors.get(name);
+    return entry !== undefined && entry.shape.join() !== shape.join();
+  });
+  tell(
+    otherShape.map(({ name, shape }) => `${name} [${tensors.get(name)!.shape.join(', ')}], expected [${shape.join(', ')}]`), // prettier-ignore
+    'Shapes differ from the config',
+  );
+  const known = new Set(specs.map(({ name }) => stem(name)));
+  const unknown = [...tensors.keys()].filter(
+    (name) => !known.has(stem(name)) && !model.carried.some((prefix) => name.startsWith(prefix)),
+  );
+  tell(unknown, 'Tensors that the architecture does not know');
+  return problems;
+}
+
+/** `bf16`, `q4_k`, `f8_e4m3 x 128x128 scales`: for tables. */
+export function encodingName({ encoding }: TensorEntry): string {
+  switch (encoding.kind) {
+    case 'plain':
+      return encoding.dtype;
+    case 'ggml':
+      return encoding.type;
+    case 'scaled':
+      return `${encoding.element}/${encoding.block.join('x')}`;
+    case 'opaque':
+      return encoding.name.toLowerCase();
+  }
+}
