@@ -105,33 +105,42 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
   /* out[t] = sum_j w[t,j] y[place[t,j]] (+ base[t]). */                                                               \
   X(expert_combine, "out y place w [base]", "", "")                                                                    \
   /* -- linear algebra and quantization ------------------------------------------------------------------------ */    \
-  /* H f32 [K,K] += alpha X'X, lower triangle only (upper untouched); X float [T,K]. With offsets i32 [E+1] and H
-     [E,K,K], rows are sorted by expert. row_weight f32 [T]. */                                                        \
+  /* H f32 [K,K] += alpha sum_t row_weight_t X_t'X_t, lower triangle only (upper untouched); X float [T,K]. With
+     offsets i32 [E+1] and H [E,K,K], rows are sorted by expert. row_weight f32 [T] (absent: 1). */                    \
   X(hessian_add, "H+= X [offsets] [row_weight]", "", "alpha")                                                          \
   X(symmetrize, "H", "", "")                            /* in place: upper := lower; rank 3 = batch */                 \
   /* A = H + damp mean(diag H) I, of which only the lower triangle is read. kind 0: A = F F', F lower. kind 1:
      A = F F', F upper (the reversed factor of LDLQ). The other triangle of F is zeroed. info i32 [batch]: 0, or 1 +
-     the index of the first non-positive pivot (F is then undefined). rank 3 = batch. */                               \
+     the index of a row whose pivot is not positive and finite (F is then undefined). rank 3 = batch. */               \
   X(cholesky, "F info H", "kind", "damp")                                                                              \
-  X(cholesky_solve, "X F B", "kind", "")                /* A X = B, F from cholesky; B, X f32 [K,M] */                 \
+  /* A X = B, F from cholesky of the same kind; B, X f32 [K,M]; rank 3 = batch. */                                     \
+  X(cholesky_solve, "X F B", "kind", "")                                                                               \
   /* LDLQ sweep (Chee et al. 2023, eq. 2), equal to GPTQ's codes: for column j: v = W_j + sum_{i<j} (W_i - Q_i) R_ij /
-     R_jj; codes_j = clamp(round(v / s + z), low, high); Q_j = (codes_j - z) s. W, Q f32 [N,K], R f32 [K,K] upper,
-     scale, zero f32 [N,G] (zero absent: 0), column j has group column_group[j] (i32 [K]) or j / group. Rank 3 = E.
-     error f32 [N] = sum_j ((v_j - Q_j) R_jj)^2, the output error under H. */                                          \
+     R_jj; codes_j = clamp(round(v / s + z), low, high), rounding to nearest even, NaN to low; Q_j = (codes_j - z) s.
+     W, Q f32 [N,K], R f32 [K,K] upper, scale, zero f32 [N,G] (zero absent: 0; need not be integers), column j has
+     group column_group[j] (i32 [K], for rank 3 also [E,K]) or j / group. Rank 3 = E.
+     error f32 [N] = sum_j ((v_j - Q_j) R_jj)^2, the output error under H; not finite where W or R is not. */          \
   X(ldlq, "codes Q W R scale [zero] [column_group] [error]", "low high group", "")                                     \
-  /* Grid per row and group minimising sum_j weight_j (w_j - deq(w_j))^2 over `points` multiples in [from, to] of the
-     max-based scale; free_sign 1 also tries the negated scale (asymmetric codes such as [-8,7]). zero present:
-     asymmetric. weight f32 [K] (absent: 1). All-zero groups get scale 1. */                                           \
+  /* Grid per row and group of W float [N,K] minimising sum_j weight_j (w_j - deq(w_j))^2 over `points` evenly spaced
+     multiples from..to of a base scale (1 point: `from`). zero absent: base = max|w| / ((high - low) / 2); free_sign 1
+     tries -scale too (codes [-8,7]: the longer side serves the heavier tail). zero present: base = (max - min) /
+     (high - low) with 0 within min..max, zero = round(low - min / base) and its two neighbours, an integer in
+     low..high. First best wins, + before -. weight f32 [K] ([E,K] for rank 3; absent, or all 0 in a group: 1); values
+     that are not finite do not count; groups of zeros get scale 1. */                                                 \
   X(scale_search, "scale [zero] W [weight]", "low high group points free_sign", "from to")                             \
+  /* As in ldlq, without feedback. W float; rank 3 = E. */                                                             \
   X(quantize, "codes W scale [zero] [column_group]", "low high group", "")                                             \
   X(dequantize, "W codes scale [zero] [column_group]", "group", "")                                                    \
-  /* Least-squares refit of each row's scales under the full H with the codes fixed: scale <- argmin (w - D s)' H
-     (w - D s), D [K,G] = codes by group. H f32 [K,K] symmetric. */                                                    \
+  /* Least-squares refit of each row's scales (in place) under the full H with the codes fixed: scale += d, (D'HD +
+     damp mean(diag D'HD) I) d = D'H (w - D scale), D [K,G] = codes - zero by group. H f32 [K,K] symmetric; a row whose
+     system is singular, and a scale that would become 0 or not finite, stay. rank 3 = E. */                           \
   X(scale_refit, "scale codes W H [zero] [column_group]", "group", "damp")                                             \
-  /* One pass of coordinate descent over the codes of each row under H (in place); changed i32 [N]. */                 \
+  /* One pass of coordinate descent over the codes of each row under H f32 [K,K] symmetric, in place: j = 0..K-1,
+     code_j = clamp(code_j + round(g_j / (s H_jj)), low, high), g = (w - Q) H. changed i32 [N]. rank 3 = E. */         \
   X(code_descent, "codes W H scale [zero] [column_group] [changed]", "low high group", "")                             \
   /* `bits`-wide fields, (code + bias), little end first into i32 words along the last (axis 1) or first (axis 0)
-     dimension of codes i8 [R,C]; order 1: AWQ's interleave 0 2 4 6 1 3 5 7. The last word is padded with zeros. */    \
+     dimension of codes i8 [R,C], floor(32 / bits) a word; order 1: AWQ's interleave 0 2 4 6 1 3 5 7; order 2: one
+     stream of bits, fields cross words (GPTQ's 3 bits). The last word is padded with zeros. */                        \
   X(pack, "words codes", "bits bias axis order", "")                                                                   \
   X(unpack, "codes words", "bits bias axis order", "")                                                                 \
   /* y [M,N] = x [M,K] W', W from compressed-tensors packed words i32 [N, K/8], scale float [N,G], zero i32 packed

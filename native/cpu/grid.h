@@ -10,6 +10,7 @@ struct Grid {
   const float* zero;
   int64_t zero_batch, zero_stride;
   const int32_t* column_group;
+  int64_t column_group_batch;
   int64_t group;
   float low, high;
 
@@ -20,19 +21,24 @@ struct Grid {
         zero_batch(zero_tensor.rank == 3 ? zero_tensor.stride[0] : 0),
         zero_stride(zero_tensor.rank >= 2 ? zero_tensor.stride[zero_tensor.rank - 2] : 0),
         column_group(dc::data<int32_t>(column_group_tensor)),
+        column_group_batch(column_group_tensor.rank == 2 ? column_group_tensor.stride[0] : 0),
         group(group_),
         low(float(low_)),
         high(float(high_)) {}
-  int64_t group_of(int64_t column) const { return column_group ? column_group[column] : column / group; }
+  int64_t group_of(int64_t e, int64_t column) const {
+    return column_group ? column_group[e * column_group_batch + column] : column / group;
+  }
   const float* scales(int64_t e, int64_t row) const { return scale.row(e, row); }
   const float* zeros(int64_t e, int64_t row) const { return zero ? zero + e * zero_batch + row * zero_stride : nullptr; }
   // 0, or failed with the reason: every column must have a group within the scales.
-  int check(dc_context* c, int64_t columns) const {
+  int check(dc_context* c, int64_t batch, int64_t columns) const {
     if (!column_group && group <= 0) return fail(c, "group %lld", (long long)group);
-    for (int64_t j = 0; j < columns; j++) {
-      const int64_t g = group_of(j);
-      if (g < 0 || g >= scale.columns)
-        return fail(c, "column %lld has group %lld of %lld", (long long)j, (long long)g, (long long)scale.columns);
+    for (int64_t e = 0; e < (column_group_batch ? batch : 1); e++) {
+      for (int64_t j = 0; j < columns; j++) {
+        const int64_t g = group_of(e, j);
+        if (g < 0 || g >= scale.columns)
+          return fail(c, "column %lld has group %lld of %lld", (long long)j, (long long)g, (long long)scale.columns);
+      }
     }
     return 0;
   }

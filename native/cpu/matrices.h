@@ -35,6 +35,12 @@ static inline bool dense_rows(const dc_tensor& t) {
   return t.dim[t.rank - 1] <= 1 || t.stride[t.rank - 1] == 1;
 }
 
+// The element of a per-row tensor, [N] or [E,N].
+template <class T>
+static inline T* per_row(const dc_tensor& t, int64_t e, int64_t r) {
+  return static_cast<T*>(t.data) + (t.rank == 2 ? e * t.stride[0] + r * t.stride[1] : r * t.stride[0]);
+}
+
 // n elements of a float tensor's row <-> fp32.
 static inline void load_row(float* out, const void* row, int dtype, int64_t n) {
   if (dtype == DC_F32) {

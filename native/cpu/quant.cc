@@ -12,10 +12,10 @@ extern "C" int dc_cpu_ldlq(dc_context* c, const dc_call* call) {
   for (int i : {0, 1, 2, 3, 4})
     if (!dense_rows(t[i])) return fail(c, "tensors must have dense rows");
   const Matrices<int8_t> codes(t[0]);
-  const Matrices<float> q(t[1]), w(t[2]), r(t[3]), error(t[7]);
+  const Matrices<float> q(t[1]), w(t[2]), r(t[3]);
   const Grid grid(t[4], t[5], t[6], call->i[0], call->i[1], call->i[2]);
   const int64_t rows = w.rows, k = w.columns;
-  if (grid.check(c, k)) return 1;
+  if (grid.check(c, grid.scale.batch, k)) return 1;
   parallel_for(c, w.batch * rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> pending(static_cast<size_t>(k)), difference(static_cast<size_t>(k));
     for (int64_t p = begin; p < end; p++) {
@@ -26,7 +26,7 @@ extern "C" int dc_cpu_ldlq(dc_context* c, const dc_call* call) {
       for (int64_t j = 0; j < k; j++) {
         const float* factor = r.row(e, j);
         const float v = w.row(e, n)[j] + pending[size_t(j)] / factor[j];
-        const int64_t g = grid.group_of(j);
+        const int64_t g = grid.group_of(e, j);
         const float z = zero ? zero[g] : 0, code = code_of(v, scale[g], z, grid.low, grid.high);
         const float value = (code - z) * scale[g], d = w.row(e, n)[j] - value;
         codes.row(e, n)[j] = int8_t(code);
@@ -34,7 +34,7 @@ extern "C" int dc_cpu_ldlq(dc_context* c, const dc_call* call) {
         loss += double((v - value) * factor[j]) * double((v - value) * factor[j]);
         for (int64_t i = j + 1; i < k; i++) pending[size_t(i)] += d * factor[i];
       }
-      if (error.data) error.data[(t[7].rank == 2 ? e * t[7].stride[0] + n * t[7].stride[1] : n * t[7].stride[0])] = float(loss);
+      if (present(t[7])) *per_row<float>(t[7], e, n) = float(loss);
     }
   });
   return 0;
@@ -110,7 +110,7 @@ extern "C" int dc_cpu_quantize(dc_context* c, const dc_call* call) {
   const Matrices<int8_t> codes(t[0]);
   const Grid grid(t[2], t[3], t[4], call->i[0], call->i[1], call->i[2]);
   const int64_t rows = codes.rows, k = codes.columns;
-  if (grid.check(c, k)) return 1;
+  if (grid.check(c, grid.scale.batch, k)) return 1;
   parallel_for(c, codes.batch * rows, 4, [&](int64_t begin, int64_t end) {
     std::vector<float> row(static_cast<size_t>(k));
     for (int64_t p = begin; p < end; p++) {
@@ -118,7 +118,7 @@ extern "C" int dc_cpu_quantize(dc_context* c, const dc_call* call) {
       load_row(row.data(), row_of(t[1], e, n), t[1].dtype, k);
       const float *scale = grid.scales(e, n), *zero = grid.zeros(e, n);
       for (int64_t j = 0; j < k; j++) {
-        const int64_t g = grid.group_of(j);
+        const int64_t g = grid.group_of(e, j);
         codes.row(e, n)[j] = int8_t(code_of(row[size_t(j)], scale[g], zero ? zero[g] : 0, grid.low, grid.high));
       }
     }
@@ -133,17 +133,136 @@ extern "C" int dc_cpu_dequantize(dc_context* c, const dc_call* call) {
   const Matrices<int8_t> codes(t[1]);
   const Grid grid(t[2], t[3], t[4], 0, 0, call->i[0]);
   const int64_t rows = codes.rows, k = codes.columns;
-  if (grid.check(c, k)) return 1;
+  if (grid.check(c, grid.scale.batch, k)) return 1;
   parallel_for(c, codes.batch * rows, 4, [&](int64_t begin, int64_t end) {
     std::vector<float> row(static_cast<size_t>(k));
     for (int64_t p = begin; p < end; p++) {
       const int64_t e = p / rows, n = p % rows;
       const float *scale = grid.scales(e, n), *zero = grid.zeros(e, n);
       for (int64_t j = 0; j < k; j++) {
-        const int64_t g = grid.group_of(j);
+        const int64_t g = grid.group_of(e, j);
         row[size_t(j)] = (float(codes.row(e, n)[j]) - (zero ? zero[g] : 0)) * scale[g];
       }
       store_row(row_of(t[0], e, n), t[0].dtype, row.data(), k);
+    }
+  });
+  return 0;
+}
+
+namespace {
+
+// Codes of one row as multiples of their scales (code - zero), and the row's error W - Q.
+void row_state(const Grid& grid, int64_t e, int64_t n, const int8_t* codes, const float* w, int64_t k, double* multiple,
+               double* error) {
+  const float *scale = grid.scales(e, n), *zero = grid.zeros(e, n);
+  for (int64_t j = 0; j < k; j++) {
+    const int64_t g = grid.group_of(e, j);
+    multiple[j] = double(codes[j]) - double(zero ? zero[g] : 0);
+    error[j] = double(w[j]) - multiple[j] * double(scale[g]);
+  }
+}
+
+}  // namespace
+
+extern "C" int dc_cpu_scale_refit(dc_context* c, const dc_call* call) {
+  const dc_tensor* t = call->t;
+  for (int i : {0, 1, 2, 3, 4})
+    if (!dense_rows(t[i])) return fail(c, "tensors must have dense rows");
+  const Matrices<int8_t> codes(t[1]);
+  const Matrices<float> w(t[2]), h(t[3]);
+  const Grid grid(t[0], t[4], t[5], 0, 0, call->i[0]);
+  const int64_t rows = w.rows, k = w.columns, groups = grid.scale.columns;
+  if (grid.check(c, grid.scale.batch, k)) return 1;
+  parallel_for(c, w.batch * rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> multiple(static_cast<size_t>(k)), error(static_cast<size_t>(k)), right(static_cast<size_t>(groups)),
+        a(static_cast<size_t>(groups * groups)), part(static_cast<size_t>(groups));
+    for (int64_t p = begin; p < end; p++) {
+      const int64_t e = p / rows, n = p % rows;
+      row_state(grid, e, n, codes.row(e, n), w.row(e, n), k, multiple.data(), error.data());
+      std::fill(a.begin(), a.end(), 0.0);
+      std::fill(right.begin(), right.end(), 0.0);
+      for (int64_t i = 0; i < k; i++) {
+        const float* row = h.row(e, i);
+        std::fill(part.begin(), part.end(), 0.0);
+        double gradient = 0;
+        for (int64_t j = 0; j < k; j++) {
+          part[size_t(grid.group_of(e, j))] += double(row[j]) * multiple[size_t(j)];
+          gradient += double(row[j]) * error[size_t(j)];
+        }
+        const size_t g = size_t(grid.group_of(e, i));
+        right[g] += multiple[size_t(i)] * gradient;
+        for (size_t q = 0; q < size_t(groups); q++) a[g * size_t(groups) + q] += multiple[size_t(i)] * part[q];
+      }
+      double trace = 0;
+      for (int64_t g = 0; g < groups; g++) trace += a[size_t(g * groups + g)];
+      for (int64_t g = 0; g < groups; g++) a[size_t(g * groups + g)] += call->f[0] * trace / double(groups);
+      // Cholesky and two substitutions; a row whose system is singular keeps its scales.
+      bool good = true;
+      for (int64_t i = 0; i < groups && good; i++) {
+        for (int64_t j = 0; j <= i; j++) {
+          double sum = a[size_t(i * groups + j)];
+          for (int64_t q = 0; q < j; q++) sum -= a[size_t(i * groups + q)] * a[size_t(j * groups + q)];
+          if (j < i)
+            a[size_t(i * groups + j)] = sum / a[size_t(j * groups + j)];
+          else if (sum > 0 && std::isfinite(sum))
+            a[size_t(i * groups + i)] = std::sqrt(sum);
+          else
+            good = false;
+        }
+      }
+      if (!good) continue;
+      for (int64_t i = 0; i < groups; i++) {
+        for (int64_t q = 0; q < i; q++) right[size_t(i)] -= a[size_t(i * groups + q)] * right[size_t(q)];
+        right[size_t(i)] /= a[size_t(i * groups + i)];
+      }
+      for (int64_t i = groups - 1; i >= 0; i--) {
+        for (int64_t q = i + 1; q < groups; q++) right[size_t(i)] -= a[size_t(q * groups + i)] * right[size_t(q)];
+        right[size_t(i)] /= a[size_t(i * groups + i)];
+      }
+      float* scale = grid.scale.row(e, n);
+      for (int64_t g = 0; g < groups; g++) {
+        const float s = float(double(scale[g]) + right[size_t(g)]);
+        if (std::isfinite(s) && s != 0) scale[g] = s;
+      }
+    }
+  });
+  return 0;
+}
+
+extern "C" int dc_cpu_code_descent(dc_context* c, const dc_call* call) {
+  const dc_tensor* t = call->t;
+  for (int i : {0, 1, 2, 3, 4})
+    if (!dense_rows(t[i])) return fail(c, "tensors must have dense rows");
+  const Matrices<int8_t> codes(t[0]);
+  const Matrices<float> w(t[1]), h(t[2]);
+  const Grid grid(t[3], t[4], t[5], call->i[0], call->i[1], call->i[2]);
+  const int64_t rows = w.rows, k = w.columns;
+  if (grid.check(c, grid.scale.batch, k)) return 1;
+  parallel_for(c, w.batch * rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> multiple(static_cast<size_t>(k)), error(static_cast<size_t>(k)), gradient(static_cast<size_t>(k));
+    for (int64_t p = begin; p < end; p++) {
+      const int64_t e = p / rows, n = p % rows;
+      const float* scale = grid.scales(e, n);
+      int8_t* code = codes.row(e, n);
+      row_state(grid, e, n, code, w.row(e, n), k, multiple.data(), error.data());
+      for (int64_t i = 0; i < k; i++) {
+        double sum = 0;
+        for (int64_t j = 0; j < k; j++) sum += double(h.row(e, i)[j]) * error[size_t(j)];
+        gradient[size_t(i)] = sum;
+      }
+      int32_t changed = 0;
+      for (int64_t j = 0; j < k; j++) {
+        const double s = scale[grid.group_of(e, j)], curve = s * h.row(e, j)[j];
+        const double step = std::nearbyint(gradient[size_t(j)] / curve);
+        const double moved = std::min(std::max(code[j] + step, double(grid.low)), double(grid.high));
+        const double delta = moved - code[j];
+        if (!(delta != 0) || !std::isfinite(delta)) continue;
+        code[j] = int8_t(moved);
+        changed++;
+        const float* row = h.row(e, j);
+        for (int64_t i = 0; i < k; i++) gradient[size_t(i)] -= delta * s * double(row[i]);
+      }
+      if (present(t[6])) *per_row<int32_t>(t[6], e, n) = changed;
     }
   });
   return 0;

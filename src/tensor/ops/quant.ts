@@ -1,6 +1,7 @@
 import { noResource } from '../../base/errors.js';
 import type { FloatDType } from '../../base/dtype.js';
 import type { Scope, Tensor } from '../tensor.js';
+import { cast } from './math.js';
 import { ensure, ensureContiguous, ensureDType, ensureFloat, ensureShape } from './check.js';
 
 /** H f32 [K,K] (or [E,K,K] with offsets i32 [E+1]) += alpha X'X, lower triangle; X float [T,K]. */
@@ -60,7 +61,7 @@ export interface Grid {
   low: number;
   high: number;
   group: number;
-  /** i32 [K]: the group of each column; absent: j / group. */
+  /** i32 [K] (or [E,K]): the group of each column; absent: j / group. */
   columnGroup?: Tensor | undefined;
 }
 const gridTensors = (g: Grid) => [g.scale, g.zero, g.columnGroup] as const;
@@ -82,7 +83,7 @@ export interface ScaleSearchOptions {
   high: number;
   group: number;
   asymmetric?: boolean;
-  /** f32 [K]: activation energy per column (the Hessian's diagonal). */
+  /** f32 [K] ([E,K] for stacked experts): activation energy per column (the Hessian's diagonal). */
   weight?: Tensor;
   points?: number;
   from?: number;
@@ -92,7 +93,8 @@ export interface ScaleSearchOptions {
 
 /** The grid that minimises the weighted squared error of rounding, per row and group of W f32 [N,K]. */
 export function scaleSearch(s: Scope, w: Tensor, o: ScaleSearchOptions): Grid {
-  ensureDType('scale_search', 'f32', w, o.weight);
+  ensureFloat('scale_search', w);
+  ensureDType('scale_search', 'f32', o.weight);
   const { low, high, group } = o;
   const shape = [...w.shape.slice(0, -1), Math.ceil(w.dim(-1) / group)];
   const scale = s.empty('f32', shape);
@@ -102,28 +104,38 @@ export function scaleSearch(s: Scope, w: Tensor, o: ScaleSearchOptions): Grid {
   return { scale, zero, low, high, group };
 }
 
+/** Codes i8 of W float [N,K] (or [E,N,K]), each value on its own. */
 export function quantize(s: Scope, w: Tensor, grid: Grid): Tensor {
+  ensureFloat('quantize', w);
+  ensureDType('quantize', 'f32', grid.scale, grid.zero);
   const codes = s.empty('i8', w.shape);
   w.device.run('quantize', [codes, w, ...gridTensors(grid)], gridInts(grid), []);
   return codes;
 }
 
+/** (code - zero) scale. */
 export function dequantize(s: Scope, codes: Tensor, grid: Grid, dtype: FloatDType = 'f32'): Tensor {
   const w = s.empty(dtype, codes.shape);
   w.device.run('dequantize', [w, codes, ...gridTensors(grid)], [grid.group], []);
   return w;
 }
 
-/** Least-squares refit of the scales under H (symmetric, f32 [K,K]) with the codes fixed. */
+/** Least-squares refit of the scales under H (symmetric, f32 [K,K]) with the codes fixed: the new scales. */
 export function scaleRefit(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: Grid, damp = 1e-6): Tensor {
-  const scale = s.empty('f32', grid.scale.shape);
+  ensureDType('scale_refit', 'f32', w, h, grid.scale, grid.zero);
+  ensureShape('scale_refit', 'H', h, ...w.shape.slice(0, -2), w.dim(-1), w.dim(-1));
+  ensureShape('scale_refit', 'codes', codes, ...w.shape);
+  const scale = cast(s, grid.scale, 'f32');
   w.device.run('scale_refit', [scale, codes, w, h, grid.zero, grid.columnGroup], [grid.group], [damp]);
   return scale;
 }
 
 /** One pass of coordinate descent over the codes under H, in place; changed i32 [N]. */
 export function codeDescent(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: Grid): Tensor {
-  const changed = s.empty('i32', [w.dim(0)]);
+  ensureDType('code_descent', 'f32', w, h, grid.scale, grid.zero);
+  ensureShape('code_descent', 'H', h, ...w.shape.slice(0, -2), w.dim(-1), w.dim(-1));
+  ensureShape('code_descent', 'codes', codes, ...w.shape);
+  const changed = s.empty('i32', w.shape.slice(0, -1));
   w.device.run('code_descent', [codes, w, h, ...gridTensors(grid), changed], gridInts(grid), []);
   return changed;
 }
@@ -134,15 +146,16 @@ export interface PackOptions {
   bias: number;
   /** Which dimension runs along a word. */
   axis: 0 | 1;
-  order?: 'linear' | 'awq';
+  /** 'awq': interleaved 0 2 4 6 1 3 5 7; 'dense': one stream of bits, fields cross words (GPTQ's 3 bits). */
+  order?: 'linear' | 'awq' | 'dense';
 }
-const packInts = (o: PackOptions) => [o.bits, o.bias, o.axis, o.order === 'awq' ? 1 : 0];
+const packInts = (o: PackOptions) => [o.bits, o.bias, o.axis, { linear: 0, awq: 1, dense: 2 }[o.order ?? 'linear']];
 
 /** codes i8 [R,C] -> i32 words, little end first; the last word is padded with zeros. */
 export function pack(s: Scope, codes: Tensor, o: PackOptions): Tensor {
   ensureShape('pack', 'codes', codes, -1, -1);
   ensureDType('pack', 'i8', codes);
-  const per = Math.floor(32 / o.bits);
+  const per = o.order === 'dense' ? 32 / o.bits : Math.floor(32 / o.bits);
   const [r, c] = [codes.dim(0), codes.dim(1)];
   const words = s.empty('i32', o.axis === 1 ? [r, Math.ceil(c / per)] : [Math.ceil(r / per), c]);
   words.device.run('pack', [words, codes], packInts(o), []);
