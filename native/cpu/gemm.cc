@@ -7,7 +7,7 @@
 #include <new>
 
 #include "blas.h"
-#include "matrix.h"
+#include "gemm.h"
 #include "view.h"
 
 namespace dc {
@@ -49,6 +49,24 @@ constexpr int64_t kRows = 1024;    // rows of A packed at a time
 constexpr int64_t kColumns = 4096;  // columns of B packed at a time
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// alpha, beta, bias and the rounding of a finished tile [rows, columns] of C at (i0, j0), whose sums are `sum`.
+void finish(const Product& x, float* sum, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t columns,
+            bool direct) {
+  if (direct && !x.bias) return;
+  const auto& kernels = element_kernels();
+  RowReader reader;
+  for (int64_t i = 0; i < rows; i++) {
+    float* row = sum + i * ld;
+    const int64_t at = (i0 + i) * x.c.stride[0] + j0 * x.c.stride[1];
+    if (!direct) {
+      if (x.alpha != 1) kernels.scale(row, float(x.alpha), columns);
+      if (x.beta != 0) kernels.axpy(row, float(x.beta), reader.row(x.c, at, x.c.stride[1], columns), columns);
+    }
+    if (x.bias) kernels.axpy(row, 1, x.bias + j0, columns);
+    if (!direct) store_strided(x.c, at, x.c.stride[1], row, columns);
+  }
+}
 
 }  // namespace
 
@@ -104,31 +122,31 @@ void multiply(dc_context* c, const Product& x) {
             const int64_t i0 = t / n_tiles * m_tile, j0 = t % n_tiles * n_tile;
             const int64_t rows = std::min(m_tile, m - i0), columns = std::min(n_tile, n - j0);
             kernel.block(out + i0 * ldc + j0, ldc, a + i0 * k, b + j0 * k, rows, columns, k, accumulate);
-            if (last) x.finish(out, ldc, m0, n0, i0, j0, rows, columns, direct);
+            if (last) finish(x, out + i0 * ldc + j0, ldc, m0 + i0, n0 + j0, rows, columns, direct);
           }
         });
       }
-      if (x.k == 0) x.finish(out, ldc, m0, n0, 0, 0, m, n, direct);
+      if (x.k == 0) finish(x, out, ldc, m0, n0, m, n, direct);
     }
   }
 }
 
-// alpha, beta, bias and the rounding of one finished tile.
-void Product::finish(float* out, int64_t ldc, int64_t m0, int64_t n0, int64_t i0, int64_t j0, int64_t rows,
-                     int64_t columns, bool direct) const {
-  if (direct && !bias) return;
-  const auto& kernels = element_kernels();
-  RowReader reader;
-  for (int64_t i = i0; i < i0 + rows; i++) {
-    float* row = out + i * ldc + j0;
-    const int64_t at = (m0 + i) * c.stride[0] + (n0 + j0) * c.stride[1];
-    if (!direct) {
-      if (alpha != 1) kernels.scale(row, float(alpha), columns);
-      if (beta != 0) kernels.axpy(row, float(beta), reader.row(c, at, c.stride[1], columns), columns);
-    }
-    if (bias) kernels.axpy(row, 1, bias + n0 + j0, columns);
-    if (!direct) store_strided(c, at, c.stride[1], row, columns);
-  }
+void sgemm_into(dc_context* c, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
+                bool transpose_a, const float* b, int64_t ldb, bool transpose_b, float beta, float* out, int64_t ldc) {
+  auto view = [](const float* p, int64_t rows, int64_t columns, int64_t ld, bool transpose) {
+    dc_tensor t{};
+    t.data = const_cast<float*>(p);
+    t.dtype = DC_F32;
+    t.rank = 2;
+    t.dim[0] = rows, t.dim[1] = columns, t.dim[2] = t.dim[3] = 1;
+    t.stride[0] = transpose ? 1 : ld, t.stride[1] = transpose ? ld : 1;
+    return t;
+  };
+  Product x;
+  x.c = view(out, m, n, ldc, false), x.a = view(a, m, k, lda, transpose_a), x.b = view(b, k, n, ldb, transpose_b);
+  x.m = m, x.n = n, x.k = k;
+  x.alpha = alpha, x.beta = beta;
+  multiply(c, x);
 }
 
 }  // namespace dc

@@ -1,13 +1,39 @@
-// The fp32 matrix product that other CPU ops are built on.
+// Matrix products that other CPU ops are built on too.
 #pragma once
 #include "cpu.h"
 
 namespace dc {
+
+// C [m,n] = alpha A [m,k] B [k,n] + beta C + bias [n]: float views of rank 2, any strides. With beta 0, C is written
+// without being read.
+struct Product {
+  dc_tensor c, a, b;
+  int64_t m = 0, n = 0, k = 0;
+  double alpha = 1, beta = 0;
+  const float* bias = nullptr;
+};
+// On the context's threads (not from inside parallel_for), or with NULL on the calling one. Every element of C is
+// summed in the same order whatever the number of threads and rows.
+void multiply(dc_context* c, const Product& x);
 
 // C [m,n] = alpha op(A) op(B) + beta C; row-major, leading dimensions in elements. op(A) [m,k] is A or, with
 // transpose_a, the transpose of A [k,m]; likewise B [k,n]. With beta 0, C is written without being read.
 // Splits the work over the context's threads: not to be called from inside parallel_for.
 void sgemm_into(dc_context* c, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
                 bool transpose_a, const float* b, int64_t ldb, bool transpose_b, float beta, float* out, int64_t ldc);
+
+// Memory that a thread keeps between calls; contents undefined.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
+  float* take(size_t floats);
+
+ private:
+  float* data_ = nullptr;
+  size_t size_ = 0;
+};
 
 }  // namespace dc
