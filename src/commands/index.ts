@@ -12,4 +12,5 @@ export const commands: Readonly<Record<string, Entry>> = {
     load: () => import('./inspect.js'),
   },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
+  completion: { summary: 'print a completion script for bash, zsh or fish', load: () => import('./completion.js') },
 };
