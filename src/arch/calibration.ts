@@ -66,8 +66,8 @@ export async function calibrationTokens(
   const files = source === 'default' ? await defaultFiles() : source;
   if (files.length === 0) throw badUsage('No calibration file given', { hint: 'Name one: --calibration text.txt' });
   const texts = await openSources(files);
-  const packer = new Packer(await open.tokenizer(), seqLen, seed);
-  return gather(texts, packer, samples, seqLen);
+  const packer = await Packer.make(await open.tokenizer(), seqLen, seed);
+  return await gather(texts, packer, samples, seqLen);
 }
 
 async function defaultFiles(): Promise<string[]> {
@@ -83,7 +83,12 @@ interface Share {
   readonly windows: readonly Int32Array[];
 }
 
-function gather(texts: readonly TextSource[], packer: Packer, samples: number, seqLen: number): CalibrationSet {
+async function gather(
+  texts: readonly TextSource[],
+  packer: Packer,
+  samples: number,
+  seqLen: number,
+): Promise<CalibrationSet> {
   // A source that cannot fill its share is `dry`; what it misses is spread over the others, again and again.
   const dry = new Map<TextSource, { windows: readonly Int32Array[]; rest: Int32Array }>();
   let shares = new Map<TextSource, readonly Int32Array[]>();
@@ -94,10 +99,10 @@ function gather(texts: readonly TextSource[], packer: Packer, samples: number, s
     shares = new Map();
     for (const [i, text] of wet.entries()) {
       const wanted = Math.floor(missing / wet.length) + (i < missing % wet.length ? 1 : 0);
-      const windows = packer.spread(text, wanted);
+      const windows = await packer.spread(text, wanted);
       if (windows) shares.set(text, windows);
       else {
-        const packed = packer.packAll(text);
+        const packed = await packer.packAll(text);
         if (packed.windows.length < wanted) dry.set(text, packed);
         else shares.set(text, evenly(packed.windows, wanted));
       }
@@ -163,24 +168,29 @@ class Packer {
   readonly #lead: readonly number[];
   readonly #phase: number;
 
-  constructor(
+  private constructor(
     readonly tokenizer: Tokenizer,
     readonly seqLen: number,
     seed: number,
+    lead: readonly number[],
   ) {
-    const plain = tokenizer.encode('a');
-    const special = tokenizer.encode('a', { special: true });
-    const at = special.findIndex((_, i) => plain.every((id, j) => special[i + j] === id));
-    this.#lead = at > 0 ? [...special.subarray(0, at)] : [];
+    this.#lead = lead;
     // Other seeds begin elsewhere within the first half of each stretch.
     this.#phase = seed === 0 ? 0 : (Math.imul(seed, 0x9e3779b1) >>> 0) / 2 ** 33;
   }
 
+  static async make(tokenizer: Tokenizer, seqLen: number, seed: number): Promise<Packer> {
+    const plain = await tokenizer.encode('a');
+    const special = await tokenizer.encode('a', { special: true });
+    const at = special.findIndex((_, i) => plain.every((id, j) => special[i + j] === id));
+    return new Packer(tokenizer, seqLen, seed, at > 0 ? [...special.subarray(0, at)] : []);
+  }
+
   /** `n` windows, one at the start of each of n equal stretches; undefined when a stretch is too short for one. */
-  spread(text: TextSource, n: number): Int32Array[] | undefined {
+  async spread(text: TextSource, n: number): Promise<Int32Array[] | undefined> {
     const windows: Int32Array[] = [];
     for (let i = 0; i < n; i++) {
-      const tokens = this.#fill(text.from((i + this.#phase) / n, (i + 1) / n));
+      const tokens = await this.#fill(text.from((i + this.#phase) / n, (i + 1) / n));
       if (tokens.length < this.seqLen) return undefined;
       windows.push(tokens);
     }
@@ -188,25 +198,25 @@ class Packer {
   }
 
   /** All of a (short) source, cut into windows one after another, and what is left over. */
-  packAll(text: TextSource): { windows: Int32Array[]; rest: Int32Array } {
-    return this.#cut(this.#encode(text.from(0, 1), Infinity));
+  async packAll(text: TextSource): Promise<{ windows: Int32Array[]; rest: Int32Array }> {
+    return this.#cut(await this.#encode(text.from(0, 1), Infinity));
   }
 
   packTails(tails: readonly Int32Array[]): { windows: Int32Array[]; rest: Int32Array } {
     return this.#cut(tails.flatMap((tail) => [...tail]));
   }
 
-  #fill(pieces: Iterable<Piece>): Int32Array {
-    const { windows, rest } = this.#cut(this.#encode(pieces, this.seqLen));
+  async #fill(pieces: Iterable<Piece>): Promise<Int32Array> {
+    const { windows, rest } = this.#cut(await this.#encode(pieces, this.seqLen));
     return windows[0] ?? rest;
   }
 
   /** Documents begin with the lead; the continuation of one does not. */
-  #encode(pieces: Iterable<Piece>, enough: number): number[] {
+  async #encode(pieces: Iterable<Piece>, enough: number): Promise<number[]> {
     const ids: number[] = [];
     for (const { text, begins } of pieces) {
       if (begins) ids.push(...this.#lead);
-      for (const id of this.tokenizer.encode(text)) ids.push(id);
+      for (const id of await this.tokenizer.encode(text)) ids.push(id);
       if (ids.length >= enough) break;
     }
     return ids;

@@ -1,0 +1,62 @@
+import { noResource } from '../base/errors.js';
+import { Random } from '../base/rng.js';
+import type { JobEnv } from '../backend/env.js';
+import { generate } from './generate.js';
+import type { OpenModel } from './open.js';
+import { ResidentModel } from './resident.js';
+
+export interface SampleOptions {
+  readonly samples: number;
+  readonly seqLen: number;
+  readonly seed: number;
+}
+
+/** Sequences drawn side by side: bounds the keys and values that are held. */
+const together = 32;
+
+/**
+ * Text from the model itself (Liu et al. 2023, LLM-QAT): [samples, seqLen] tokens, each sequence from BOS on (from a
+ * random token where the model has none), at temperature 1; a text that ends is followed by the next. The whole model
+ * is held on the device meanwhile.
+ */
+export async function sampleTokens(
+  open: OpenModel,
+  { samples, seqLen, seed }: SampleOptions,
+  env: JobEnv,
+): Promise<Int32Array> {
+  const { model } = open;
+  const tokens = new Int32Array(samples * seqLen);
+  const starts = new Random(seed, 1);
+  const start = () => model.bosId ?? Math.floor(starts.uniform() * model.vocab);
+  const first = Array.from({ length: samples }, () => Int32Array.of(start()));
+  if (seqLen === 1) return Int32Array.from(first, (prompt) => prompt[0]!);
+  using resident = await load(open, env);
+  for (let from = 0; from < samples; from += together) {
+    const prompts = first.slice(from, from + together);
+    const drawn = await generate(resident, env, prompts, {
+      maxNewTokens: seqLen - 1,
+      stopIds: [],
+      // Sequence i of a call draws from stream i: other calls need other seeds.
+      seed: seed + from * 65_537,
+    });
+    drawn.forEach(({ tokens: more }, i) => {
+      tokens.set(prompts[i]!, (from + i) * seqLen);
+      tokens.set(more, (from + i) * seqLen + 1);
+    });
+    const done = Math.min(samples, from + together);
+    env.log.progress({ stage: 'sampling calibration text', done, total: samples, detail: `${done * seqLen} tokens` });
+  }
+  return tokens;
+}
+
+async function load(open: OpenModel, env: JobEnv): Promise<ResidentModel> {
+  try {
+    return await ResidentModel.load(open, env, env.device.kind === 'cpu' ? 'f32' : 'bf16');
+  } catch (error) {
+    if ((error as { kind?: string }).kind !== 'resource') throw error;
+    throw noResource('The model is too large to sample its own calibration text on this machine', {
+      hint: 'Give text instead: --calibration file.txt, or leave the option out to use the small set of the tool.',
+      cause: error,
+    });
+  }
+}

@@ -1,0 +1,136 @@
+import { badInput } from '../base/errors.js';
+import { elementCount, type FloatDType } from '../base/dtype.js';
+import type { Checkpoint, TensorEntry } from '../checkpoint/types.js';
+import type { LayoutUse, LayoutWriter, LinearShape } from '../layout/types.js';
+import type { LinearSpec } from '../nn/calls.js';
+import type { Model } from '../arch/types.js';
+import { leaveOut, type Selection } from './select.js';
+import { bitsPerWeight, fitGroup, scaleDType, type Recipe, type Scheme } from './scheme.js';
+import { fitWidths, patternOf } from './widths.js';
+
+/** What becomes of one linear. */
+export interface LinearPlan {
+  readonly linear: LinearSpec;
+  readonly block: number;
+  /** As it is stored: the model's shape, or padded with zeros. */
+  readonly stored: LinearShape;
+  /** Absent: left in high precision. */
+  readonly scheme?: Scheme;
+  /** Why it is left out. */
+  readonly reason?: string;
+  /** Of the source's weight; scales are stored in it. */
+  readonly dtype: FloatDType;
+}
+
+export interface QuantPlan {
+  readonly linears: ReadonlyMap<string, LinearPlan>;
+  /** Changed keys of config.json (padded widths). */
+  readonly config: Readonly<Record<string, number>>;
+  readonly use: LayoutUse;
+  readonly notes: readonly string[];
+  readonly totals: PlanTotals;
+}
+
+export interface PlanTotals {
+  readonly quantized: number;
+  readonly left: number;
+  /** Weights in linears, and those that are quantized. */
+  readonly weights: number;
+  readonly quantizedWeights: number;
+  /** Mean over the quantized linears. */
+  readonly bitsPerWeight: number;
+}
+
+/**
+ * Decides, from headers alone, what becomes of every linear of a model.
+ * Errors: nothing to quantize, patterns that match nothing.
+ */
+export function makePlan(
+  model: Model,
+  checkpoint: Checkpoint,
+  recipe: Recipe,
+  selection: Selection,
+  layout: LayoutWriter,
+): QuantPlan {
+  const carried = [...checkpoint.tensors.keys()].some((name) =>
+    model.carried.some((prefix) => name.startsWith(prefix)),
+  );
+  // Carried parts (multi-token prediction) follow the same config and cannot be padded along.
+  const widths = fitWidths(model, recipe.groupSize, !carried);
+  const left = leaveOut(model.blocks.flatMap(({ linears }) => linears), selection); // prettier-ignore
+  const linears = new Map<string, LinearPlan>();
+  const notes = new Set(widths.notes);
+  for (const block of model.blocks) {
+    for (const linear of block.linears.flat()) {
+      const { name } = linear;
+      const stored = {
+        name,
+        inFeatures: linear.inFeatures,
+        outFeatures: linear.outFeatures,
+        ...widths.stored.get(name),
+      };
+      const entry = checkpoint.tensors.get(`${name}.weight`);
+      const common = { linear, block: block.index, stored, dtype: weightDType(entry) };
+      let group = widths.groups.get(name);
+      if (group === undefined) {
+        const fit = fitGroup(linear.inFeatures, recipe.groupSize, false);
+        group = fit.group;
+        if (fit.note !== undefined && !left.has(name)) notes.add(`${patternOf(name)}: ${fit.note}`);
+      }
+      const order = recipe.method === 'gptq' && recipe.order ? { order: 'static' as const } : {};
+      const scheme: Scheme = { bits: recipe.bits, group, symmetric: recipe.symmetric, ...order };
+      const reason = left.get(name) ?? layout.refuse(stored, scheme);
+      linears.set(name, reason === undefined ? { ...common, scheme } : { ...common, reason });
+    }
+  }
+  const head = model.head;
+  if (!linears.has(head.name)) {
+    const entry = checkpoint.tensors.get(`${head.name}.weight`);
+    const reason = 'the head stays in high precision';
+    linears.set(head.name, { linear: head, block: -1, stored: head, dtype: weightDType(entry), reason });
+  }
+  const plans = [...linears.values()];
+  if (!plans.some(({ scheme }) => scheme)) {
+    throw badInput('There is nothing to quantize', {
+      where: checkpoint.path,
+      got: `${plans.length} linears, all left out: ${plans[0]?.reason ?? 'no linears'}`,
+      hint: 'Widen --scope, or name fewer linears in --keep.',
+    });
+  }
+  return { linears, config: widths.config, use: layoutUse(plans), notes: [...notes], totals: totalsOf(plans) };
+}
+
+function weightDType(entry: TensorEntry | undefined): FloatDType {
+  return entry?.encoding.kind === 'plain' ? scaleDType(entry.encoding.dtype) : 'bf16';
+}
+
+function layoutUse(plans: readonly LinearPlan[]): LayoutUse {
+  const groups = new Map<string, { scheme: Scheme; linears: string[] }>();
+  const ignore: string[] = [];
+  for (const { linear, scheme } of plans) {
+    if (scheme === undefined) {
+      ignore.push(linear.name);
+      continue;
+    }
+    const key = JSON.stringify([scheme.bits, scheme.group, scheme.symmetric]);
+    const known = groups.get(key);
+    if (known) known.linears.push(linear.name);
+    else groups.set(key, { scheme, linears: [linear.name] });
+  }
+  // The most common scheme is the rule, the others exceptions.
+  return { groups: [...groups.values()].sort((a, b) => b.linears.length - a.linears.length), ignore };
+}
+
+function totalsOf(plans: readonly LinearPlan[]): PlanTotals {
+  let [quantized, weights, quantizedWeights, bits] = [0, 0, 0, 0];
+  for (const { stored, scheme, dtype } of plans) {
+    const count = elementCount([stored.outFeatures, stored.inFeatures]);
+    weights += count;
+    if (scheme === undefined) continue;
+    quantized++;
+    quantizedWeights += count;
+    bits += count * bitsPerWeight(scheme, stored.inFeatures, dtype === 'f32' ? 32 : 16);
+  }
+  const bitsEach = quantizedWeights === 0 ? 0 : bits / quantizedWeights;
+  return { quantized, left: plans.length - quantized, weights, quantizedWeights, bitsPerWeight: bitsEach };
+}

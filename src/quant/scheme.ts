@@ -1,0 +1,110 @@
+import { badUsage } from '../base/errors.js';
+import type { FloatDType } from '../base/dtype.js';
+import type { Scheme } from '../layout/types.js';
+
+export type { Scheme } from '../layout/types.js';
+
+/** Everything that decides the codes, beside weights and calibration tokens. Part of a job's fingerprint. */
+export interface Recipe {
+  readonly method: Method;
+  readonly bits: 4 | 8;
+  readonly symmetric: boolean;
+  /** Columns of a group; -1: one group a row. */
+  readonly groupSize: number;
+  /** Grids: `points` multiples in [from, to] of the max-based scale; `freeSign` lets the longer side serve either tail. */
+  readonly search: { readonly points: number; readonly from: number; readonly to: number; readonly freeSign: boolean };
+  /** Columns are swept from the one with most activation energy down; groups stay where they are ("static"). */
+  readonly order: boolean;
+  /** Share of the Hessian's mean diagonal added to it; raised when a pivot is not positive. */
+  readonly damp: number;
+  /** Rounds of {least-squares scales under the full Hessian, one coordinate descent over the codes} after the sweep. */
+  readonly refine: number;
+}
+
+export const methods = ['gptq', 'rtn'] as const;
+export type Method = (typeof methods)[number];
+
+export const defaultRecipe: Recipe = {
+  method: 'gptq',
+  bits: 4,
+  symmetric: true,
+  groupSize: 128,
+  search: { points: 28, from: 0.55, to: 1.06, freeSign: true },
+  order: true,
+  damp: 0.01,
+  refine: 3,
+};
+
+/** Integer codes are stored around zero: 4 bits are -8..7. */
+export const codeRange = (bits: number): { low: number; high: number } => ({
+  low: -(2 ** (bits - 1)),
+  high: 2 ** (bits - 1) - 1,
+});
+
+/** Columns that share a scale. */
+export const groupWidth = (scheme: Scheme, columns: number): number => (scheme.group === 0 ? columns : scheme.group);
+
+/** Bits that one stored weight takes, scales and zero points included. */
+export function bitsPerWeight(scheme: Scheme, columns: number, scaleBits: number): number {
+  const perGroup = scaleBits + (scheme.symmetric ? 0 : scheme.bits);
+  return scheme.bits + perGroup / groupWidth(scheme, columns);
+}
+
+/** `int4 g128 symmetric` */
+export function describeScheme({ bits, symmetric, group }: Scheme): string {
+  return `int${bits} ${group === 0 ? 'channel' : `g${group}`} ${symmetric ? 'symmetric' : 'asymmetric'}`;
+}
+
+const smallestGroup = 32;
+/** FFN widths are padded when that makes them at most this much longer. */
+const mostPadding = 0.125;
+
+export interface Fit {
+  /** 0: one scale a row. */
+  readonly group: number;
+  /** The width that is stored: `columns`, or more with exact zeros behind. */
+  readonly columns: number;
+  /** Why the group is not the one that was asked for, or the width not the model's. */
+  readonly note?: string;
+}
+
+/**
+ * A group that divides `columns`: the one asked for where it does; for feed-forward widths (which may be padded with
+ * channels that are exactly zero) else the largest group that costs little padding; for others a smaller power of
+ * two down to 32; at last one scale a row.
+ */
+export function fitGroup(columns: number, groupSize: number, paddable: boolean): Fit {
+  if (groupSize === -1) return { group: 0, columns };
+  if (columns % groupSize === 0) return { group: groupSize, columns };
+  for (let group = groupSize; group >= smallestGroup; group /= 2) {
+    if (columns % group === 0) {
+      return { group, columns, note: `group ${group}, because ${columns} columns are no multiple of ${groupSize}` };
+    }
+    const padded = Math.ceil(columns / group) * group;
+    if (paddable && (padded - columns <= mostPadding * columns || group / 2 < smallestGroup)) {
+      const smaller = group === groupSize ? '' : `group ${group}, `;
+      return { group, columns: padded, note: `${smaller}${columns} columns padded to ${padded} with zeros` };
+    }
+  }
+  return {
+    group: 0,
+    columns,
+    note: `one scale a row, because no group from ${groupSize} down to ${smallestGroup} divides ${columns} columns`,
+  };
+}
+
+/** Refuses what no target can hold. */
+export function checkRecipe(recipe: Recipe): void {
+  const { groupSize } = recipe;
+  const power = groupSize >= smallestGroup && groupSize <= 1024 && Number.isInteger(Math.log2(groupSize));
+  if (groupSize !== -1 && !power) {
+    throw badUsage('--group-size is not supported', {
+      got: String(groupSize),
+      expected: 'a power of two from 32 to 1024, or -1 for one group a row',
+    });
+  }
+}
+
+/** Scales are stored in the model's own precision. */
+export const scaleDType = (modelDType: string): FloatDType =>
+  modelDType === 'f16' || modelDType === 'bf16' ? modelDType : modelDType === 'f32' ? 'f32' : 'bf16';

@@ -1,0 +1,77 @@
+import { badUsage, didYouMean } from '../base/errors.js';
+import type { LinearSpec } from '../nn/calls.js';
+
+/** What `--scope` and `--keep` say: a part of a dotted name (`down_proj`, `layers.0`), or `re:` and an expression. */
+export interface NamePattern {
+  readonly given: string;
+  matches(name: string): boolean;
+}
+
+export function namePattern(given: string): NamePattern {
+  if (!given.startsWith('re:')) {
+    return { given, matches: (name) => `.${name}.`.includes(`.${given}.`) };
+  }
+  let expression: RegExp;
+  try {
+    expression = new RegExp(given.slice(3));
+  } catch (cause) {
+    throw badUsage('A name pattern is no regular expression', { got: given, cause });
+  }
+  return { given, matches: (name) => expression.test(name) };
+}
+
+export interface Selection {
+  /** `all`: every linear of the blocks; `experts`: routed experts only; else those whose names match. */
+  readonly scope: string;
+  /** Patterns of linears to leave in high precision. */
+  readonly keep: readonly string[];
+}
+
+/**
+ * Why each linear is left in high precision, by name; the ones to quantize are not in the map. Linears that engines
+ * fuse (q/k/v, gate/up, all experts of a layer) are quantized together or not at all.
+ * Errors: a pattern that matches nothing.
+ */
+export function leaveOut(groups: readonly (readonly LinearSpec[])[], { scope, keep }: Selection): Map<string, string> {
+  const inScope = scope === 'all' || scope === 'experts' ? undefined : namePattern(scope);
+  const kept = keep.map(namePattern);
+  const names = groups.flat().map(({ name }) => name);
+  for (const pattern of [...kept, ...(inScope ? [inScope] : [])]) {
+    if (names.some((name) => pattern.matches(name))) continue;
+    const parts = new Set(names.flatMap((name) => [name, ...name.split('.')]));
+    const near = didYouMean(pattern.given, parts);
+    throw badUsage('No linear has a name like the one given', {
+      got: pattern.given,
+      expected: 'a part of a name such as self_attn.q_proj or layers.0, or re:<regular expression>',
+      ...(near !== undefined && { hint: `Did you mean ${near}?` }),
+    });
+  }
+  const reasons = new Map<string, string>();
+  for (const linear of groups.flat()) {
+    const { name, role } = linear;
+    const keeper = kept.find((pattern) => pattern.matches(name));
+    if (keeper) reasons.set(name, `kept by --keep ${keeper.given}`);
+    else if (inScope && !inScope.matches(name)) reasons.set(name, `outside --scope ${scope}`);
+    else if (inScope)
+      continue; // named by the user: even a router
+    else if (role === 'router') reasons.set(name, 'a router stays in high precision');
+    else if (scope === 'experts' && role !== 'expert') reasons.set(name, 'outside --scope experts');
+  }
+  return withPartners(groups, reasons);
+}
+
+function withPartners(groups: readonly (readonly LinearSpec[])[], reasons: Map<string, string>): Map<string, string> {
+  const experts = groups.filter((group) => group.some(({ role }) => role === 'expert')).flat();
+  const fused = [...groups.filter((group) => group.every(({ role }) => role !== 'expert')), experts];
+  for (const partners of fused) {
+    const out = partners.find(({ name }) => reasons.has(name));
+    if (!out) continue;
+    for (const { name } of partners) {
+      if (!reasons.has(name)) reasons.set(name, `engines fuse it with ${out.name}: ${reasons.get(out.name)!}`);
+    }
+  }
+  return reasons;
+}
+
+/** What `--scope auto` means: for DeepSeek's own architectures the routed experts, where published recovery is best. */
+export const defaultScope = (modelType: string): string => (modelType.startsWith('deepseek') ? 'experts' : 'all');
