@@ -3,6 +3,7 @@ import { stat } from 'node:fs/promises';
 import { basename } from 'node:path';
 import { badInput } from '../base/errors.js';
 import { ioError } from '../base/files.js';
+import { closeFiles } from '../base/io.js';
 import { readSafetensors } from '../formats/safetensors.js';
 import { OpenFile } from '../formats/source.js';
 import type { RandomAccess } from '../formats/source.js';
@@ -13,7 +14,7 @@ import { detectFormat, extensionNote } from './detect.js';
 import type { FileFormat } from './detect.js';
 import { locate } from './locate.js';
 import type { Located } from './locate.js';
-import type { Checkpoint, ContainerFormat } from './types.js';
+import type { Checkpoint } from './types.js';
 
 export interface OpenOptions {
   /** Path of the config, where it does not lie beside the weights. */
@@ -27,16 +28,7 @@ export interface OpenOptions {
  * Errors (kind 'input') name file, byte or tensor: missing files, damaged or hostile headers, no config.
  */
 export async function openCheckpoint(path: string, options: OpenOptions = {}): Promise<Checkpoint> {
-  const located = await locate(path);
-  const files = located.files.map(parseFile);
-  const formats = new Set(files.map(({ format }) => format));
-  if (formats.size > 1) {
-    throw badInput('The files of one checkpoint have different formats', {
-      where: path,
-      got: files.map((file) => `${basename(file.path)}: ${file.format}`).slice(0, 4).join(', '), // prettier-ignore
-    });
-  }
-  const tensors = collect(files, located);
+  const { located, files, tensors } = await readContainers(path);
   const { found, tried } = await findConfig(located.folder, located.file, options.config);
   if (found === undefined && !options.configOptional) throw missingConfig(path, tried);
   const notes = [...located.notes, ...new Set(files.flatMap((file) => file.notes))];
@@ -45,7 +37,7 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
   hash.update(found?.bytes ?? '');
   return {
     path,
-    format: [...formats][0] as ContainerFormat,
+    format: files[0]!.format,
     config: found?.config ?? {},
     configPath: found?.path,
     tensors,
@@ -54,8 +46,23 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
     notes,
     fingerprint: hash.digest('hex'),
     assertUnchanged: () => assertUnchanged(files),
-    close: async () => undefined,
+    close: () => closeFiles(located.files),
   };
+}
+
+/** The tensors of a checkpoint's files as they are stored, by name; index and files must agree. */
+export async function readContainers(
+  path: string,
+): Promise<{ located: Located; files: OpenedFile[]; tensors: Map<string, TensorEntry> }> {
+  const located = await locate(path);
+  const files = located.files.map(parseFile);
+  if (files.some(({ format }) => format !== files[0]!.format)) {
+    throw badInput('The files of one checkpoint have different formats', {
+      where: path,
+      got: files.slice(0, 4).map((file) => `${basename(file.path)}: ${file.format}`).join(', '),
+    }); // prettier-ignore
+  }
+  return { located, files, tensors: collect(files, located) };
 }
 
 interface OpenedFile extends ParsedFile {

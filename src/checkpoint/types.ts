@@ -1,5 +1,6 @@
 import type { ByteSource } from '../base/bytes.js';
 import type { DType } from '../base/dtype.js';
+import type { Json } from '../base/job.js';
 import type { Encoding, TensorEntry } from '../formats/types.js';
 
 export type { Encoding, GgmlType, TensorEntry } from '../formats/types.js';
@@ -34,15 +35,25 @@ export interface PlannedTensor {
   readonly dtype: DType;
   /** Stored otherwise than as plain `dtype` elements: GGML blocks, or opaque bytes carried through. */
   readonly encoding?: Encoding;
+  /** PyTorch only: an earlier planned tensor whose storage this one shares (tied embeddings); it is not written. */
+  readonly tiedTo?: string;
 }
 
 /** Writes planned tensors in any order into temporary files; nothing has its final name before `finish`. */
 export interface CheckpointWriter {
+  /** The job's work folder. */
   readonly partFolder: string;
+  /** Whether a tensor is on disk already, from an earlier run too. */
+  has(name: string): boolean;
   /** Puts one planned tensor's bytes where they belong; size and name are checked against the plan. */
   write(name: string, data: ByteSource): Promise<void>;
-  /** Forces everything written so far to disk. */
+  /** Forces everything written so far to disk. After a crash, what was flushed is there (`has`). */
   flush(): Promise<void>;
-  /** Index, config, companions, provenance; every planned tensor written; then the rename. */
-  finish(): Promise<void>;
+  /**
+   * Every planned tensor written: index, config, companions, provenance; verifies the output with our own reader;
+   * then the rename. `report` goes into the provenance file (per-layer errors ...).
+   */
+  finish(report?: Readonly<Record<string, Json>>): Promise<void>;
+  /** Ends this run's hold of the files without finishing; what was flushed stays. */
+  close(): Promise<void>;
 }

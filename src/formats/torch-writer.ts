@@ -26,11 +26,13 @@ export interface TorchLayout {
   readonly pieces: readonly Piece[];
   /** Where each tensor's data goes; tied tensors share one place. */
   readonly offsets: ReadonlyMap<string, number>;
-  /** Spans of data whose checksums `complete` needs, in file order. */
+  /** Spans of data whose checksums `afterStorage` and `tail` need, in file order. */
   readonly storages: readonly { readonly position: number; readonly bytes: number }[];
   readonly size: number;
-  /** What follows from the data: descriptors and central directory. `crcs` (CRC-32) in the order of `storages`. */
-  complete(crcs: readonly number[]): Piece[];
+  /** The descriptor behind a storage's data, given the data's CRC-32. */
+  readonly afterStorage: (index: number, crc: number) => Piece;
+  /** The end of the file: serialization id and central directory. `crcs` in the order of `storages`. */
+  readonly tail: (crcs: readonly number[]) => Piece[];
 }
 
 const alignment = 64;
@@ -102,16 +104,20 @@ export function layoutTorch(tensors: readonly TorchTensorPlan[], stem: string): 
     offsets,
     storages: storages.map(({ data, size }) => ({ position: data, bytes: size })),
     size: tailStart + directorySize + 56 + 20 + 22,
-    complete(crcs) {
+    afterStorage: (index, crc) => {
+      const storage = storages[index]!;
+      return { position: storage.data + storage.size, bytes: descriptor(storage, crc) };
+    },
+    tail(crcs) {
       const digits = serializationId(entries, crcs);
       const crcOf = new Map<Entry, number>([[id, crc32(digits)], ...storages.map((s, i) => [s, crcs[i]!] as const)]);
       const crc = (entry: Entry): number => crcOf.get(entry) ?? crc32(entry.content!);
-      const pieces = storages.map((s) => ({ position: s.data + s.size, bytes: descriptor(s, crc(s)) }));
-      pieces.push({ position: id.data, bytes: Buffer.concat([digits, descriptor(id, crc(id))]) });
       const directory = Buffer.concat(entries.map((entry) => centralHeader(entry, crc(entry))));
       const end = endRecords(entries.length, directory.length, tailStart);
-      pieces.push({ position: tailStart, bytes: Buffer.concat([directory, end]) });
-      return pieces;
+      return [
+        { position: id.data, bytes: Buffer.concat([digits, descriptor(id, crc(id))]) },
+        { position: tailStart, bytes: Buffer.concat([directory, end]) },
+      ];
     },
   };
 }

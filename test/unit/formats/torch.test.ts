@@ -4,7 +4,7 @@ import { inMemory } from '../../../src/formats/source.js';
 import { readTorch, torchRefusals } from '../../../src/formats/torch.js';
 import type { TorchFile } from '../../../src/formats/torch.js';
 import { layoutTorch } from '../../../src/formats/torch-writer.js';
-import type { TorchTensorPlan } from '../../../src/formats/torch-writer.js';
+import type { Piece, TorchTensorPlan } from '../../../src/formats/torch-writer.js';
 import { elementBytes } from '../../../src/formats/torch-state.js';
 import { dtypeElement } from '../../../src/formats/torch-values.js';
 import type { TensorEntry } from '../../../src/formats/types.js';
@@ -97,6 +97,11 @@ describe('readTorch', () => {
   });
 });
 
+const ends = (layout: ReturnType<typeof layoutTorch>, crcs: number[]): Piece[] => [
+  ...crcs.map((crc, i) => layout.afterStorage(i, crc)),
+  ...layout.tail(crcs),
+];
+
 describe('layoutTorch', () => {
   /** Writes a file by its layout from the tensors of another. */
   function rewrite(
@@ -110,7 +115,7 @@ describe('layoutTorch', () => {
     for (const { position, bytes } of layout.pieces) bytes.copy(made, position);
     for (const entry of entries) values(source, entry).copy(made, layout.offsets.get(entry.name));
     const crcs = layout.storages.map(({ position, bytes }) => crc32(made.subarray(position, position + bytes)));
-    for (const { position, bytes } of layout.complete(crcs)) bytes.copy(made, position);
+    for (const { position, bytes } of ends(layout, crcs)) bytes.copy(made, position);
     return made;
   }
 
@@ -154,7 +159,7 @@ describe('layoutTorch', () => {
       { name: 'after', shape: [4], encoding: dtypeElement('float32')! },
     ];
     const layout = layoutTorch(plan, 'x');
-    const pieces = [...layout.pieces, ...layout.complete([1, 2, 3])];
+    const pieces = [...layout.pieces, ...ends(layout, [1, 2, 3])];
     const sparse = {
       path: 'sparse',
       size: layout.size,

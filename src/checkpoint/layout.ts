@@ -1,0 +1,159 @@
+import { extname } from 'node:path';
+import { badInput, bug } from '../base/errors.js';
+import { encodedBytes, encodingName } from '../formats/ggml.js';
+import { buildSafetensorsHeader, safetensorsDtype } from '../formats/safetensors.js';
+import { layoutTorch } from '../formats/torch-writer.js';
+import type { Encoding } from '../formats/types.js';
+import { stemOf } from './config.js';
+import type { PlannedTensor } from './types.js';
+
+/** Formats that the writer makes. */
+export type OutputFormat = 'safetensors' | 'torch';
+
+/** Bytes with their place in a file. */
+export interface Piece {
+  readonly position: number;
+  readonly bytes: Buffer;
+}
+
+/** A run of data in a file, in file order. */
+export interface Extent {
+  /** Tensors stored here: one, or several tied ones. */
+  readonly names: readonly string[];
+  readonly position: number;
+  readonly bytes: number;
+}
+
+/** One output file with everything fixed but the data. */
+export interface FileLayout {
+  readonly name: string;
+  readonly size: number;
+  readonly extents: readonly Extent[];
+  readonly pieces: readonly Piece[];
+  /** What follows an extent's data (`i`-th in file order) and depends on its CRC-32; undefined where nothing does. */
+  readonly afterExtent?: (i: number, crc: number) => Piece;
+  /** What ends the file, given all CRC-32s. */
+  readonly tail?: (crcs: readonly number[]) => readonly Piece[];
+}
+
+export interface OutputLayout {
+  readonly files: readonly FileLayout[];
+  /** The index file of several shards. */
+  readonly index: { readonly name: string; readonly json: object } | undefined;
+}
+
+export const plannedEncoding = ({ dtype, encoding }: PlannedTensor): Encoding => encoding ?? { kind: 'plain', dtype };
+
+export function plannedBytes(tensor: PlannedTensor): number {
+  const bytes = encodedBytes(tensor.shape, plannedEncoding(tensor));
+  if (Number.isSafeInteger(bytes)) return bytes;
+  throw badInput('The shape does not fit the element type', {
+    where: `tensor ${JSON.stringify(tensor.name)}`,
+    got: `[${tensor.shape.join(', ')}] as ${encodingName(plannedEncoding(tensor))}`,
+  });
+}
+
+const baseNames: Record<OutputFormat, { stem: string; ending: string }> = {
+  safetensors: { stem: 'model', ending: 'safetensors' },
+  torch: { stem: 'pytorch_model', ending: 'bin' },
+};
+
+export interface LayoutOptions {
+  readonly format: OutputFormat;
+  readonly tensors: readonly PlannedTensor[];
+  /** Largest size of a shard, bytes; a single larger tensor gets a shard of its own. */
+  readonly shardSize: number;
+  /** Name of the one output file; undefined for a folder, which may hold shards. */
+  readonly fileName: string | undefined;
+  readonly metadata: Readonly<Record<string, string>>;
+}
+
+/** Fixes files, headers and the place of every tensor before anything is computed. */
+export function planLayout(options: LayoutOptions): OutputLayout {
+  const { format, tensors, fileName, shardSize } = options;
+  requireDistinct(tensors);
+  const shards = fileName === undefined ? split(tensors, shardSize) : [tensors];
+  const { stem, ending } = baseNames[format];
+  const nameOf = (i: number): string => {
+    if (fileName !== undefined) return fileName;
+    if (shards.length === 1) return `${stem}.${ending}`;
+    const [number, total] = [i + 1, shards.length].map((n) => String(n).padStart(5, '0'));
+    return `${stem}-${number}-of-${total}.${ending}`;
+  };
+  const build = format === 'torch' ? torchFile : safetensorsFile;
+  const files = shards.map((shard, i) => build(nameOf(i), shard, options));
+  if (shards.length === 1) return { files, index: undefined };
+  const weightMap = Object.fromEntries(shards.flatMap((shard, i) => shard.map(({ name }) => [name, nameOf(i)])));
+  const total = tensors.filter(({ tiedTo }) => tiedTo === undefined).reduce((sum, t) => sum + plannedBytes(t), 0);
+  const json = { metadata: { total_size: total }, weight_map: weightMap };
+  return { files, index: { name: `${stem}.${ending}.index.json`, json } };
+}
+
+function requireDistinct(tensors: readonly PlannedTensor[]): void {
+  const seen = new Set<string>();
+  for (const { name } of tensors) {
+    if (seen.has(name)) throw bug('A tensor is planned twice', { where: `tensor ${JSON.stringify(name)}` });
+    seen.add(name);
+  }
+  if (tensors.length === 0) throw bug('No tensors are planned');
+}
+
+/** Shards in the order of the plan, which is the order of the layers; tied tensors stay with their partner. */
+function split(tensors: readonly PlannedTensor[], shardSize: number): PlannedTensor[][] {
+  const shards: PlannedTensor[][] = [];
+  const shardOf = new Map<string, PlannedTensor[]>();
+  let size = Infinity;
+  for (const tensor of tensors) {
+    const partner = tensor.tiedTo === undefined ? undefined : shardOf.get(tensor.tiedTo);
+    if (partner !== undefined) {
+      partner.push(tensor);
+      continue;
+    }
+    const bytes = plannedBytes(tensor);
+    if (size + bytes > shardSize) {
+      shards.push([]);
+      size = 0;
+    }
+    shards.at(-1)!.push(tensor);
+    shardOf.set(tensor.name, shards.at(-1)!);
+    size += bytes;
+  }
+  return shards;
+}
+
+function safetensorsFile(name: string, tensors: readonly PlannedTensor[], { metadata }: LayoutOptions): FileLayout {
+  const plan = tensors.map((tensor) => {
+    const dtype = safetensorsDtype(plannedEncoding(tensor));
+    if (dtype !== undefined && tensor.tiedTo === undefined) return { name: tensor.name, shape: tensor.shape, dtype };
+    throw badInput('safetensors cannot hold this tensor', {
+      where: `tensor ${JSON.stringify(tensor.name)}`,
+      got: tensor.tiedTo === undefined ? encodingName(plannedEncoding(tensor)) : `tied to ${tensor.tiedTo}`,
+    });
+  });
+  const { header, offsets, size } = buildSafetensorsHeader(plan, metadata);
+  const extents = tensors.map((tensor) => ({
+    names: [tensor.name],
+    position: offsets.get(tensor.name)!,
+    bytes: plannedBytes(tensor),
+  }));
+  return { name, size, extents: inOrder(extents), pieces: [{ position: 0, bytes: header }] };
+}
+
+function torchFile(name: string, tensors: readonly PlannedTensor[]): FileLayout {
+  const plan = tensors.map((tensor) => ({ ...tensor, encoding: plannedEncoding(tensor) }));
+  const layout = layoutTorch(plan, extname(name) === '' ? name : stemOf(name));
+  const namesAt = new Map<number, string[]>(layout.storages.map(({ position }) => [position, []]));
+  for (const [tensor, position] of layout.offsets) namesAt.get(position)!.push(tensor);
+  const extents = layout.storages.map((storage) => ({ names: namesAt.get(storage.position)!, ...storage }));
+  return {
+    name,
+    size: layout.size,
+    extents,
+    pieces: layout.pieces,
+    afterExtent: layout.afterStorage,
+    tail: layout.tail,
+  };
+}
+
+const inOrder = (extents: readonly Extent[]): Extent[] =>
+  [...extents].sort((a, b) => a.position - b.position || a.bytes - b.bytes);

@@ -1,0 +1,30 @@
+import type { Job, Json } from '../base/job.js';
+import type { OutputFormat } from './layout.js';
+import type { PlannedTensor } from './types.js';
+
+export interface Provenance {
+  readonly tool: { readonly name: string; readonly version: string };
+  /** What was done, as the command knows it: the frozen options. */
+  readonly recipe: Json;
+  /** Files that were read; their SHA-256 is computed beside the work. */
+  readonly inputs: readonly string[];
+}
+
+export interface WriterOptions {
+  /** The work folder and the output's name; its `overwrite` allows replacing an existing output. */
+  readonly job: Job;
+  readonly format: OutputFormat;
+  /** In the order of the layers: shards are filled in this order. */
+  readonly tensors: readonly PlannedTensor[];
+  /** Bytes (default 5 GB). Only for a folder: a file output is one file. */
+  readonly shardSize?: number;
+  /** config.json of the output. */
+  readonly config: Readonly<Record<string, unknown>>;
+  /** Files copied along (tokenizer ...): `Checkpoint.companions`. */
+  readonly companions?: readonly string[];
+  /** More files by name, e.g. README.md; they win over companions of the same name. */
+  readonly extraFiles?: ReadonlyMap<string, string | Uint8Array>;
+  /** Header metadata of safetensors files (default `format: pt`, which transformers wants). */
+  readonly metadata?: Readonly<Record<string, string>>;
+  readonly provenance: Provenance;
+}
