@@ -4,8 +4,10 @@ import { linear, type Calls, type ForwardContext } from '../nn/calls.js';
 import { drop, linearSpec, type Layer } from '../nn/layer.js';
 import type { FfnSpec } from '../nn/mlp.js';
 import type { MoeSpec } from '../nn/moe.js';
-import { normalise, normTensor, type NormSpec } from '../nn/norm.js';
+import { normalise, normTensor } from '../nn/norm.js';
+import type { RopeSpec } from '../nn/rope.js';
 import { limits, type Config } from './config.js';
+import { normSpec } from './parts.js';
 import type { Block, Model } from './types.js';
 
 /** What an architecture file says of one decoder layer. */
@@ -46,39 +48,6 @@ export function readSizes(c: Config, defaults: { eps?: number; headDim?: number 
   };
 }
 
-/** The feed-forward activation by the names that configs use. */
-export function readActivation(c: Config): FfnSpec['activation'] {
-  const names = {
-    silu: 'silu',
-    swish: 'silu',
-    gelu: 'gelu',
-    gelu_pytorch_tanh: 'gelu_tanh',
-    gelu_new: 'gelu_tanh',
-    gelu_fast: 'gelu_tanh',
-  } as const;
-  return names[c.choice('hidden_act', Object.keys(names) as (keyof typeof names)[], 'silu')];
-}
-
-export const normSpec = (name: string, width: number, eps: number): NormSpec => ({ name, width, eps });
-
-/** A gated feed-forward network of separate gate, up and down projections. */
-export function ffnSpec(
-  name: string,
-  sizes: { hidden: number; width: number },
-  activation: FfnSpec['activation'],
-  role: 'mlp' | 'expert' | 'shared-expert' = 'mlp',
-  { names = ['gate_proj', 'up_proj', 'down_proj'], bias = false }: { names?: string[]; bias?: boolean } = {},
-): FfnSpec {
-  const [gate, up, down] = names as [string, string, string];
-  const { hidden, width } = sizes;
-  return {
-    gate: linearSpec(`${name}.${gate}`, hidden, width, role, bias),
-    up: linearSpec(`${name}.${up}`, hidden, width, role, bias),
-    down: linearSpec(`${name}.${down}`, width, hidden, role, bias),
-    activation,
-  };
-}
-
 /**
  * A pre-norm decoder: embedding, layers of attention and feed-forward behind one norm each, final norm, head. `layer`
  * gives the parts of layer i, whose tensors start with `name`.
@@ -86,6 +55,7 @@ export function ffnSpec(
 export function decoder(
   c: Config,
   sizes: Sizes,
+  rope: RopeSpec,
   layer: (i: number, name: string) => LayerParts,
   { carried = [] }: { carried?: readonly string[] } = {},
 ): Model {
@@ -112,6 +82,7 @@ export function decoder(
     kvHeads: sizes.kvHeads,
     headDim: sizes.headDim,
     blocks,
+    ragged: !['dynamic', 'longrope'].includes(rope.scaling.type) && !blocks.some((b) => b.window !== undefined),
     outer: [
       { name: embedding, shape },
       normTensor(norm),

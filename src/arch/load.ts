@@ -13,10 +13,10 @@ const floats: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f16', 'f64', 'f8_e4m
 
 /** Brings stored tensors to a device: into memory that the caller has made, converted to its dtype. */
 export class TensorLoader {
-  readonly #open: OpenModel;
+  readonly #open: Pick<OpenModel, 'tensors' | 'file'>;
   readonly #device: Device;
 
-  constructor(open: OpenModel, device: Device) {
+  constructor(open: Pick<OpenModel, 'tensors' | 'file'>, device: Device) {
     this.#open = open;
     this.#device = device;
   }

@@ -1,11 +1,29 @@
 import { badInput, didYouMean } from '../base/errors.js';
 import { Config } from './config.js';
+import { deepseek, deepseekV2, deepseekV3 } from './deepseek.js';
+import { glm4Moe } from './glm4-moe.js';
 import { llama } from './llama.js';
+import { mistral } from './mistral.js';
+import { mixtral } from './mixtral.js';
+import { olmoe } from './olmoe.js';
+import { qwen2, qwen3 } from './qwen.js';
+import { qwen2Moe, qwen3Moe } from './qwen-moe.js';
 import type { Model } from './types.js';
 
 /** model_type -> its architecture. A new one is a file and a line here (docs/adding-an-architecture.md). */
 const architectures: Readonly<Record<string, (c: Config) => Model>> = {
+  deepseek,
+  deepseek_v2: deepseekV2,
+  deepseek_v3: deepseekV3,
+  glm4_moe: glm4Moe,
   llama,
+  mistral,
+  mixtral,
+  olmoe,
+  qwen2,
+  qwen2_moe: qwen2Moe,
+  qwen3,
+  qwen3_moe: qwen3Moe,
 };
 
 export const modelTypes: readonly string[] = Object.keys(architectures).sort();

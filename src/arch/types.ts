@@ -38,6 +38,8 @@ export interface Model {
   readonly kvHeads: number;
   readonly headDim: number;
   readonly blocks: readonly Block[];
+  /** Rows of a batch may end at different positions: false with sliding windows and length-dependent rope. */
+  readonly ragged: boolean;
   /** Tensors outside the blocks: embedding, final norm, head. */
   readonly outer: readonly TensorSpec[];
   /** Name of the embedding's tensor, [V, C]. */

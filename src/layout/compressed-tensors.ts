@@ -101,7 +101,7 @@ function weightArgs(group: Readonly<Record<string, unknown>>, at: string): Weigh
     strategy,
     group: strategy === 'group' ? (size as number) : 0,
     actorder: actorder as string | null,
-    targets: targets as string[],
+    targets: targets,
   };
 }
 

@@ -44,7 +44,7 @@ export function selfAttention(a: AttentionSpec): Layer {
 
 function* forward(a: AttentionSpec, x: Tensor, ctx: ForwardContext): Calls<Tensor> {
   const { scope, batch, length } = ctx;
-  let [q, k, v] = (yield* linear([a.q, a.k, a.v], x)) as [Tensor, Tensor, Tensor];
+  const [qRaw, kRaw, v] = (yield* linear([a.q, a.k, a.v], x)) as [Tensor, Tensor, Tensor];
 
   const renorm = (norm: NormSpec | undefined, y: Tensor, others: Tensor[]): Tensor => {
     if (!norm) return y;
@@ -52,8 +52,8 @@ function* forward(a: AttentionSpec, x: Tensor, ctx: ForwardContext): Calls<Tenso
     drop(scope, [y], others);
     return normed;
   };
-  q = renorm(a.qNorm, q, [k, v]);
-  k = renorm(a.kNorm, k, [q, v]);
+  const q = renorm(a.qNorm, qRaw, [kRaw, v]);
+  const k = renorm(a.kNorm, kRaw, [qRaw, v]);
   if (a.clip !== undefined) for (const y of [q, k, v]) unary(scope, 'clamp', y, -a.clip, a.clip, y);
 
   const qTurned = turn(ctx, a.rope, q.view(batch, length, a.heads, a.headDim));

@@ -116,7 +116,10 @@ const keptVariants = 4;
 /** cos and sin f32 [rows, dim/2], row = position; at least `length` rows. */
 export function ropeTable(rope: RopeSpec, length: number): HostTable {
   let tables = hostTables.get(rope);
-  if (!tables) hostTables.set(rope, (tables = new Map()));
+  if (!tables) {
+    tables = new Map<number, HostTable>();
+    hostTables.set(rope, tables);
+  }
   const key = variant(rope, length);
   const known = tables.get(key);
   if (known && known.rows >= length) return known;

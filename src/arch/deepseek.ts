@@ -1,0 +1,111 @@
+import { linearSpec, type Layer } from '../nn/layer.js';
+import { latentAttention } from '../nn/mla.js';
+import type { RopeSpec } from '../nn/rope.js';
+import type { RouteOptions } from '../tensor/ops.js';
+import { limits, type Config } from './config.js';
+import { decoder, readSizes, type Sizes } from './decoder.js';
+import { deepseekMlp, mtpLayers, readGroups, sigmoidRouting } from './deepseek-moe.js';
+import { groupedAttention, normSpec } from './parts.js';
+import { readRope, yarnScale } from './rope-config.js';
+import type { Model } from './types.js';
+
+/** DeepSeekMoE 16B (Dai et al. 2024): Llama's attention, fine-grained experts beside shared ones. */
+export function deepseek(c: Config): Model {
+  const sizes = readSizes(c);
+  const { rope } = readRope(c, { headDim: sizes.headDim });
+  const bias = c.bool('attention_bias', false);
+  const mlp = deepseekMlp(c, sizes, softmaxRouting, { bias: false });
+  return decoder(c, sizes, rope, (i, name) => ({
+    attention: groupedAttention(i, name, sizes, { rope, qkvBias: bias, outBias: bias }),
+    mlp: mlp(i, name),
+  }));
+}
+
+const softmaxRouting = (c: Config): Omit<RouteOptions, 'bias' | 'topK'> => {
+  c.only('scoring_func', 'softmax');
+  return { scoring: 'softmax', normalize: c.bool('norm_topk_prob', false) };
+};
+
+/** DeepSeek-V2 and V2-Lite (Liu et al. 2024): latent attention, softmax routing, optionally limited to groups. */
+export function deepseekV2(c: Config): Model {
+  c.only('mlp_bias', false);
+  const routing = (config: Config, experts: number): Omit<RouteOptions, 'bias' | 'topK'> => {
+    config.only('scoring_func', 'softmax');
+    // The original divides by the sum and leaves the factor out then; transformers does neither. No model uses it.
+    config.only('norm_topk_prob', false);
+    const limited = config.choice('topk_method', ['greedy', 'group_limited_greedy'], 'greedy') !== 'greedy';
+    const groups = readGroups(config, experts);
+    const scale = config.float('routed_scaling_factor', { default: 1 });
+    return { scoring: 'softmax', scale, ...(limited && { ...groups, groupScore: 'max' }) };
+  };
+  return latentModel(c, routing, { bias: false, interleaved: true, carried: () => [] });
+}
+
+/** DeepSeek-V3, V3.1 and R1 (Liu et al. 2025): sigmoid routing with a selection bias, a layer that predicts further. */
+export function deepseekV3(c: Config): Model {
+  const interleaved = c.bool('rope_interleave', true);
+  return latentModel(c, sigmoidRouting, { bias: true, interleaved, carried: (n) => mtpLayers(c, n) });
+}
+
+function latentModel(
+  c: Config,
+  routing: (c: Config, experts: number) => Omit<RouteOptions, 'bias' | 'topK'>,
+  variant: { bias: boolean; interleaved: boolean; carried: (layers: number) => string[] },
+): Model {
+  const nope = c.int('qk_nope_head_dim', { max: limits.hidden });
+  const turned = c.int('qk_rope_head_dim', { max: limits.hidden });
+  // head_dim is the rotated part in transformers 5, and absent or of no consequence elsewhere.
+  c.understood('head_dim', 'qk_head_dim');
+  const sizes = { ...readSizes(c, { headDim: turned }), headDim: nope + turned };
+  if (sizes.kvHeads !== sizes.heads) throw c.wrong('num_key_value_heads', `${sizes.heads}: latents serve all heads`);
+  const { rope, factor, mscaleAllDim } = readRope(c, {
+    headDim: turned,
+    interleaved: variant.interleaved,
+    fromEnd: true,
+  });
+  const mscale = factor !== undefined && mscaleAllDim ? yarnScale(factor, mscaleAllDim) : 1;
+  const scale = (nope + turned) ** -0.5 * mscale * mscale;
+  const attention = latentParts(c, sizes, { nope, rope, scale });
+  const mlp = deepseekMlp(c, sizes, routing, { bias: variant.bias });
+  return decoder(c, sizes, rope, (i, name) => ({ attention: attention(i, `${name}.self_attn`), mlp: mlp(i, name) }), {
+    carried: variant.carried(sizes.layers),
+  });
+}
+
+function latentParts(
+  c: Config,
+  { hidden, heads }: Sizes,
+  { nope, rope, scale }: { nope: number; rope: RopeSpec; scale: number },
+): (i: number, name: string) => Layer {
+  const rank = c.int('kv_lora_rank', { max: limits.hidden });
+  const qRank = c.optionalInt('q_lora_rank', { max: limits.hidden });
+  const value = c.int('v_head_dim', { max: limits.hidden });
+  const bias = c.bool('attention_bias', false);
+  const queries = heads * (nope + rope.dim);
+  // These two norms have an epsilon of their own, whatever rms_norm_eps says.
+  const eps = 1e-6;
+  return (i, name) => {
+    const of = (part: string, inner: number, outer: number, biased = false) =>
+      linearSpec(`${name}.${part}`, inner, outer, 'attention', biased);
+    return latentAttention({
+      layer: i,
+      heads,
+      nope,
+      value,
+      rank,
+      q: qRank
+        ? {
+            down: of('q_a_proj', hidden, qRank, bias),
+            norm: normSpec(`${name}.q_a_layernorm`, qRank, eps),
+            up: of('q_b_proj', qRank, queries),
+          }
+        : of('q_proj', hidden, queries),
+      kvDown: of('kv_a_proj_with_mqa', hidden, rank + rope.dim, bias),
+      kvNorm: normSpec(`${name}.kv_a_layernorm`, rank, eps),
+      kvUp: of('kv_b_proj', rank, heads * (nope + value)),
+      o: of('o_proj', heads * value, hidden, bias),
+      rope,
+      scale,
+    });
+  };
+}

@@ -1,0 +1,80 @@
+import type { JobEnv } from '../backend/env.js';
+import { GrowingCache } from '../nn/cache.js';
+import type { KvCache, Weights } from '../nn/calls.js';
+import { run } from '../nn/run.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+import { forwardContext, type ContextOptions } from './context.js';
+import type { OpenModel } from './open.js';
+import type { Model } from './types.js';
+import { WeightReader } from './weights.js';
+
+/** A model with all its weights on a device, for many forward passes: generation, small models. */
+export class ResidentModel implements Disposable {
+  readonly model: Model;
+  readonly #scope: Scope;
+  readonly #outer: Weights;
+  readonly #blocks: readonly Weights[];
+
+  private constructor(model: Model, scope: Scope, outer: Weights, blocks: readonly Weights[]) {
+    this.model = model;
+    this.#scope = scope;
+    this.#outer = outer;
+    this.#blocks = blocks;
+  }
+
+  static async load(
+    open: OpenModel,
+    { device }: Pick<JobEnv, 'device'>,
+    dtype: 'f32' | 'bf16',
+  ): Promise<ResidentModel> {
+    const scope = new Scope(device);
+    try {
+      const reader = new WeightReader(open, device, dtype);
+      const outer = await reader.outer(scope);
+      const blocks: Weights[] = [];
+      for (let i = 0; i < open.model.blocks.length; i++) blocks.push(await reader.block(i, scope));
+      return new ResidentModel(open.model, scope, outer, blocks);
+    } catch (error) {
+      scope[Symbol.dispose]();
+      throw error;
+    }
+  }
+
+  /** One cache a block, in `scope`; `lengths`: real tokens of each row's prompt. */
+  caches(scope: Scope, lengths?: readonly number[]): KvCache[] {
+    return this.model.blocks.map(() => new GrowingCache(scope, lengths));
+  }
+
+  /** Hidden states [B S, C] behind the last block for tokens [B, S]. */
+  hidden(
+    scope: Scope,
+    tokens: Int32Array,
+    batch: number,
+    { caches, ...options }: Omit<ContextOptions, 'cache'> & { caches?: readonly KvCache[] } = {},
+  ): Tensor {
+    const { model } = this;
+    const length = tokens.length / batch;
+    const ids = scope.from('i32', [batch, length], tokens);
+    const contextOf = (weights: Weights, within: Scope, cache?: KvCache) =>
+      forwardContext(within, model, weights, batch, length, { ...options, ...(cache && { cache }) });
+    let x = model.embed(ids, contextOf(this.#outer, scope));
+    model.blocks.forEach((block, i) => {
+      using inner = new Scope(scope.device);
+      const ctx = contextOf(this.#blocks[i]!, inner, caches?.[i]);
+      const y = inner.move(run(block.forward(x, ctx), ctx), scope);
+      scope.free(x);
+      x = y;
+    });
+    return x;
+  }
+
+  /** Logits f32 [T, V] of hidden states [T, C]. */
+  logits(scope: Scope, x: Tensor): Tensor {
+    const ctx = forwardContext(scope, this.model, this.#outer, 1, x.dim(0));
+    return run(this.model.logits(x, ctx), ctx);
+  }
+
+  [Symbol.dispose](): void {
+    this.#scope[Symbol.dispose]();
+  }
+}

@@ -1,0 +1,90 @@
+import { existsSync, readdirSync } from 'node:fs';
+import { describe, expect, test } from 'vitest';
+import { generate } from '../../src/arch/generate.js';
+import { openModel } from '../../src/arch/open.js';
+import { ResidentModel } from '../../src/arch/resident.js';
+import { Scope } from '../../src/tensor/tensor.js';
+import { expected, fixture, linkedCase, relativeError, testEnv, trainedModel } from './support.js';
+
+/** Logits in fp32 against transformers': max |difference| over max |logit| (fixtures/arch/make_arch.py). */
+const bound = 1e-4;
+const env = testEnv();
+
+const cases = readdirSync(fixture('arch'), { withFileTypes: true }).filter((entry) => entry.isDirectory());
+describe.each(cases.map(({ name }) => name))('%s', (name) => {
+  const own = existsSync(fixture('arch', name, 'model.safetensors'));
+  const path = own ? fixture('arch', name) : linkedCase(name, name.split('-')[0]!);
+  const want = expected(fixture('arch', name, 'expected.safetensors'));
+
+  test('logits equal those of transformers: padded, one token, two tokens', async () => {
+    const open = await openModel(path);
+    using resident = await ResidentModel.load(open, env, 'f32');
+    const logits = async (tokens: Int32Array, batch: number, lengths?: number[]) => {
+      using scope = new Scope(env.device);
+      const x = resident.hidden(scope, tokens, batch, lengths && { lengths });
+      return resident.logits(scope, x).float32();
+    };
+    const { tokens, lengths, logits: full, logits_1: one, logits_2: two } = want;
+    const [batch, length, vocab] = full!.shape as [number, number, number];
+    const got = await logits(tokens!.i32, batch, [...lengths!.i32]);
+    for (let b = 0; b < batch; b++) {
+      const real = [b * length * vocab, (b * length + lengths!.i32[b]!) * vocab] as const;
+      expect(relativeError(got.subarray(...real), full!.f32.subarray(...real)), `row ${b}`).toBeLessThan(bound);
+    }
+    expect(relativeError(await logits(tokens!.i32.slice(0, 1), 1), one!.f32)).toBeLessThan(bound);
+    expect(relativeError(await logits(tokens!.i32.slice(0, 2), 1), two!.f32)).toBeLessThan(bound);
+    await open.close();
+  });
+
+  test('greedy generation equals that of transformers; rows of other lengths beside it change nothing', async () => {
+    const open = await openModel(path);
+    using resident = await ResidentModel.load(open, env, 'f32');
+    const prompt = want.tokens!.i32.slice(0, 4);
+    // transformers went on beyond the context of the dynamic case on purpose.
+    const model = resident.model as { context: number };
+    model.context = Math.max(model.context, 64);
+    const others = [want.tokens!.i32.slice(5, 14), want.tokens!.i32.slice(20, 22)];
+    const options = { maxNewTokens: 32, greedy: true, stopIds: [] };
+    const [alone] = await generate(resident, env, [prompt], options);
+    expect([...alone!.tokens]).toEqual([...want.greedy!.i32]);
+    const [beside] = await generate(resident, env, [prompt, ...others], options);
+    expect([...beside!.tokens]).toEqual([...want.greedy!.i32]);
+    expect(relativeError(beside!.logprobs, alone!.logprobs)).toBeLessThan(bound);
+    await open.close();
+  });
+});
+
+describe.each([
+  ['dense-6m', 'v1.0', 'v1.0_checkpoint.bin'],
+  ['dense-32m', 'dense-32m', ''],
+  ['stories260k', 'stories260k', ''],
+  ['moe-6m', 'moe-6m', ''],
+])('trained %s', (name, folder, file) => {
+  const path = trainedModel(folder, file);
+  test.skipIf(!path)('logits and greedy text equal those of transformers', async () => {
+    const want = expected(fixture('arch', `${name}.expected.safetensors`));
+    const open = await openModel(path!);
+    using resident = await ResidentModel.load(open, env, 'f32');
+    using scope = new Scope(env.device);
+    const x = resident.hidden(scope, want.tokens!.i32, 1);
+    const logits = await resident.logits(scope, x).float32();
+    const { vocab } = resident.model;
+    const some: number[] = [];
+    for (const row of want.rows!.i32) for (let i = 0; i < vocab; i += 37) some.push(logits[row * vocab + i]!);
+    const largest = want.largest!.f32[0]!;
+    const worst = Math.max(...some.map((v, i) => Math.abs(v - want.some!.f32[i]!)));
+    expect(worst / largest).toBeLessThan(bound);
+    want.rows!.i32.forEach((row, r) => {
+      const at = [...logits.subarray(row * vocab, (row + 1) * vocab)].map((v, i) => [v, i] as const);
+      const top = at.sort((a, b) => b[0] - a[0]).slice(0, 8);
+      expect(top.map(([, i]) => i)).toEqual([...want.top!.i32.subarray(8 * r, 8 * r + 8)]);
+    });
+    const [text] = await generate(resident, env, [want.tokens!.i32.slice(0, 12)], {
+      maxNewTokens: 32,
+      greedy: true,
+      stopIds: [],
+    });
+    expect([...text!.tokens]).toEqual([...want.greedy!.i32]);
+    await open.close();
+  });
+});
