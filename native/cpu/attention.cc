@@ -1,69 +1,246 @@
-// Attention: forward.
-#include <algorithm>
+// Attention, forward: tiles of queries by tiles of keys with a running softmax (Milakov & Gimelshein 2018; Dao et al.
+// 2022), on the packed matrix kernel. No S x T map is ever stored.
+#include "attention.h"
 
-#include "view.h"
+#include "gemm.h"
+#include "kernels/gemm.h"
 
 using namespace dc;
 
 namespace {
 
-// Which keys a query sees: [first, last).
-struct Mask {
-  bool causal;
-  int64_t window, offset;
-  void keys(int64_t s, int64_t length, int64_t* first, int64_t* last) const {
-    *last = causal ? std::min(length, s + offset + 1) : length;
-    *first = window > 0 ? std::max<int64_t>(0, s + offset - window + 1) : 0;
-    *last = std::max(*last, int64_t(0));
-    *first = std::min(*first, *last);
+constexpr int64_t kKeys = 256;  // keys of a tile; a multiple of every nr
+
+struct Attention {
+  const dc_tensor &o, &q, &k, &v, &lengths, &sinks, &lse;
+  Mask mask;
+  float scale, cap;
+  int64_t B, S, H, D, T, G, Dv;
+
+  float sink(int64_t h) const { return present(sinks) ? data<float>(sinks)[h * sinks.stride[0]] : -INFINITY; }
+
+  // Scores of one row to be: scale, then the soft cap.
+  void scores(float* x, int64_t n) const {
+    const auto& kernels = element_kernels();
+    kernels.scale(x, scale, n);
+    if (cap > 0) kernels.unary(x, n, DC_SOFTCAP, cap, 0);
+  }
+
+  // Their maximum; NaN where all of them are NaN or -infinity and one is NaN: it must not vanish.
+  static float maximum(const float* x, int64_t n) {
+    const float most = element_kernels().max(x, n);
+    if (most == -INFINITY)
+      for (int64_t i = 0; i < n; i++)
+        if (std::isnan(x[i])) return x[i];
+    return most;
+  }
+
+  // Ends a row: `sum` holds the weighted values relative to e^most, `total` the weights' sum without the sink.
+  void finish(int64_t b, int64_t h, int64_t s, float* sum, double most, double total) const {
+    const double extra = sink(h);
+    if (extra > most) {
+      const double shrink = std::exp(most - extra);
+      element_kernels().scale(sum, float(shrink), Dv);
+      total *= shrink;
+      most = extra;
+    }
+    if (most != -INFINITY) total += std::exp(extra - most);
+    if (total != 0)  // NaN too
+      element_kernels().scale(sum, float(1 / total), Dv);
+    else
+      std::fill(sum, sum + Dv, 0.0f);
+    store_strided(o, b * o.stride[0] + s * o.stride[1] + h * o.stride[2], o.stride[3], sum, Dv);
+    if (present(lse))
+      data<float>(lse)[b * lse.stride[0] + h * lse.stride[1] + s * lse.stride[2]] =
+          total == 0 ? -INFINITY : float(most + std::log(total));
+  }
+
+  // Few queries (decoding): every key is read once, for all query heads that share it. Pieces of keys of a fixed size
+  // are combined in order.
+  void few(dc_context* c) const {
+    const auto& kernels = element_kernels();
+    const int64_t Hk = k.dim[2], R = G * S, piece = 512, pieces = (T + piece - 1) / piece;
+    const int64_t width = Dv + 2;  // per row of a piece: values, maximum, sum
+    std::vector<float> parts(size_t(B * Hk * pieces * R * width));
+    std::vector<double> totals(size_t(B * Hk * pieces * R));
+    parallel_for(c, B * Hk * pieces, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> queries(size_t(R * D)), x(size_t(R * piece)), row(size_t(std::max(D, Dv)));
+      for (int64_t w = begin; w < end; w++) {
+        const int64_t b = w / pieces / Hk, g = w / pieces % Hk, t0 = w % pieces * piece;
+        const int64_t n = std::min(t0 + piece, key_count(lengths, b, T)) - t0;
+        for (int64_t r = 0; r < R; r++)
+          load_strided(&queries[size_t(r * D)], q, b * q.stride[0] + r % S * q.stride[1] + (g * G + r / S) * q.stride[2],
+                       q.stride[3], D);
+        for (int64_t t = 0; t < n; t++) {
+          load_strided(row.data(), k, b * k.stride[0] + (t0 + t) * k.stride[1] + g * k.stride[2], k.stride[3], D);
+          for (int64_t r = 0; r < R; r++) x[size_t(r * piece + t)] = kernels.dot(&queries[size_t(r * D)], row.data(), D);
+        }
+        for (int64_t r = 0; r < R; r++) {
+          float* part = &parts[size_t((w * R + r) * width)];
+          std::fill(part, part + Dv, 0.0f);
+          part[Dv] = -INFINITY;
+          totals[size_t(w * R + r)] = 0;
+          int64_t first, last;
+          mask.keys(r % S, t0 + n, &first, &last);
+          first = std::max<int64_t>(first - t0, 0), last -= t0;
+          float* p = &x[size_t(r * piece)];
+          std::fill(p, p + std::max<int64_t>(0, std::min(first, n)), 0.0f);
+          if (last > first) {
+            scores(p + first, last - first);
+            const float most = maximum(p + first, last - first);
+            part[Dv] = most;
+            totals[size_t(w * R + r)] = most != -INFINITY ? kernels.exp_sum(p + first, 1, most, last - first) : 0;
+          }
+          if (part[Dv] == -INFINITY) first = last = 0;
+          std::fill(p, p + first, 0.0f);
+          std::fill(p + std::max<int64_t>(last, 0), p + std::max<int64_t>(n, 0), 0.0f);
+        }
+        for (int64_t t = 0; t < n; t++) {
+          load_strided(row.data(), v, b * v.stride[0] + (t0 + t) * v.stride[1] + g * v.stride[2], v.stride[3], Dv);
+          for (int64_t r = 0; r < R; r++)
+            if (x[size_t(r * piece + t)] != 0)
+              kernels.axpy(&parts[size_t((w * R + r) * width)], x[size_t(r * piece + t)], row.data(), Dv);
+        }
+      }
+    });
+    parallel_for(c, B * Hk * R, row_grain(pieces * Dv), [&](int64_t begin, int64_t end) {
+      std::vector<float> sum(static_cast<size_t>(Dv));
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t pair = i / R, r = i % R;
+        auto at = [&](int64_t p) { return (pair * pieces + p) * R + r; };
+        double most = -INFINITY, total = 0;
+        for (int64_t p = 0; p < pieces; p++) {
+          const double high = parts[size_t(at(p) * width + Dv)];
+          if (!(high <= most)) most = high;
+        }
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        for (int64_t p = 0; p < pieces; p++) {
+          const float* part = &parts[size_t(at(p) * width)];
+          if (part[Dv] == -INFINITY) continue;
+          const double weight = std::exp(double(part[Dv]) - most);
+          kernels.axpy(sum.data(), float(weight), part, Dv);
+          total += weight * totals[size_t(at(p))];
+        }
+        finish(pair / Hk, pair % Hk * G + r / S, r % S, sum.data(), most, total);
+      }
+    });
+  }
+
+  // Many queries. Keys and values of some heads are packed, then all tiles of queries of these heads run in parallel.
+  void tiled(dc_context* c) const {
+    const GemmKernels& gemm = gemm_kernels();
+    const int64_t mr = gemm.mr, nr = gemm.nr, Hk = k.dim[2];
+    const int64_t rows = std::max<int64_t>(1, 64 / mr) * mr, blocks = (S + rows - 1) / rows;
+    const int64_t tiles = (T + kKeys - 1) / kKeys, Dn = (Dv + nr - 1) / nr * nr;
+    const int64_t k_size = tiles * kKeys * D, v_size = tiles * kKeys * Dn;
+    int64_t pairs = std::max<int64_t>(1, (c->threads * 4 + G * blocks - 1) / (G * blocks));
+    pairs = std::min({pairs, B * Hk, std::max<int64_t>(1, (int64_t(1) << 24) / (k_size + v_size))});
+    static thread_local Scratch scratch;
+    float* packed = scratch.take(size_t(pairs * (k_size + v_size)));
+    for (int64_t pair0 = 0; pair0 < B * Hk; pair0 += pairs) {
+      const int64_t n_pairs = std::min(pairs, B * Hk - pair0);
+      parallel_for(c, n_pairs * tiles, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t w = begin; w < end; w++) {
+          const int64_t pair = w / tiles, b = (pair0 + pair) / Hk, g = (pair0 + pair) % Hk, t0 = w % tiles * kKeys;
+          const int64_t n = std::min(t0 + kKeys, key_count(lengths, b, T)) - t0;
+          if (n <= 0) continue;
+          const dc_tensor keys = head_rows(k, b, g, t0, n), values = head_rows(v, b, g, t0, n);
+          float* at = packed + pair * (k_size + v_size);
+          gemm.pack(at + t0 * D, keys.data, keys.dtype, keys.stride[0], keys.stride[1], n, D, int(nr));
+          gemm.pack(at + k_size + t0 * Dn, values.data, values.dtype, values.stride[1], values.stride[0], Dv, n, int(nr));
+        }
+      });
+      parallel_for(c, n_pairs * G * blocks, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> queries(size_t(rows * D)), x(size_t(rows * kKeys)), p(size_t(rows * kKeys)),
+            sums(size_t(rows * Dv));
+        std::vector<double> most(static_cast<size_t>(rows)), total(static_cast<size_t>(rows));
+        for (int64_t w = begin; w < end; w++) {
+          // Late queries first: under a causal mask they have the most work.
+          const int64_t pair = w / (G * blocks), h_in = w / blocks % G, s0 = (blocks - 1 - w % blocks) * rows;
+          const int64_t b = (pair0 + pair) / Hk, h = (pair0 + pair) % Hk * G + h_in, m = std::min(rows, S - s0);
+          const float* at = packed + pair * (k_size + v_size);
+          tile(gemm, b, h, s0, m, at, at + k_size, Dn, queries.data(), x.data(), p.data(), sums.data(), most.data(),
+               total.data());
+        }
+      });
+    }
+  }
+
+  void tile(const GemmKernels& gemm, int64_t b, int64_t h, int64_t s0, int64_t m, const float* keys,
+            const float* values, int64_t Dn, float* queries, float* x, float* p, float* sums, double* most,
+            double* total) const {
+    const auto& kernels = element_kernels();
+    const int64_t length = key_count(lengths, b, T);
+    const dc_tensor rows = head_rows(q, b, h, s0, m);
+    gemm.pack(queries, rows.data, rows.dtype, rows.stride[0], rows.stride[1], m, D, gemm.mr);
+    std::fill(sums, sums + m * Dv, 0.0f);
+    std::fill(most, most + m, -INFINITY);
+    std::fill(total, total + m, 0.0);
+    int64_t from = T, to = 0;  // keys that any row of the tile sees
+    for (int64_t i = 0; i < m; i++) {
+      int64_t first, last;
+      mask.keys(s0 + i, length, &first, &last);
+      if (first < last) from = std::min(from, first), to = std::max(to, last);
+    }
+    for (int64_t t0 = from / kKeys * kKeys; t0 < to; t0 += kKeys) {
+      const int64_t n = std::min(kKeys, length - t0);  // as the values were packed
+      gemm.block(x, kKeys, queries, keys + t0 * D, m, n, D, false);
+      for (int64_t i = 0; i < m; i++) {
+        float* row = x + i * kKeys;
+        int64_t first, last;
+        mask.keys(s0 + i, length, &first, &last);
+        first = std::min(std::max<int64_t>(first - t0, 0), n), last = std::min(std::max(last - t0, first), n);
+        float high = -INFINITY;
+        if (first < last) {
+          scores(row + first, last - first);
+          high = maximum(row + first, last - first);
+        }
+        if (!(high <= most[i])) {
+          const double shrink = std::exp(most[i] - high);
+          kernels.scale(sums + i * Dv, float(shrink), Dv);
+          total[i] *= shrink;
+          most[i] = high;
+        }
+        if (most[i] != -INFINITY && first < last)
+          total[i] += kernels.exp_sum(row + first, 1, float(most[i]), last - first);
+        else
+          last = first;
+        std::fill(row, row + first, 0.0f);
+        std::fill(row + last, row + n, 0.0f);
+      }
+      gemm.pack(p, x, DC_F32, kKeys, 1, m, n, gemm.mr);
+      gemm.block(sums, Dv, p, values + t0 * Dn, m, Dv, n, true);
+    }
+    for (int64_t i = 0; i < m; i++) finish(b, h, s0 + i, sums + i * Dv, most[i], total[i]);
   }
 };
-
-int64_t length_of(const dc_tensor& lengths, int64_t b, int64_t most) {
-  return present(lengths) ? std::min<int64_t>(most, std::max(0, data<int32_t>(lengths)[b * lengths.stride[0]])) : most;
-}
 
 }  // namespace
 
 extern "C" int dc_cpu_attention(dc_context* c, const dc_call* call) {
-  const dc_tensor &o = call->t[0], &q = call->t[1], &k = call->t[2], &v = call->t[3], &lengths = call->t[4],
-                  &sinks = call->t[5], &lse = call->t[6];
-  const Mask mask{call->i[0] != 0, call->i[1], call->i[2]};
-  const float scale = float(call->f[0]), cap = float(call->f[1]);
-  const int64_t B = q.dim[0], S = q.dim[1], H = q.dim[2], D = q.dim[3], T = k.dim[1], G = H / k.dim[2], Dv = v.dim[3];
+  const dc_tensor* t = call->t;
+  const dc_tensor &o = t[0], &q = t[1], &k = t[2], &v = t[3];
+  const Attention a{o,
+                    q,
+                    k,
+                    v,
+                    t[4],
+                    t[5],
+                    t[6],
+                    {call->i[0] != 0, call->i[1], call->i[2]},
+                    float(call->f[0]),
+                    float(call->f[1]),
+                    q.dim[0],
+                    q.dim[1],
+                    q.dim[2],
+                    q.dim[3],
+                    k.dim[1],
+                    q.dim[2] / k.dim[2],
+                    v.dim[3]};
   if (count(o) == 0) return 0;
-  const auto& kernels = element_kernels();
-  parallel_for(c, B * H, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> keys(size_t(T * D)), values(size_t(T * Dv)), query(static_cast<size_t>(D)), scores(static_cast<size_t>(T)), sum(static_cast<size_t>(Dv));
-    for (int64_t w = begin; w < end; w++) {
-      const int64_t b = w / H, h = w % H, g = h / G, length = length_of(lengths, b, T);
-      for (int64_t t = 0; t < length; t++) {
-        load_strided(&keys[size_t(t * D)], k, b * k.stride[0] + t * k.stride[1] + g * k.stride[2], k.stride[3], D);
-        load_strided(&values[size_t(t * Dv)], v, b * v.stride[0] + t * v.stride[1] + g * v.stride[2], v.stride[3], Dv);
-      }
-      for (int64_t s = 0; s < S; s++) {
-        int64_t first, last;
-        mask.keys(s, length, &first, &last);
-        load_strided(query.data(), q, b * q.stride[0] + s * q.stride[1] + h * q.stride[2], q.stride[3], D);
-        float* x = scores.data();
-        for (int64_t t = first; t < last; t++) x[t] = scale * kernels.dot(query.data(), &keys[size_t(t * D)], D);
-        if (cap > 0) kernels.unary(x + first, last - first, DC_SOFTCAP, cap, 0);
-        float most = kernels.max(x + first, last - first);
-        const float sink = present(sinks) ? data<float>(sinks)[h * sinks.stride[0]] : -INFINITY;
-        most = std::max(most, sink);
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        double total = 0;
-        if (most > -INFINITY) {
-          total = kernels.exp_sum(x + first, 1, most, last - first) + std::exp(double(sink) - most);
-          for (int64_t t = first; t < last; t++) kernels.axpy(sum.data(), x[t], &values[size_t(t * Dv)], Dv);
-          kernels.scale(sum.data(), float(1 / total), Dv);
-        }
-        store_strided(o, b * o.stride[0] + s * o.stride[1] + h * o.stride[2], o.stride[3], sum.data(), Dv);
-        if (present(lse))
-          data<float>(lse)[b * lse.stride[0] + h * lse.stride[1] + s * lse.stride[2]] =
-              total > 0 ? float(double(most) + std::log(total)) : -INFINITY;
-      }
-    }
-  });
+  if (a.G * a.S < 12)
+    a.few(c);
+  else
+    a.tiled(c);
   return 0;
 }

@@ -44,7 +44,7 @@ float* Scratch::take(size_t floats) {
 
 namespace {
 
-constexpr int64_t kDepth = 256;    // k positions of a block: a micro-panel of each operand stays in L1
+constexpr int64_t kDepth = 320;    // k positions of a block: a micro-panel of each operand stays in L1
 constexpr int64_t kRows = 1024;    // rows of A packed at a time
 constexpr int64_t kColumns = 4096;  // columns of B packed at a time
 

@@ -121,6 +121,7 @@ void pack(float* dst, const void* src, int dtype, int64_t line_stride, int64_t p
 // C [MR, NR] = or += one panel of A times one of B.
 inline __attribute__((always_inline)) void micro(float* c, int64_t ldc, const float* a, const float* b, int64_t k,
                                                  bool accumulate) {
+  for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1);  // wanted when the sums are done
   vf acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)

@@ -37,7 +37,15 @@ inline __attribute__((always_inline)) V vload(const void* p) {
 }
 inline __attribute__((always_inline)) vf loadf(const float* p) { return vload<vf>(p); }
 inline __attribute__((always_inline)) void storef(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline __attribute__((always_inline)) vf splat(float x) { return vf{} + x; }
+inline __attribute__((always_inline)) vf splat(float x) {  // not vf{} + x: that adds, and makes 0 of -0
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
 inline __attribute__((always_inline)) vi splati(int32_t x) { return vi{} + x; }
 
 // a b + c: fused where the instruction set has it (x86 base does not).
