@@ -3,6 +3,7 @@ import { dirname, join } from 'node:path';
 import { badInput } from '../base/errors.js';
 import { errorCode, exists, fsyncPath, ioError, renameDurable } from '../base/files.js';
 import type { Job } from '../base/job.js';
+import { formatConfig } from '../formats/config-json.js';
 import { companionName, stemOf } from './config.js';
 import type { OutputLayout } from './layout.js';
 import type { WriterOptions } from './writer-options.js';
@@ -33,7 +34,7 @@ export async function planSidecars(
     partName: prefix + name,
     bytes: Buffer.from(text as string),
   });
-  const sidecars = [own('config', 'config.json', `${JSON.stringify(options.config, null, 2)}\n`)];
+  const sidecars = [own('config', 'config.json', formatConfig(options.config))];
   if (layout.index !== undefined) {
     sidecars.push(own('index', layout.index.name, `${JSON.stringify(layout.index.json, null, 2)}\n`));
   }

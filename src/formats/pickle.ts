@@ -12,10 +12,12 @@ export interface UnpickleRules {
   readonly persistent: (id: PyValue) => PyValue;
   /** Collects globals outside the allow-list, which become inert objects. Without it they are an error. */
   readonly refused?: RefusedGlobal[];
+  readonly limits?: Readonly<typeof pickleLimits>;
 }
 
-/** A pickle with 91,000 tensors and their optimizer state takes 5 million opcodes. */
-const limits = { opcodes: 16_000_000, objects: 3_000_000, memo: 4_000_000, marks: 1000, longBytes: 64, line: 4096 };
+/** A pickle with 70,000 tensors and their optimizer state takes 9 million opcodes and 1.4 million objects. */
+export const pickleLimits = { opcodes: 10_000_000, objects: 1_500_000, memo: 3_000_000, marks: 1000 };
+const [maxLongBytes, maxLine] = [64, 4096];
 const mark = Symbol('mark');
 const utf8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
 
@@ -35,14 +37,18 @@ class Machine {
   #start = 0;
   #code = 0;
 
+  readonly #limits: Readonly<typeof pickleLimits>;
+
   constructor(
     readonly cursor: Cursor,
     readonly rules: UnpickleRules,
-  ) {}
+  ) {
+    this.#limits = rules.limits ?? pickleLimits;
+  }
 
   run(): PyValue {
     for (let count = 0; ; count++) {
-      if (count >= limits.opcodes) throw this.#error(`More than ${limits.opcodes} opcodes`);
+      if (count >= this.#limits.opcodes) throw this.#error(`More than ${this.#limits.opcodes} opcodes`);
       this.#start = this.cursor.position;
       this.#code = this.cursor.u8();
       if (this.#code === op.STOP) return this.#pop();
@@ -62,7 +68,7 @@ class Machine {
         cursor.u64();
         return;
       case op.MARK:
-        if (this.#marks.length >= limits.marks) throw this.#error('Nested too deeply');
+        if (this.#marks.length >= this.#limits.marks) throw this.#error('Nested too deeply');
         this.#marks.push(this.#stack.length);
         this.#stack.push(mark);
         return;
@@ -83,11 +89,11 @@ class Machine {
       case op.NEWFALSE:
         return this.#push(false);
       case op.INT: {
-        const text = cursor.line(limits.line);
+        const text = cursor.line(maxLine);
         return this.#push(text === '01' ? true : text === '00' ? false : this.#integer(text));
       }
       case op.LONG:
-        return this.#push(this.#integer(cursor.line(limits.line).replace(/L$/, '')));
+        return this.#push(this.#integer(cursor.line(maxLine).replace(/L$/, '')));
       case op.BININT:
         return this.#push(cursor.i32());
       case op.BININT1:
@@ -99,7 +105,7 @@ class Machine {
       case op.LONG4:
         return this.#push(this.#long(cursor.u32()));
       case op.FLOAT:
-        return this.#push(this.#float(cursor.line(limits.line)));
+        return this.#push(this.#float(cursor.line(maxLine)));
       case op.BINFLOAT:
         return this.#push(cursor.f64BigEndian());
       case op.STRING:
@@ -180,13 +186,13 @@ class Machine {
         return;
       }
       case op.GET:
-        return this.#get(Number(this.cursor.line(limits.line)));
+        return this.#get(Number(this.cursor.line(maxLine)));
       case op.BINGET:
         return this.#get(this.cursor.u8());
       case op.LONG_BINGET:
         return this.#get(this.cursor.u32());
       case op.PUT:
-        return this.#put(Number(this.cursor.line(limits.line)));
+        return this.#put(Number(this.cursor.line(maxLine)));
       case op.BINPUT:
         return this.#put(this.cursor.u8());
       case op.LONG_BINPUT:
@@ -201,8 +207,8 @@ class Machine {
   #stepObject(code: number): void {
     switch (code) {
       case op.GLOBAL: {
-        const module = this.cursor.line(limits.line);
-        return this.#global(module, this.cursor.line(limits.line));
+        const module = this.cursor.line(maxLine);
+        return this.#global(module, this.cursor.line(maxLine));
       }
       case op.STACK_GLOBAL: {
         const [name, module] = [this.#pop(), this.#pop()];
@@ -210,8 +216,8 @@ class Machine {
         return this.#global(module, name);
       }
       case op.INST: {
-        const module = this.cursor.line(limits.line);
-        const name = this.cursor.line(limits.line);
+        const module = this.cursor.line(maxLine);
+        const name = this.cursor.line(maxLine);
         const args = this.#popMark();
         this.#global(module, name);
         return this.#push(this.#call(this.#pop(), args));
@@ -237,7 +243,7 @@ class Machine {
         this.#top();
         return;
       case op.PERSID:
-        return this.#push(this.rules.persistent(this.cursor.line(limits.line)));
+        return this.#push(this.rules.persistent(this.cursor.line(maxLine)));
       case op.BINPERSID:
         return this.#push(this.rules.persistent(this.#pop()));
       default: {
@@ -248,8 +254,8 @@ class Machine {
   }
 
   #push(value: PyValue): void {
-    if (typeof value === 'object' && value !== null && ++this.#objects > limits.objects) {
-      throw this.#error(`More than ${limits.objects} objects`);
+    if (typeof value === 'object' && value !== null && ++this.#objects > this.#limits.objects) {
+      throw this.#error(`More than ${this.#limits.objects} objects`);
     }
     this.#stack.push(value);
   }
@@ -295,7 +301,7 @@ class Machine {
 
   #put(index: number): void {
     if (!Number.isSafeInteger(index) || index < 0) throw this.#error('Bad memo index');
-    if (this.#memo.size >= limits.memo) throw this.#error(`More than ${limits.memo} memo entries`);
+    if (this.#memo.size >= this.#limits.memo) throw this.#error(`More than ${this.#limits.memo} memo entries`);
     this.#memo.set(index, this.#top());
   }
 
@@ -323,7 +329,7 @@ class Machine {
   }
 
   #long(count: number): number | bigint {
-    if (count > limits.longBytes) throw this.#error(`An integer of ${count} bytes`);
+    if (count > maxLongBytes) throw this.#error(`An integer of ${count} bytes`);
     const bytes = this.cursor.bytes(count);
     let value = 0n;
     for (let i = count - 1; i >= 0; i--) value = (value << 8n) | BigInt(bytes[i]!);
