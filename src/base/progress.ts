@@ -24,7 +24,7 @@ export interface ProgressLog extends Log {
   stop(): void;
 }
 
-/** A stage's steps are all shown up to this number; of more, one line a second. */
+/** Steps that say something are all shown, up to this number of them; of others, one line a second. */
 const everyStep = 200;
 
 interface Stage {
@@ -56,7 +56,7 @@ function textProgress(options: ProgressOptions, spinner: Ora | undefined): Progr
   const shows = mode !== 'none' && !quiet;
   let stage: Stage | undefined;
   let lastLine = clock();
-  let lastStepLine = -Infinity;
+  let lastStepLine = lastLine;
 
   const write = (line: string) => {
     const spinning = spinner?.isSpinning === true;
@@ -87,12 +87,12 @@ function textProgress(options: ProgressOptions, spinner: Ora | undefined): Progr
         finishStage();
         const doneBefore = step.done <= 1 ? 0 : step.done - 1;
         stage = { name: step.stage, started: lastLine, doneBefore, last: step, lastAt: lastLine };
-        lastStepLine = -Infinity;
+        lastStepLine = now;
       }
-      const line = stepLine(stage, step, now);
       const last = step.done >= step.total;
-      if (step.done > 0 && (step.total <= everyStep || last || now - lastStepLine >= 1)) {
-        write(line);
+      const telling = step.detail !== undefined && step.total <= everyStep;
+      if (step.done > 0 && (telling || last || now - lastStepLine >= 1)) {
+        write(stepLine(stage, step, now, telling ? stage.lastAt : stage.started));
         lastStepLine = now;
       }
       [stage.last, stage.lastAt] = [step, now];
@@ -109,10 +109,11 @@ function textProgress(options: ProgressOptions, spinner: Ora | undefined): Progr
   };
 }
 
-function stepLine(stage: Stage, step: ProgressStep, now: number): string {
+/** `since`: when what the line tells of began. */
+function stepLine(stage: Stage, step: ProgressStep, now: number, since: number): string {
   const counter = `${String(step.done).padStart(String(step.total).length)}/${step.total}`;
   const detail = step.detail === undefined ? '' : `  ${step.detail}`;
-  return `${step.stage} ${counter}${detail}  ${duration(now - stage.lastAt)}${left(stage, step, now)}`;
+  return `${step.stage} ${counter}${detail}  ${duration(now - since)}${left(stage, step, now)}`;
 }
 
 function spinnerText(stage: Stage, step: ProgressStep, now: number): string {

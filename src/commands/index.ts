@@ -11,6 +11,7 @@ export const commands: Readonly<Record<string, Entry>> = {
     summary: 'show what a model is: parameters, experts, memory, tensors',
     load: () => import('./inspect.js'),
   },
+  convert: { summary: 'change file format or precision, merge or split shards', load: () => import('./convert.js') },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
   completion: { summary: 'print a completion script for bash, zsh or fish', load: () => import('./completion.js') },
 };

@@ -66,9 +66,10 @@ export interface Io {
   readonly commandLine: string;
 }
 
-export interface Settings {
+/** A type, not an interface, so that it is JSON for provenance files. */
+export type Settings = {
   readonly command: string;
   readonly options: Readonly<Record<string, Json>>;
   /** Where each value that is not a default came from. */
   readonly from: Readonly<Record<string, string>>;
-}
+};

@@ -1,0 +1,163 @@
+import { basename, dirname, resolve } from 'node:path';
+import { badUsage, noResource } from '../base/errors.js';
+import { formatBytes, freeBytes } from '../base/files.js';
+import { byteSize, choice, flag } from '../base/options.js';
+import { columns, count, duration } from '../base/text.js';
+import type { ConvertPlan } from '../export/convert-plan.js';
+import { deviceOptions, input, inputOptions, openEnvironment, outputOptions } from './shared.js';
+import { defineCommand, type CommandResult, type Io } from './types.js';
+
+const formats = ['safetensors', 'torch'] as const;
+
+export const command = defineCommand({
+  name: 'convert',
+  description:
+    'Tensors stream from file to file: memory does not grow with the model. Without --dtype weights keep their bytes;\n' +
+    'with it, quantized weights are decoded too. Weights that are not finite are refused, and so are values that the\n' +
+    'new type cannot hold. The output is read back before it gets its name.',
+  arguments: { input },
+  options: {
+    ...outputOptions,
+    ...inputOptions,
+    dtype: choice(['bf16', 'f16', 'f32'], { defaultNote: 'as they are', help: 'What weights become.' }),
+    format: choice(formats, {
+      defaultNote: 'by the name of the output; a folder gets safetensors',
+      help: 'File format of the output.',
+    }),
+    shardSize: byteSize({ default: 5e9, help: 'Largest file of a folder.' }),
+    allowSaturation: flag({ help: 'Accept values that become infinite (f16 ends at 65504).' }),
+    ioBudget: byteSize({ default: 256e6, help: 'Memory for reads and writes under way.' }),
+    ...deviceOptions,
+    device: { ...deviceOptions.device, default: 'cpu', help: 'Where to compute; the CPU is as fast as the disk.' },
+  },
+  examples: [
+    ['convert fixtures/v1.0/v1.0_checkpoint.bin -o build/v1-folder', 'A PyTorch file as a Hugging Face folder.'],
+    ['convert fixtures/moe-6m -o build/moe-6m.bin --dtype f16', 'A folder as one PyTorch file in fp16.'],
+    ['convert fixtures/moe-6m -o build/moe-f32 --dtype f32 --dry-run', 'What would be done, tensor by tensor.'],
+  ],
+  async run(given, io) {
+    const { planConversion } = await import('../export/convert-plan.js');
+    const format = given.format ?? (/\.(bin|pt|pth)$/.test(given.out) ? 'torch' : 'safetensors');
+    checkName(given.out, format);
+    const options = { input: given.input, config: given.config, dtype: given.dtype, format };
+    const plan = await planConversion(options);
+    try {
+      for (const note of plan.notes) io.log.info(note);
+      if (given.dryRun) return await dryRun(plan, given, format, io);
+      const { runConversion } = await import('../export/convert.js');
+      using env = await openEnvironment(given, io);
+      const started = performance.now();
+      const { out, overwrite, restart, shardSize, ioBudget, allowSaturation } = given;
+      const report = await runConversion(
+        plan,
+        {
+          ...options,
+          ...{ out, overwrite, restart, shardSize, ioBudget, allowSaturation },
+          recipe: io.settings,
+          resumeHint: io.commandLine,
+        },
+        env,
+      );
+      const seconds = (performance.now() - started) / 1000;
+      const saturated = Object.entries(report.saturated);
+      for (const [name, values] of saturated) io.log.warn(`${name}: ${count(values)} values became infinite.`);
+      const rate = formatBytes((report.reads + report.writes) / seconds);
+      return {
+        data: { out: resolve(given.out), format, dtype: given.dtype ?? null, ...report, seconds },
+        text: `${given.out}: ${count(report.tensors)} tensors, ${formatBytes(report.writes)} (${format}) in ${duration(seconds)}, ${rate}/s read and written.`,
+      };
+    } finally {
+      await plan.close();
+    }
+  },
+});
+
+/** A name that says one format and a flag that says another would make a file that other tools refuse. */
+function checkName(out: string, format: (typeof formats)[number]): void {
+  const says = /\.(bin|pt|pth)$/.test(out) ? 'torch' : /\.safetensors$/.test(out) ? 'safetensors' : format;
+  if (says !== format) {
+    throw badUsage('The name of the output and --format disagree', {
+      got: `${out} and --format ${format}`,
+      hint: 'Leave --format out, or name the output otherwise.',
+    });
+  }
+  const other = /\.(gguf|onnx)$/.exec(out);
+  if (other) {
+    throw badUsage(`${other[1]!.toUpperCase()} is not written by convert`, {
+      got: out,
+      expected: 'a folder, or a name that ends in .safetensors, .bin, .pt or .pth',
+    });
+  }
+}
+
+interface Given {
+  readonly out: string;
+  readonly shardSize: number;
+  readonly ioBudget: number;
+}
+
+async function dryRun(
+  plan: ConvertPlan,
+  given: Given,
+  format: 'safetensors' | 'torch',
+  io: Io,
+): Promise<CommandResult> {
+  const { planLayout } = await import('../checkpoint/layout.js');
+  const { isFileOutput } = await import('../checkpoint/writer.js');
+
+  const { files } = planLayout({
+    format,
+    tensors: plan.outputs,
+    shardSize: given.shardSize,
+    fileName: isFileOutput(given.out) ? basename(given.out) : undefined,
+    metadata: { format: 'pt' },
+  });
+  const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
+  const [reads, writes] = [sum('reads'), files.reduce((n, { size }) => n + size, 0)];
+  const whole = plan.tensors.filter(({ action }) => action === 'decode').map(({ reads, shape }) => reads + 8 * shape.reduce((a, b) => a * b, 1)); // prettier-ignore
+  const memory = given.ioBudget + 4 * Math.max(0, ...whole);
+  const disk = await freeBytes(await firstFolder(given.out));
+  const eta = (reads + writes) / 1e9;
+  const actions = plan.tensors.map(({ name, shape, action, from, to, reads, writes }) => ({ name, shape, action, from, to, reads, writes })); // prettier-ignore
+  const rows = actions.map((t) => [t.name, `[${t.shape.join(', ')}]`, t.action, t.from === t.to ? t.from : `${t.from} -> ${t.to}`, formatBytes(t.writes)]); // prettier-ignore
+  const summary = [
+    ['Reads', formatBytes(reads)],
+    ['Writes', `${formatBytes(writes)} into ${files.length === 1 ? files[0]!.name : `${files.length} files`}`],
+    ['Disk', `${formatBytes(disk)} free`],
+    ['Memory', `at most about ${formatBytes(memory)}`],
+    ['Time', `about ${duration(eta)} at 1 GB/s read and written`],
+  ];
+  const short = disk < writes;
+  return {
+    data: {
+      dryRun: true,
+      out: resolve(given.out),
+      format,
+      files: files.map(({ name, size }) => ({ name, bytes: size })),
+      tensors: actions,
+      reads,
+      writes,
+      diskFree: disk,
+      memory,
+      seconds: eta,
+      notes: plan.notes,
+    },
+    text: `${columns(rows, 'llllr')}\n\n${columns(summary.map(([a, b]) => [io.paint.bold(a!), b!]), 'll')}\n\nNothing was written.`,
+    ...(short && {
+      failure: noResource('Not enough disk space for the output', {
+        where: given.out,
+        expected: `${formatBytes(writes)} free`,
+        got: formatBytes(disk),
+        hint: 'Free some space, or write to another disk with -o.',
+      }),
+    }),
+  }; // prettier-ignore
+}
+
+/** The nearest folder that exists: the output's own may still have to be made. */
+async function firstFolder(path: string): Promise<string> {
+  const { exists } = await import('../base/files.js');
+  let folder = dirname(resolve(path));
+  while (!(await exists(folder)) && dirname(folder) !== folder) folder = dirname(folder);
+  return folder;
+}

@@ -1,0 +1,276 @@
+import type { ByteSource } from '../base/bytes.js';
+import { ConvertError, badInput } from '../base/errors.js';
+import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
+import { Job, type Json } from '../base/job.js';
+import { tool } from '../base/version.js';
+import { stopIfAborted, type JobEnv } from '../backend/env.js';
+import { TensorLoader } from '../arch/load.js';
+import type { CheckpointWriter } from '../checkpoint/types.js';
+import { createWriter } from '../checkpoint/writer.js';
+import { cast, normAdd } from '../tensor/ops.js';
+import { Scope, Tensor } from '../tensor/tensor.js';
+import type { ConvertOptions, ConvertPlan, PlannedConversion } from './convert-plan.js';
+
+export interface ConvertRun extends ConvertOptions {
+  readonly out: string;
+  readonly overwrite: boolean;
+  readonly restart: boolean;
+  readonly shardSize: number;
+  /** Bytes for reads and writes in flight. */
+  readonly ioBudget: number;
+  /** Values beyond the new type's range may become infinite; without this they fail the conversion. */
+  readonly allowSaturation: boolean;
+  /** Goes into the provenance. */
+  readonly recipe: Json;
+  readonly resumeHint: string;
+}
+
+export interface ConvertReport {
+  readonly tensors: number;
+  readonly reads: number;
+  readonly writes: number;
+  /** Values that were finite and became infinite, by tensor. */
+  readonly saturated: Readonly<Record<string, number>>;
+  /** Went on with an earlier run's work. */
+  readonly resumed: boolean;
+}
+
+/** Bytes of a file that are one read. Large enough for a disk, small enough that memory does not follow tensor sizes. */
+const pieceBytes = 4 * 2 ** 20;
+/** Bytes after which what is written is made durable. */
+const flushEvery = 4e9;
+const tensorsAtOnce = 8;
+
+/** The dtypes in which `norm_add` counts values that are infinite or not a number. */
+const scanned: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f16']);
+
+/**
+ * Writes what is planned: tensors stream through the device in pieces, reads and writes of several overlap. An
+ * interrupted run goes on where it stopped.
+ * Errors: input (non-finite weights, files that change meanwhile), gate (values beyond the new type's range),
+ * resource (disk, memory), interrupted.
+ */
+export async function runConversion(plan: ConvertPlan, run: ConvertRun, env: JobEnv): Promise<ConvertReport> {
+  const { checkpoint } = plan;
+  const job = await Job.open({
+    out: run.out,
+    overwrite: run.overwrite,
+    restart: run.restart,
+    fingerprint: {
+      tool: tool.version,
+      command: 'convert',
+      input: checkpoint.fingerprint,
+      dtype: run.dtype ?? null,
+      format: run.format,
+      shardSize: run.shardSize,
+    },
+  });
+  try {
+    if (!job.finished) return await convertInto(job, plan, run, env);
+    const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
+    await job.remove();
+    return { tensors: plan.tensors.length, reads: sum('reads'), writes: sum('writes'), saturated: {}, resumed: true };
+  } catch (error) {
+    // What is wrong with the input is still wrong next time: nothing is worth keeping.
+    const final = error instanceof ConvertError && (error.kind === 'input' || error.kind === 'gate');
+    await (final && !job.resumed ? job.remove() : job.close());
+    throw error;
+  }
+}
+
+async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: JobEnv): Promise<ConvertReport> {
+  const { checkpoint } = plan;
+  const writer = await createWriter({
+    job,
+    format: run.format,
+    tensors: plan.outputs,
+    shardSize: run.shardSize,
+    config: plan.config,
+    companions: checkpoint.companions,
+    provenance: { tool, recipe: run.recipe, inputs: [...checkpoint.files] },
+  });
+  try {
+    const left = plan.tensors.filter(({ name }) => !writer.has(name));
+    const resumed = left.length < plan.tensors.length;
+    if (resumed)
+      env.log.info(`Going on: ${plan.tensors.length - left.length} of ${plan.tensors.length} tensors are done.`);
+    const saturated = await new Converter(plan, run, env, writer).all(left);
+    await checkpoint.assertUnchanged();
+    refuseSaturation(saturated, run);
+    const report = { tensors: plan.tensors.length, saturated };
+    await writer.finish(report);
+    await job.remove();
+    const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
+    return { ...report, reads: sum('reads'), writes: sum('writes'), resumed };
+  } finally {
+    await writer.close();
+  }
+}
+
+function refuseSaturation(saturated: Readonly<Record<string, number>>, { dtype, allowSaturation }: ConvertRun): void {
+  const names = Object.keys(saturated);
+  if (names.length === 0 || allowSaturation) return;
+  const values = Object.values(saturated).reduce((a, b) => a + b, 0);
+  throw new ConvertError('gate', `Weights are too large for ${dtype}`, {
+    where: `tensor ${names[0]}${names.length > 1 ? ` and ${names.length - 1} more` : ''}`,
+    got: `${values} values that would become infinite`,
+    expected: 'none',
+    hint: 'Use --dtype bf16, which has the range of f32, or --allow-saturation to accept them.',
+  });
+}
+
+class Converter {
+  readonly #loader: TensorLoader;
+  readonly #room: Room;
+  readonly #saturated: Record<string, number> = {};
+
+  constructor(
+    readonly plan: ConvertPlan,
+    readonly run: ConvertRun,
+    readonly env: JobEnv,
+    readonly writer: CheckpointWriter,
+  ) {
+    this.#loader = new TensorLoader(plan.source, env.device);
+    // A piece takes its bytes twice: as read and as written.
+    this.#room = new Room(Math.max(1, Math.floor(run.ioBudget / (2 * pieceBytes))));
+  }
+
+  /** Converts the tensors in order, several at once; gives the saturation counts. */
+  async all(tensors: readonly PlannedConversion[]): Promise<Record<string, number>> {
+    const total = this.plan.tensors.length;
+    let [next, done, sinceFlush] = [0, total - tensors.length, 0];
+    let failure: { error: unknown } | undefined;
+    const worker = async (): Promise<void> => {
+      while (next < tensors.length && !failure && !this.env.signal.aborted) {
+        const tensor = tensors[next++]!;
+        await this.#one(tensor);
+        sinceFlush += tensor.writes;
+        this.env.log.progress({ stage: 'convert', done: ++done, total });
+        if (sinceFlush >= flushEvery) {
+          sinceFlush = 0;
+          await this.writer.flush();
+        }
+      }
+    };
+    // All workers end before an error is thrown: transfers under way hold device memory.
+    const ends = Array.from({ length: tensorsAtOnce }, () =>
+      worker().catch((error: unknown) => {
+        failure ??= { error };
+      }),
+    );
+    await Promise.all(ends);
+    if (failure) throw failure.error;
+    if (this.env.signal.aborted) await this.writer.flush();
+    stopIfAborted(this.env, this.run.resumeHint);
+    return this.#saturated;
+  }
+
+  async #one(tensor: PlannedConversion): Promise<void> {
+    const { device } = this.env;
+    using scope = new Scope(device);
+    const counts = scope.from('i64', [2], new BigInt64Array(2));
+    const finite = scope.zeros('f32', [2]);
+    const source = tensor.action === 'decode' ? this.#decoded(tensor, counts) : this.#streamed(tensor, counts, finite);
+    await this.writer.write(tensor.name, source);
+    const [saturated, nonFinite] = new BigInt64Array((await counts.bytesOut()).buffer);
+    const odd = Number(nonFinite!) + (await finite.float32())[1]!;
+    if (odd > 0) throw this.#notFinite(tensor, odd);
+    if (saturated! > 0n) this.#saturated[tensor.name] = Number(saturated);
+  }
+
+  #notFinite({ name, entry }: PlannedConversion, values: number): ConvertError {
+    return badInput(`Weights are not finite: tensor ${name}`, {
+      where: entry.span.path,
+      got: `${values} values that are infinite or not a number`,
+      expected: 'finite weights',
+      hint: 'The checkpoint is damaged or its training diverged: no output made from it would work.',
+    });
+  }
+
+  /** Piece by piece from file to file through the device; element-wise, so that a piece needs no other. */
+  #streamed({ entry, output, action }: PlannedConversion, counts: Tensor, finite: Tensor): ByteSource {
+    const { device } = this.env;
+    const { encoding, span, shape } = entry;
+    const from: DType = encoding.kind === 'plain' ? encoding.dtype : 'u8';
+    const elements = encoding.kind === 'plain' ? elementCount(shape) : span.bytes;
+    const [size, to] = [dtypeSize(from), action === 'cast' ? output.dtype : from];
+    const step = pieceBytes / size;
+    const piece = async (fd: number, position: number, start: number): Promise<void> => {
+      const count = Math.min(step, elements - start);
+      using scope = new Scope(device);
+      const read = scope.empty(from, [count]);
+      const file = await this.plan.source.file(span.path);
+      await device.readFile(read.buffer, read.byteOffset, file.fd, span.offset + start * size, count * size);
+      if (action === 'copy' && scanned.has(from)) normAdd(finite, read);
+      const written = to === from ? read : cast(scope, read, to, counts);
+      await written.source().writeTo(fd, position + start * dtypeSize(to));
+    };
+    return {
+      byteLength: elements * dtypeSize(to),
+      writeTo: async (fd, position) => {
+        const starts = Array.from({ length: Math.ceil(elements / step) }, (_, i) => i * step);
+        let failure: { error: unknown } | undefined;
+        const run = (start: number) =>
+          this.#room.within(async () => {
+            if (failure || this.env.signal.aborted) return;
+            await piece(fd, position, start).catch((error: unknown) => (failure ??= { error }));
+          });
+        await Promise.all(starts.map(run));
+        if (failure) throw failure.error;
+        stopIfAborted(this.env, this.run.resumeHint);
+      },
+    };
+  }
+
+  /** A whole tensor at once: blocks, codes and views do not fall into pieces of elements. */
+  #decoded(tensor: PlannedConversion, counts: Tensor): ByteSource {
+    const { output, shape } = tensor;
+    return {
+      byteLength: elementCount(shape) * dtypeSize(output.dtype),
+      writeTo: async (fd, position) => {
+        using scope = new Scope(this.env.device);
+        const value = await this.#load(scope, tensor);
+        await cast(scope, value, output.dtype, counts).source().writeTo(fd, position);
+      },
+    };
+  }
+
+  async #load(scope: Scope, { name, entry, output, shape }: PlannedConversion): Promise<Tensor> {
+    const { device } = this.env;
+    const { encoding, strides, span } = entry;
+    if (encoding.kind === 'plain' && strides) {
+      const size = dtypeSize(encoding.dtype);
+      const flat = scope.empty(encoding.dtype, [span.bytes / size]);
+      const file = await this.plan.source.file(span.path);
+      if (span.bytes > 0) await device.readFile(flat.buffer, flat.byteOffset, file.fd, span.offset, span.bytes);
+      return new Tensor(flat.storage, flat.byteOffset, encoding.dtype, shape, strides);
+    }
+    // Through fp32, so that what a narrower type cannot hold is counted.
+    const wide = output.dtype === 'bf16' || output.dtype === 'f16' ? 'f32' : output.dtype;
+    const value = scope.empty(wide, shape);
+    await this.#loader.load([{ name, into: value }]);
+    return value;
+  }
+}
+
+/** At most `places` of the functions given run at once. */
+class Room {
+  #free: number;
+  readonly #waiting: (() => void)[] = [];
+
+  constructor(places: number) {
+    this.#free = places;
+  }
+
+  async within<T>(run: () => Promise<T>): Promise<T> {
+    if (this.#free > 0) this.#free--;
+    else await new Promise<void>((resume) => this.#waiting.push(resume));
+    try {
+      return await run();
+    } finally {
+      const next = this.#waiting.shift();
+      if (next) next();
+      else this.#free++;
+    }
+  }
+}
