@@ -1,0 +1,25 @@
+// Runs the op tests on CUDA, then the comparisons and benches of test/gpu; prints one table. Called by
+// scripts/test-gpu.sh; `node run.mjs <folder of compiled tests> [name filter]`.
+import { readdirSync } from 'node:fs';
+import { join, resolve } from 'node:path';
+import { pathToFileURL } from 'node:url';
+import { runAll } from 'vitest';
+
+const [folder = 'build/gpu', filter = ''] = process.argv.slice(2);
+process.env.DEEPSEEK_CONVERT_TEST_CUDA = '1';
+const ops = resolve(folder, 'test/ops');
+for (const name of readdirSync(ops).filter((file) => file.endsWith('.test.js')).sort()) {
+  await import(pathToFileURL(join(ops, name)).href);
+} // prettier-ignore
+const result = await runAll((name) => name.includes(' on cuda') && name.includes(filter));
+const width = Math.max(...result.rows.map((row) => row.name.length));
+console.log(`\n${'op tests on CUDA'.padEnd(width)}  passed  failed      ms`);
+for (const row of result.rows) {
+  console.log(`${row.name.padEnd(width)}  ${String(row.passed).padStart(6)}  ${String(row.failed).padStart(6)}  ${row.ms.toFixed(0).padStart(6)}`); // prettier-ignore
+}
+for (const failure of result.failures) console.log(`FAILED ${failure}`);
+const { compareAll } = await import(pathToFileURL(resolve(folder, 'test/gpu/compare.js')).href);
+const compared = await compareAll(filter, Number(process.env.DEEPSEEK_CONVERT_TEST_SEED ?? Date.now() % 1_000_000));
+const [passed, failed] = [result.passed + compared.passed, result.failed + compared.failed];
+console.log(`tests: ${passed} passed, ${failed} failed`);
+process.exit(failed === 0 && passed > 0 ? 0 : 1);
