@@ -46,8 +46,8 @@ struct Grid {
 
 // Round to nearest even on the grid; a value that is not a number becomes the lowest code.
 static inline float code_of(float v, float scale, float zero, float low, float high) {
-  const float q = std::nearbyint(v / scale + zero);
-  return (q >= low ? (q <= high ? q : high) : low) + 0.0f;  // -0 becomes 0
+  const float q = v / scale + zero;
+  return std::nearbyint(q > low ? (q < high ? q : high) : low) + 0.0f;  // -0 becomes 0
 }
 
 }  // namespace dc

@@ -1,69 +1,121 @@
 // Linear algebra of calibration: Hessians, their Cholesky factors, solves.
-#include "gemm.h"
-#include "matrices.h"
-
 #include <algorithm>
 #include <vector>
+
+#include "blas.h"
+#include "gemm.h"
+#include "kernels/gemm.h"
+#include "kernels/sweep.h"
+#include "matrices.h"
 
 using namespace dc;
 
 namespace dc {
 
-// Simple product, taken where no faster one is linked in.
-__attribute__((weak)) void sgemm_into(dc_context* c, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
-                                      int64_t lda, bool transpose_a, const float* b, int64_t ldb, bool transpose_b,
-                                      float beta, float* out, int64_t ldc) {
-  parallel_for(c, m, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      float* y = out + i * ldc;
-      if (beta == 0) {
-        std::fill(y, y + n, 0.0f);
-      } else if (beta != 1) {
-        for (int64_t j = 0; j < n; j++) y[j] *= beta;
-      }
-      for (int64_t p = 0; p < k; p++) {
-        const float x = alpha * (transpose_a ? a[p * lda + i] : a[i * lda + p]);
-        if (transpose_b) {
-          for (int64_t j = 0; j < n; j++) y[j] += x * b[j * ldb + p];
-        } else {
-          for (int64_t j = 0; j < n; j++) y[j] += x * b[p * ldb + j];
-        }
+extern const SweepKernels sweep_kernels_base;
+#if defined(__x86_64__)
+extern const SweepKernels sweep_kernels_avx2, sweep_kernels_avx512;
+#endif
+
+const SweepKernels& sweep_kernels() {
+#if defined(__x86_64__)
+  static const SweepKernels& chosen = !strcmp(dc_isa(), "base")   ? sweep_kernels_base
+                                      : !strcmp(dc_isa(), "avx2") ? sweep_kernels_avx2
+                                                                  : sweep_kernels_avx512;
+  return chosen;
+#else
+  return sweep_kernels_base;
+#endif
+}
+
+}  // namespace dc
+
+namespace {
+
+constexpr int64_t kDepth = 256;  // positions of a packed panel: one of each operand stays in L1
+constexpr int kRowMajor = 101, kColumnMajor = 102, kNoTranspose = 111, kTranspose = 112, kUpper = 121, kLower = 122;
+
+int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+void each(dc_context* c, int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  if (c)
+    parallel_for(c, n, grain, body);
+  else if (n > 0)
+    body(0, n);
+}
+
+// Lower triangle of H [n,n] += A B of packed panels, k positions each; the upper triangle is left alone.
+void add_lower(dc_context* c, float* h, int64_t ldh, int64_t n, const float* a, const float* b, int64_t k) {
+  const GemmKernels& kernel = gemm_kernels();
+  const int64_t tall = up(96, kernel.mr), wide = up(768, kernel.nr);
+  struct Tile {
+    int64_t i0, i1, j0, j1;
+  };
+  std::vector<Tile> tiles;
+  for (int64_t i0 = 0; i0 < n; i0 += tall)
+    for (int64_t j0 = 0; j0 < std::min(i0 + tall, n); j0 += wide)
+      tiles.push_back({i0, std::min(i0 + tall, n), j0, std::min({j0 + wide, i0 + tall, n})});
+  each(c, int64_t(tiles.size()), 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    for (int64_t t = begin; t < end; t++) {
+      const Tile& x = tiles[size_t(t)];
+      // Columns up to `full` lie below the diagonal in every row; the rest goes through a buffer.
+      const int64_t full = std::max(x.j0, std::min(x.i0 / kernel.nr * kernel.nr, x.j1)), rows = x.i1 - x.i0;
+      if (full > x.j0) kernel.block(h + x.i0 * ldh + x.j0, ldh, a + x.i0 * k, b + x.j0 * k, rows, full - x.j0, k, true);
+      const int64_t rest = x.j1 - full;
+      if (rest <= 0) continue;
+      float* sum = scratch.take(size_t(rows * rest));
+      kernel.block(sum, rest, a + x.i0 * k, b + full * k, rows, rest, k, false);
+      for (int64_t i = 0; i < rows; i++) {
+        float* y = h + (x.i0 + i) * ldh + full;
+        const int64_t most = std::min(rest, x.i0 + i + 1 - full);
+        for (int64_t j = 0; j < most; j++) y[j] += sum[i * rest + j];
       }
     }
   });
 }
 
-}  // namespace dc
+}  // namespace
 
 extern "C" int dc_cpu_hessian_add(dc_context* c, const dc_call* call) {
   const dc_tensor &ht = call->t[0], &x = call->t[1], &offsets = call->t[2], &weight = call->t[3];
   if (!dense_rows(ht) || !dense_rows(x)) return fail(c, "H and X must have dense rows");
+  if (present(weight) && weight.stride[0] != 1 && weight.dim[0] > 1) return fail(c, "row_weight must be dense");
   const Matrices<float> h(ht);
-  const int64_t k = h.columns, tokens = x.dim[0];
+  const GemmKernels& kernel = gemm_kernels();
+  const int64_t k = h.columns, tokens = x.dim[0], ldx = x.stride[0], mr = kernel.mr, nr = kernel.nr;
   const float alpha = float(call->f[0]);
-  std::vector<float> piece;
+  static thread_local Scratch pack_a, pack_b;
   for (int64_t e = 0; e < h.batch; e++) {
     const int64_t from = present(offsets) ? data<int32_t>(offsets)[e] : 0;
     const int64_t to = present(offsets) ? data<int32_t>(offsets)[e + 1] : tokens;
     if (from < 0 || to > tokens || from > to) return fail(c, "offsets of expert %lld leave X", (long long)e);
-    for (int64_t t = from; t < to; t += 256) {
-      const int64_t n = std::min<int64_t>(256, to - t);
-      piece.resize(size_t(2 * n * k));
-      float *plain = piece.data(), *scaled = plain + n * k;
-      for (int64_t i = 0; i < n; i++) {
-        load_row(plain + i * k, row_of(x, 0, t + i), x.dtype, k);
-        const float s = alpha * (present(weight) ? data<float>(weight)[t + i] : 1.0f);
-        for (int64_t j = 0; j < k; j++) scaled[i * k + j] = s * plain[i * k + j];
-      }
-      const Matrix<float> m = h[e];
-      parallel_for(c, k, 8, [&](int64_t begin, int64_t end) {
-        for (int64_t i = 0; i < n; i++)
-          for (int64_t r = begin; r < end; r++) {
-            const float s = scaled[i * k + r];
-            float* y = m.row(r);
-            for (int64_t j = 0; j <= r; j++) y[j] += s * plain[i * k + j];
+    const bool blas = c->blas && x.dtype == DC_F32 && !present(weight) && k >= 64 && to - from >= 16;
+    if (blas && to > from) {
+      c->blas->ssyrk(kRowMajor, kLower, kTranspose, int(k), int(to - from), alpha, data<float>(x) + from * ldx, int(ldx),
+                     1, h.row(e, 0), int(h.stride));
+      continue;
+    }
+    for (int64_t t = from; t < to; t += kDepth) {
+      const int64_t n = std::min(kDepth, to - t), a_panels = (k + mr - 1) / mr, b_panels = (k + nr - 1) / nr;
+      float* a = pack_a.take(size_t(a_panels * mr * n));
+      float* b = pack_b.take(size_t(b_panels * nr * n));
+      parallel_for(c, a_panels + b_panels, 8, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; p++) {
+          const bool left = p < a_panels;
+          const int width = left ? int(mr) : int(nr);
+          const int64_t i0 = (left ? p : p - a_panels) * width;
+          float* panel = (left ? a : b) + i0 * n;
+          const char* src = static_cast<const char*>(row_of(x, 0, t)) + i0 * int64_t(dtype_size(x.dtype));
+          kernel.pack(panel, src, x.dtype, 1, ldx, std::min<int64_t>(width, k - i0), n, width);
+          if (!left || (alpha == 1 && !present(weight))) continue;
+          for (int64_t q = 0; q < n; q++) {
+            const float s = alpha * (present(weight) ? data<float>(weight)[t + q] : 1.0f);
+            for (int i = 0; i < width; i++) panel[q * width + i] *= s;
           }
+        }
       });
+      add_lower(c, h.row(e, 0), h.stride, k, a, b, n);
     }
   }
   return 0;
@@ -87,40 +139,101 @@ extern "C" int dc_cpu_symmetrize(dc_context* c, const dc_call* call) {
 
 namespace {
 
-constexpr int64_t kBlock = 64;
+bool good_pivot(float pivot) { return pivot > 0 && std::isfinite(pivot); }
 
-// Factors the lower triangle of m in place; 0, or 1 + the index of the first pivot that is not positive and finite.
-int32_t factor_lower(dc_context* c, const Matrix<float>& m) {
-  const int64_t n = m.rows;
-  for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
-    const int64_t j1 = std::min(j0 + kBlock, n);
-    if (j0 > 0)
-      sgemm_into(c, n - j0, j1 - j0, j0, -1, m.row(j0), m.stride, false, m.row(j0), m.stride, true, 1,
-                 m.row(j0) + j0, m.stride);
-    for (int64_t j = j0; j < j1; j++) {
-      float* row = m.row(j);
-      for (int64_t i = j0; i < j; i++) {
-        float sum = row[i];
-        for (int64_t p = j0; p < i; p++) sum -= row[p] * m.row(i)[p];
-        row[i] = sum / m.row(i)[i];
-      }
-      float pivot = row[j];
-      for (int64_t p = j0; p < j; p++) pivot -= row[p] * row[p];
-      if (!(pivot > 0) || !std::isfinite(pivot)) return int32_t(j + 1);
-      row[j] = std::sqrt(pivot);
+// 0, or 1 + the index of the first pivot that is not positive and finite.
+int32_t factor_small(float* m, int64_t ld, int64_t n) {
+  for (int64_t j = 0; j < n; j++) {
+    float* row = m + j * ld;
+    for (int64_t i = 0; i < j; i++) {
+      const float* other = m + i * ld;
+      float sum = row[i];
+      for (int64_t p = 0; p < i; p++) sum -= row[p] * other[p];
+      row[i] = sum / other[i];
     }
-    parallel_for(c, n - j1, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = j1 + begin; r < j1 + end; r++) {
-        float* row = m.row(r);
-        for (int64_t j = j0; j < j1; j++) {
-          float sum = row[j];
-          for (int64_t p = j0; p < j; p++) sum -= row[p] * m.row(j)[p];
-          row[j] = sum / m.row(j)[j];
-        }
-      }
-    });
+    float pivot = row[j];
+    for (int64_t p = 0; p < j; p++) pivot -= row[p] * row[p];
+    if (!good_pivot(pivot)) return int32_t(j + 1);
+    row[j] = std::sqrt(pivot);
   }
   return 0;
+}
+
+// Factors the lower triangle of m [n,n] in place, right-looking in blocks of `width`: the diagonal block, the rows
+// below it (solved in strips, which are then an operand of the update), the trailing triangle. What lies above the
+// diagonal within `width` of it is overwritten. c NULL: on the calling thread.
+int32_t factor_lower(dc_context* c, float* m, int64_t ld, int64_t n, int64_t width, Scratch* scratch) {
+  const GemmKernels& kernel = gemm_kernels();
+  const SweepKernels& sweep = sweep_kernels();
+  const int64_t mr = kernel.mr, nr = kernel.nr;
+  for (int64_t j0 = 0; j0 < n; j0 += width) {
+    const int64_t k = std::min(width, n - j0), j1 = j0 + k, below = n - j1;
+    float* corner = m + j0 * ld + j0;
+    const int32_t bad = k > 32 ? factor_lower(nullptr, corner, ld, k, 32, scratch + 3) : factor_small(corner, ld, k);
+    if (bad) return int32_t(j0) + bad;
+    if (below == 0) break;
+    // -L of the corner, lines = its rows, and the reciprocals of its diagonal.
+    const int64_t corner_floats = up(k, mr) * k;
+    float* l = scratch[0].take(size_t(corner_floats + k));
+    float* inverse = l + corner_floats;
+    kernel.pack(l, corner, DC_F32, ld, 1, k, k, int(mr));
+    for (int64_t i = 0; i < corner_floats; i++) l[i] = -l[i];
+    for (int64_t j = 0; j < k; j++) inverse[j] = 1 / corner[j * ld + j];
+
+    float* a = scratch[1].take(size_t(up(below, mr) * k));
+    float* b = scratch[2].take(size_t(up(below, nr) * k));
+    float* panel = m + j1 * ld + j0;
+    const int64_t strips = (below + nr - 1) / nr;
+    each(c, strips, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; s++) {
+        const int64_t r0 = s * nr, rows = std::min(nr, below - r0);
+        float* x = b + r0 * k;
+        kernel.pack(x, panel + r0 * ld, DC_F32, ld, 1, rows, k, int(nr));
+        for (int64_t p = 0; p < k; p += mr) {
+          const int64_t w = std::min(mr, k - p);
+          const float* factor = l + p * k;
+          if (p > 0) kernel.block(x + p * nr, nr, factor, x, w, nr, p, true);
+          sweep.solve(x + p * nr, factor + p * mr, inverse + p, int(w), int(mr), int(nr));
+        }
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t j = 0; j < k; j++) panel[(r0 + r) * ld + j] = x[j * nr + r];
+      }
+    });
+    each(c, (below + mr - 1) / mr, 8, [&](int64_t begin, int64_t end) {
+      const int64_t r0 = begin * mr, r1 = std::min(end * mr, below);
+      kernel.pack(a + r0 * k, panel + r0 * ld, DC_F32, ld, 1, r1 - r0, k, int(mr));
+      for (int64_t i = r0 * k; i < up(r1, mr) * k; i++) a[i] = -a[i];
+    });
+    add_lower(c, m + j1 * ld + j1, ld, below, a, b, k);
+  }
+  return 0;
+}
+
+// LAPACK sees a row-major lower triangle as a column-major upper one. It may let values pass that are not finite.
+int32_t factor_lapack(const dc_blas* blas, float* m, int64_t ld, int64_t n) {
+  const int info = blas->spotrf(kColumnMajor, 'U', int(n), m, int(ld));
+  for (int64_t i = 0; i < n; i++) {
+    if (!good_pivot(m[i * ld + i])) return int32_t(i + 1);
+    if (info < 0)  // refused: the first row with a value that is not a number
+      for (int64_t j = 0; j < i; j++)
+        if (std::isnan(m[i * ld + j])) return int32_t(i + 1);
+  }
+  return info == 0 ? 0 : std::max(info, 1);
+}
+
+// dst [n,n] lower = h in reverse order of rows and columns: dst(i,j) = h(n-1-j, n-1-i), from h's lower triangle.
+void flip_lower(dc_context* c, const Matrix<float>& dst, const Matrix<float>& h) {
+  const int64_t n = h.columns, tile = 32, tiles = (n + tile - 1) / tile;
+  parallel_for(c, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const int64_t i0 = t * tile, i1 = std::min(i0 + tile, n);
+      for (int64_t j0 = 0; j0 < i1; j0 += tile)
+        for (int64_t j = j0; j < std::min(j0 + tile, i1); j++) {
+          const float* row = h.row(n - 1 - j);
+          for (int64_t i = std::max(i0, j); i < i1; i++) dst.row(i)[j] = row[n - 1 - i];
+        }
+    }
+  });
 }
 
 }  // namespace
@@ -130,63 +243,83 @@ extern "C" int dc_cpu_cholesky(dc_context* c, const dc_call* call) {
   const Matrices<float> f(call->t[0]), h(call->t[2]);
   const bool reversed = call->i[0] != 0;
   const int64_t n = h.columns;
+  static thread_local Scratch scratch[6];
   for (int64_t e = 0; e < h.batch; e++) {
+    const Matrix<float> m = f[e], source = h[e];
     double trace = 0;
-    for (int64_t i = 0; i < n; i++) trace += h.row(e, i)[i];
+    for (int64_t i = 0; i < n; i++) trace += source.row(i)[i];
     const float damp = call->f[0] == 0 ? 0.0f : float(call->f[0] * trace / double(std::max<int64_t>(n, 1)));
-    const Matrix<float> m = f[e];
-    // The reversed factor is the lower factor of the matrix with rows and columns in reverse order.
-    parallel_for(c, n, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        float* row = m.row(i);
-        for (int64_t j = 0; j <= i; j++) row[j] = reversed ? h.row(e, n - 1 - j)[n - 1 - i] : h.row(e, i)[j];
-        row[i] += damp;
-      }
-    });
-    int32_t bad = factor_lower(c, m);
-    parallel_for(c, n, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) std::fill(m.row(i) + i + 1, m.row(i) + n, 0.0f);
-    });
-    if (bad && reversed) bad = int32_t(n + 1 - bad);
-    data<int32_t>(call->t[1])[e] = bad;
+    // The reversed factor is the lower factor of the matrix in reverse order of rows and columns, reversed back.
     if (reversed) {
-      for (int64_t i = 0, j = n - 1; i <= j; i++, j--) {
-        if (i < j) std::swap_ranges(m.row(i), m.row(i) + n, m.row(j));
-        std::reverse(m.row(i), m.row(i) + n);
-        if (i < j) std::reverse(m.row(j), m.row(j) + n);
-      }
+      flip_lower(c, m, source);
+    } else {
+      parallel_for(c, n, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) std::memcpy(m.row(i), source.row(i), size_t(i + 1) * 4);
+      });
     }
+    for (int64_t i = 0; i < n; i++) m.row(i)[i] += damp;
+    const bool lapack = c->blas && c->blas->spotrf && n >= 128;
+    const int32_t bad = lapack ? factor_lapack(c->blas, m.data, m.stride, n)
+                               : factor_lower(c, m.data, m.stride, n, n > 768 ? 256 : 128, scratch);
+    data<int32_t>(call->t[1])[e] = bad && reversed ? int32_t(n + 1 - bad) : bad;
+    parallel_for(c, (n + 1) / 2, 32, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        float *top = m.row(i), *bottom = m.row(n - 1 - i);
+        std::fill(top + i + 1, top + n, 0.0f);
+        std::fill(bottom + n - i, bottom + n, 0.0f);
+        if (!reversed) continue;
+        if (top == bottom) {
+          std::reverse(top, top + n);
+        } else {
+          for (int64_t j = 0; j < n; j++) std::swap(top[j], bottom[n - 1 - j]);
+        }
+      }
+    });
   }
   return 0;
 }
+
+namespace {
+
+// Solves T Y = X in place for the rows of X [n, width], T the triangle of m (or, transposed, of its transpose), in
+// blocks whose contributions to the unknowns still open are matrix products.
+void solve_triangle(dc_context* c, const Matrix<float>& m, bool upper, bool transposed, const Matrix<float>& x) {
+  const int64_t n = m.rows, width = x.columns, block = 128, blocks = (n + block - 1) / block;
+  const bool forward = upper == transposed;
+  for (int64_t step = 0; step < blocks; step++) {
+    const int64_t b0 = (forward ? step : blocks - 1 - step) * block, b1 = std::min(b0 + block, n);
+    parallel_for(c, width, 64, [&](int64_t begin, int64_t end) {
+      const int64_t w = end - begin;
+      for (int64_t s = 0; s < b1 - b0; s++) {
+        const int64_t i = forward ? b0 + s : b1 - 1 - s;
+        float* y = x.row(i) + begin;
+        for (int64_t p = forward ? b0 : i + 1; p < (forward ? i : b1); p++) {
+          const float t = transposed ? m.row(p)[i] : m.row(i)[p];
+          const float* z = x.row(p) + begin;
+          for (int64_t j = 0; j < w; j++) y[j] -= t * z[j];
+        }
+        const float d = m.row(i)[i];
+        for (int64_t j = 0; j < w; j++) y[j] /= d;
+      }
+    });
+    const int64_t r0 = forward ? b1 : 0, rows = forward ? n - b1 : b0;
+    if (rows == 0) continue;
+    const float* t = transposed ? m.row(b0) + r0 : m.row(r0) + b0;
+    sgemm_into(c, rows, width, b1 - b0, -1, t, m.stride, transposed, x.row(b0), x.stride, false, 1, x.row(r0), x.stride);
+  }
+}
+
+}  // namespace
 
 extern "C" int dc_cpu_cholesky_solve(dc_context* c, const dc_call* call) {
   if (!dense_rows(call->t[0]) || !dense_rows(call->t[1]) || !dense_rows(call->t[2]))
     return fail(c, "X, F and B must have dense rows");
   const Matrices<float> x(call->t[0]), f(call->t[1]), b(call->t[2]);
   const bool upper = call->i[0] != 0;
-  const int64_t n = f.columns, width = x.columns;
   for (int64_t e = 0; e < x.batch; e++) {
-    const Matrix<float> m = f[e];
-    parallel_for(c, width, 16, [&](int64_t begin, int64_t end) {
-      const int64_t w = end - begin;
-      for (int64_t i = 0; i < n; i++) std::memcpy(x.row(e, i) + begin, b.row(e, i) + begin, size_t(w) * 4);
-      // First F Y = B, then F' X = Y, each in the order in which the unknowns become known.
-      for (int pass = 0; pass < 2; pass++) {
-        const bool forward = (pass == 0) != upper;
-        for (int64_t step = 0; step < n; step++) {
-          const int64_t i = forward ? step : n - 1 - step;
-          float* y = x.row(e, i) + begin;
-          for (int64_t p = forward ? 0 : i + 1; p < (forward ? i : n); p++) {
-            const float s = pass == 0 ? m.row(i)[p] : m.row(p)[i];
-            const float* z = x.row(e, p) + begin;
-            for (int64_t j = 0; j < w; j++) y[j] -= s * z[j];
-          }
-          const float d = m.row(i)[i];
-          for (int64_t j = 0; j < w; j++) y[j] /= d;
-        }
-      }
-    });
+    for (int64_t i = 0; i < x.rows; i++) std::memcpy(x.row(e, i), b.row(e, i), size_t(x.columns) * 4);
+    solve_triangle(c, f[e], upper, false, x[e]);
+    solve_triangle(c, f[e], upper, true, x[e]);
   }
   return 0;
 }

@@ -1,0 +1,150 @@
+#include "sweep.h"
+
+#include "../cpu.h"
+#include "vec.h"
+
+namespace dc {
+namespace {
+
+// Round to nearest even of |x| < 2^22, +0 for what rounds to zero.
+inline __attribute__((always_inline)) vf round_even(vf x) {
+  const vf shift = splat(12582912.0f);  // 1.5 * 2^23
+  return (x + shift) - shift;
+}
+// clamp(round(x), low, high); NaN gives low. Clamping first is the same, and keeps x within round_even's reach.
+inline __attribute__((always_inline)) vf to_code(vf x, vf low, vf high) { return round_even(vmin(vmax(x, low), high)); }
+
+void ldlq(const LdlqColumns& c) {
+  const vf low = splat(c.low), high = splat(c.high);
+  for (int r = 0; r < c.nr; r += W) {
+    vf loss = loadf(c.loss + r);
+    for (int j = 0; j < c.m; j++) {
+      const int at = j * c.nr + r;
+      vf sum = loadf(c.feedback + at);
+      for (int i = 0; i < j; i++) sum = madd(loadf(c.e + i * c.nr + r), splat(c.factor[i * c.mr + j]), sum);
+      const vf w = loadf(c.e + at), v = w + sum;
+      const vf s = loadf(c.scale[j] + r), z = loadf(c.zero[j] + r);
+      const vf code = to_code(v / s + z, low, high), q = (code - z) * s, d = (v - q) * c.diagonal[j];
+      storef(c.codes + at, code);
+      storef(c.q + at, q);
+      storef(c.e + at, w - q);
+      loss = madd(d, d, loss);
+    }
+    storef(c.loss + r, loss);
+  }
+}
+
+void solve(float* x, const float* l, const float* inverse, int m, int mr, int nr) {
+  for (int r = 0; r < nr; r += W) {
+    for (int j = 0; j < m; j++) {
+      vf sum = loadf(x + j * nr + r);
+      for (int i = 0; i < j; i++) sum = madd(loadf(x + i * nr + r), splat(l[i * mr + j]), sum);
+      storef(x + j * nr + r, sum * inverse[j]);
+    }
+  }
+}
+
+float search(const GridSearch& g, const float* w, const float* weight, int64_t n, float base) {
+  float best = INFINITY, best_scale = base * g.multiples[0];
+  const vf low = splat(g.low), high = splat(g.high);
+  for (int p = 0; p < g.points; p++) {
+    const float s = base * g.multiples[p], inverse = 1 / s;
+    vf plus = vf{}, minus = vf{};
+    // In units of s. The negated scale covers the mirrored range: -clamp(-x) there.
+    if (g.free_sign) {
+      for (int64_t j = 0; j < n; j += W) {
+        const vf x = loadf(w + j) * inverse, r = round_even(x), h = loadf(weight + j);
+        const vf a = x - vmin(vmax(r, low), high), b = x - vmin(vmax(r, -high), -low);
+        plus = madd(h * a, a, plus);
+        minus = madd(h * b, b, minus);
+      }
+    } else {
+      for (int64_t j = 0; j < n; j += W) {
+        const vf x = loadf(w + j) * inverse, a = x - to_code(x, low, high);
+        plus = madd(loadf(weight + j) * a, a, plus);
+      }
+    }
+    const float a = hsum(plus) * s * s;
+    if (a < best) best = a, best_scale = s;
+    if (g.free_sign) {
+      const float b = hsum(minus) * s * s;
+      if (b < best) best = b, best_scale = -s;
+    }
+  }
+  return best_scale;
+}
+
+float search_zero(const GridSearch& g, const float* w, const float* weight, int64_t n, float base, const float* zeros,
+                  int candidates, float* zero) {
+  float best = INFINITY, best_scale = base * g.multiples[0];
+  *zero = zeros[0];
+  const vf low = splat(g.low), high = splat(g.high);
+  for (int p = 0; p < g.points; p++) {
+    const float s = base * g.multiples[p], inverse = 1 / s;
+    for (int q = 0; q < candidates; q++) {
+      const vf z = splat(zeros[q]);
+      vf sum = vf{};
+      for (int64_t j = 0; j < n; j += W) {
+        const vf x = loadf(w + j) * inverse + z, a = x - to_code(x, low, high);
+        sum = madd(loadf(weight + j) * a, a, sum);
+      }
+      const float a = hsum(sum) * s * s;
+      if (a < best) best = a, best_scale = s, *zero = zeros[q];
+    }
+  }
+  return best_scale;
+}
+
+void quantize(int8_t* codes, const float* w, int64_t n, float scale, float zero, float low, float high) {
+  const vf s = splat(scale), z = splat(zero), l = splat(low), h = splat(high);
+  int64_t j = 0;
+  typedef int8_t vb __attribute__((vector_size(W)));
+  for (; j + W <= n; j += W) {
+    const vb code = __builtin_convertvector(__builtin_convertvector(to_code(loadf(w + j) / s + z, l, h), vi), vb);
+    std::memcpy(codes + j, &code, W);
+  }
+  if (j < n) {
+    float tail[W] = {};
+    std::memcpy(tail, w + j, size_t(n - j) * 4);
+    const vb code = __builtin_convertvector(__builtin_convertvector(to_code(loadf(tail) / s + z, l, h), vi), vb);
+    std::memcpy(codes + j, &code, size_t(n - j));
+  }
+}
+
+void dequantize(float* w, const int8_t* codes, int64_t n, float scale, float zero) {
+  typedef int8_t vb __attribute__((vector_size(W)));
+  int64_t j = 0;
+  for (; j + W <= n; j += W) {
+    const vf code = __builtin_convertvector(vload<vb>(codes + j), vf);
+    storef(w + j, (code - zero) * scale);
+  }
+  for (; j < n; j++) w[j] = (float(codes[j]) - zero) * scale;
+}
+
+void range(const float* w, int64_t n, float* least, float* most) {
+  vf low = vf{}, high = vf{};
+  const vf finite = splat(3.4028235e38f);
+  int64_t j = 0;
+  for (; j + W <= n; j += W) {
+    const vf x = loadf(w + j);
+    const vi good = (x >= -finite) & (x <= finite);
+    const vf y = (vf)((vi)x & good);
+    low = vmin(y, low);
+    high = vmax(y, high);
+  }
+  float a = -hmax(-low), b = hmax(high);
+  for (; j < n; j++) {
+    if (!(w[j] >= -3.4028235e38f && w[j] <= 3.4028235e38f)) continue;
+    a = w[j] < a ? w[j] : a;
+    b = w[j] > b ? w[j] : b;
+  }
+  *least = a;
+  *most = b;
+}
+
+}  // namespace
+
+extern const SweepKernels DC_FOR_ISA(sweep_kernels);
+const SweepKernels DC_FOR_ISA(sweep_kernels) = {ldlq, solve, search, search_zero, quantize, dequantize, range};
+
+}  // namespace dc

@@ -1,0 +1,50 @@
+// Kernels of quantization: what happens between the matrix products. One table per instruction set (kernels/sweep.cc).
+//
+// A strip holds `nr` rows of a matrix transposed: element (row r, column j) at [j nr + r], nr as in GemmKernels, so that
+// a strip is also a packed panel of B there.
+#pragma once
+#include <cstdint>
+
+namespace dc {
+
+// m columns of an LDLQ sweep over one strip, after the columns before them have been fed back.
+struct LdlqColumns {
+  int m, mr, nr;
+  float low, high;
+  float* e;               // [m, nr]: W in, W - Q out
+  const float* feedback;  // [m, nr]: sum over earlier columns i of (W_i - Q_i) R_ij / R_jj
+  const float* factor;    // [m, mr]: R_ij / R_jj of these columns, row i, column j > i
+  const float* diagonal;  // [m]: R_jj
+  const float* const* scale;  // [m] -> [nr]
+  const float* const* zero;   // [m] -> [nr]
+  float* codes;               // [m, nr]
+  float* q;                   // [m, nr]
+  float* loss;                // [nr] += ((v_j - Q_j) R_jj)^2
+};
+
+struct GridSearch {
+  float low, high;
+  int points;
+  const float* multiples;  // [points]
+  bool free_sign;
+};
+
+struct SweepKernels {
+  void (*ldlq)(const LdlqColumns&);
+  // X L' = B for m columns of a strip: x [m, nr] holds B less what earlier columns contribute; l [m, mr] = -L_ji (row i,
+  // column j > i), inverse [m] = 1 / L_jj.
+  void (*solve)(float* x, const float* l, const float* inverse, int m, int mr, int nr);
+  // Best scale base * multiple (negated where that is better), judged by sum weight (w - deq w)^2; n a multiple of 16.
+  float (*search)(const GridSearch&, const float* w, const float* weight, int64_t n, float base);
+  // The same with a zero point, which is one of `candidates` zeros.
+  float (*search_zero)(const GridSearch&, const float* w, const float* weight, int64_t n, float base,
+                       const float* zeros, int candidates, float* zero);
+  void (*quantize)(int8_t* codes, const float* w, int64_t n, float scale, float zero, float low, float high);
+  void (*dequantize)(float* w, const int8_t* codes, int64_t n, float scale, float zero);
+  // Least and greatest finite value, 0 among them.
+  void (*range)(const float* w, int64_t n, float* least, float* most);
+};
+
+const SweepKernels& sweep_kernels();
+
+}  // namespace dc
