@@ -12,6 +12,11 @@ export const commands: Readonly<Record<string, Entry>> = {
     load: () => import('./inspect.js'),
   },
   convert: { summary: 'change file format or precision, merge or split shards', load: () => import('./convert.js') },
+  validate: {
+    summary: 'compare two models: attention, logits, perplexity, diversity; gates',
+    load: () => import('./validate.js'),
+  },
+  generate: { summary: 'continue a text', load: () => import('./generate.js') },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
   completion: { summary: 'print a completion script for bash, zsh or fish', load: () => import('./completion.js') },
 };
