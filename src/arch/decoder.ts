@@ -7,6 +7,7 @@ import type { MoeSpec } from '../nn/moe.js';
 import { normalise, normTensor } from '../nn/norm.js';
 import type { RopeSpec } from '../nn/rope.js';
 import { limits, type Config } from './config.js';
+import type { Sizes } from './sizes.js';
 import { normSpec } from './parts.js';
 import type { Block, Model } from './types.js';
 
@@ -15,37 +16,6 @@ export interface LayerParts {
   readonly attention: Layer;
   readonly mlp: Layer & { readonly ffn?: FfnSpec; readonly moe?: MoeSpec };
   readonly window?: number | undefined;
-}
-
-/** Sizes that every decoder's config has. */
-export interface Sizes {
-  readonly hidden: number;
-  readonly layers: number;
-  readonly heads: number;
-  readonly kvHeads: number;
-  readonly headDim: number;
-  readonly context: number;
-  readonly eps: number;
-}
-
-export function readSizes(c: Config, defaults: { eps?: number; headDim?: number } = {}): Sizes {
-  const hidden = c.int('hidden_size', { max: limits.hidden });
-  const heads = c.int('num_attention_heads', { max: limits.heads });
-  const kvHeads = c.int('num_key_value_heads', { max: limits.heads, default: heads });
-  if (heads % kvHeads !== 0) throw c.wrong('num_key_value_heads', `a divisor of num_attention_heads (${heads})`);
-  const given = c.optionalInt('head_dim', { max: limits.hidden }) ?? defaults.headDim;
-  if (given === undefined && hidden % heads !== 0) {
-    throw c.wrong('num_attention_heads', `a divisor of hidden_size (${hidden}), or head_dim given`);
-  }
-  return {
-    hidden,
-    layers: c.int('num_hidden_layers', { max: limits.layers }),
-    heads,
-    kvHeads,
-    headDim: given ?? hidden / heads,
-    context: c.int('max_position_embeddings'),
-    eps: c.float('rms_norm_eps', { max: 1, default: defaults.eps ?? 1e-6 }),
-  };
 }
 
 /**

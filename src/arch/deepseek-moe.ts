@@ -3,7 +3,8 @@ import { gatedMlp } from '../nn/mlp.js';
 import { moeLayer } from '../nn/moe.js';
 import type { RouteOptions } from '../tensor/ops.js';
 import { limits, type Config } from './config.js';
-import type { LayerParts, Sizes } from './decoder.js';
+import type { LayerParts } from './decoder.js';
+import type { Sizes } from './sizes.js';
 import { expertSpecs, ffnSpec, readActivation, readExperts } from './parts.js';
 
 /** Feed-forward parts of the DeepSeek family: the first layers dense, then routed experts beside shared ones. */

@@ -3,10 +3,11 @@ import { latentAttention } from '../nn/mla.js';
 import type { RopeSpec } from '../nn/rope.js';
 import type { RouteOptions } from '../tensor/ops.js';
 import { limits, type Config } from './config.js';
-import { decoder, readSizes, type Sizes } from './decoder.js';
+import { decoder } from './decoder.js';
 import { deepseekMlp, mtpLayers, readGroups, sigmoidRouting } from './deepseek-moe.js';
 import { groupedAttention, normSpec } from './parts.js';
 import { readRope, yarnScale } from './rope-config.js';
+import { readSizes, type Sizes } from './sizes.js';
 import type { Model } from './types.js';
 
 /** DeepSeekMoE 16B (Dai et al. 2024): Llama's attention, fine-grained experts beside shared ones. */

@@ -2,7 +2,7 @@ import { badUsage } from '../base/errors.js';
 import { stopIfAborted, type JobEnv } from '../backend/env.js';
 import { gather } from '../tensor/ops.js';
 import { Scope } from '../tensor/tensor.js';
-import { ResidentModel } from './resident.js';
+import type { ResidentModel } from './resident.js';
 import { Sampler, type SamplingOptions } from './sampler.js';
 
 export interface GenerateOptions extends SamplingOptions {

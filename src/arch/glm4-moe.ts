@@ -1,8 +1,9 @@
 import type { Config } from './config.js';
-import { decoder, readSizes } from './decoder.js';
+import { decoder } from './decoder.js';
 import { deepseekMlp, mtpLayers, sigmoidRouting } from './deepseek-moe.js';
 import { groupedAttention } from './parts.js';
 import { readRope } from './rope-config.js';
+import { readSizes } from './sizes.js';
 import type { Model } from './types.js';
 
 /** GLM 4.5 MoE: DeepSeek-V3's experts and router on attention with grouped heads. */

@@ -1,8 +1,9 @@
 import { gatedMlp } from '../nn/mlp.js';
 import { limits, type Config } from './config.js';
-import { decoder, readSizes } from './decoder.js';
+import { decoder } from './decoder.js';
 import { ffnSpec, groupedAttention, readActivation } from './parts.js';
 import { readRope } from './rope-config.js';
+import { readSizes } from './sizes.js';
 import type { Model } from './types.js';
 
 /** Llama (Touvron et al. 2023; Llama 2 and 3), DeepSeek LLM and Coder, distilled R1 models. */

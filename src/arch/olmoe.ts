@@ -1,9 +1,10 @@
 import { linearSpec } from '../nn/layer.js';
 import { moeLayer } from '../nn/moe.js';
 import { limits, type Config } from './config.js';
-import { decoder, readSizes } from './decoder.js';
+import { decoder } from './decoder.js';
 import { expertSpecs, groupedAttention, readActivation, readExperts } from './parts.js';
 import { readRope } from './rope-config.js';
+import { readSizes } from './sizes.js';
 import type { Model } from './types.js';
 
 /** OLMoE (Muennighoff et al. 2024): norms over all of q and k, optional clipping of q, k and v. */

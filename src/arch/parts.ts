@@ -4,7 +4,7 @@ import type { FfnSpec } from '../nn/mlp.js';
 import type { NormSpec } from '../nn/norm.js';
 import type { RopeSpec } from '../nn/rope.js';
 import { limits, type Config } from './config.js';
-import type { Sizes } from './decoder.js';
+import type { Sizes } from './sizes.js';
 
 /** The feed-forward activation by the names that configs use. */
 export function readActivation(c: Config): FfnSpec['activation'] {

@@ -2,9 +2,10 @@ import { linearSpec } from '../nn/layer.js';
 import { gatedMlp } from '../nn/mlp.js';
 import { moeLayer } from '../nn/moe.js';
 import { limits, type Config } from './config.js';
-import { decoder, readSizes, type Sizes } from './decoder.js';
+import { decoder } from './decoder.js';
 import { expertSpecs, ffnSpec, groupedAttention, readActivation, readExperts, readWindows } from './parts.js';
 import { readRope } from './rope-config.js';
+import { readSizes, type Sizes } from './sizes.js';
 import type { Model } from './types.js';
 
 /** Qwen 1.5/2 MoE: routed experts beside one shared network behind a sigmoid gate. */

@@ -1,8 +1,9 @@
 import { gatedMlp } from '../nn/mlp.js';
 import { limits, type Config } from './config.js';
-import { decoder, readSizes } from './decoder.js';
+import { decoder } from './decoder.js';
 import { ffnSpec, groupedAttention, readActivation, readWindows } from './parts.js';
 import { readRope } from './rope-config.js';
+import { readSizes } from './sizes.js';
 import type { Model } from './types.js';
 
 /** Qwen 2 and 2.5 (Yang et al. 2024): Llama with biases on q, k and v. */

@@ -1,10 +1,9 @@
-import { elementCount, type DType } from '../base/dtype.js';
 import { badInput, bug } from '../base/errors.js';
 import type { TensorEntry } from '../formats/types.js';
 import { cast, pack, unpack, type Grid, type PackOptions } from '../tensor/ops.js';
 import type { Scope, Tensor } from '../tensor/tensor.js';
-import { keyError, record, storedDType } from './check.js';
-import type { LayoutReader, LayoutWriter, Load, QuantizedLinear, StoredLinear } from './types.js';
+import { findParts, keyError, PartReader, record } from './check.js';
+import type { LayoutReader, LayoutWriter, QuantizedLinear, StoredLinear } from './types.js';
 
 /**
  * compressed-tensors "pack-quantized", schema version 0.18: what llm-compressor writes and vLLM and transformers read.
@@ -121,42 +120,25 @@ function storedLinears(
   groups: readonly WeightArgs[],
   at: string,
 ): Map<string, StoredLinear> {
-  const suffixes = ['weight_packed', 'weight_scale', 'weight_shape', 'weight_zero_point', 'weight_g_idx'];
-  const linears = new Map<string, StoredLinear>();
-  for (const [key, packed] of tensors) {
-    if (!key.endsWith('.weight_packed')) continue;
-    const name = key.slice(0, -'.weight_packed'.length);
+  const argsOf = (name: string): WeightArgs => {
     const args = schemeOf(name, groups);
     if (!args) throw badInput('No group of the quantization config fits a stored linear', { where: at, got: name });
-    const parts = new Map<string, TensorEntry>();
-    for (const suffix of suffixes) {
-      const part = tensors.get(`${name}.${suffix}`);
-      if (part) parts.set(suffix, part);
-    }
-    const needed = ['weight_scale', ...(args.symmetric ? [] : ['weight_zero_point'])];
-    for (const suffix of needed) {
-      if (!parts.has(suffix)) {
-        throw badInput('A quantized linear is incomplete', {
-          where: packed.span.path,
-          got: `${name}.weight_packed without ${suffix}`,
-          expected: [...suffixes.slice(0, 2), ...needed.slice(1)].join(', '),
-        });
-      }
-    }
-    const [n, words] = packed.shape;
-    if (packed.shape.length !== 2 || storedDType(packed) !== 'i32') {
-      throw badInput('Packed weights have the wrong form', {
-        where: `${packed.span.path}, tensor ${key}`,
-        got: `${storedDType(packed)} [${packed.shape.join(', ')}]`,
-        expected: 'i32 [N, words]',
-      });
-    }
+    return args;
+  };
+  const needed = (name: string) => ['weight_scale', ...(argsOf(name).symmetric ? [] : ['weight_zero_point'])];
+  const linears = new Map<string, StoredLinear>();
+  for (const [name, parts] of findParts(tensors, 'weight_packed', needed, ['weight_shape', 'weight_g_idx'])) {
+    const args = argsOf(name);
+    // A symmetric linear may have zero points all the same (all zero): they are its, and not read.
+    const points = tensors.get(`${name}.weight_zero_point`);
+    if (points) parts.set('weight_zero_point', points);
+    const [n, words] = parts.get('weight_packed')!.shape as [number, number];
     linears.set(`${name}.weight`, {
       name: `${name}.weight`,
-      shape: [n!, words! * perWord(args.bits)],
+      shape: [n, words * perWord(args.bits)],
       parts,
       bits: args.bits,
-      read: (scope, load, rows, columns) => readLinear(scope, load, name, parts, args, rows, columns),
+      read: (scope, load, rows, columns) => readLinear(scope, new PartReader(name, parts, load), args, rows, columns),
     });
   }
   return linears;
@@ -164,46 +146,31 @@ function storedLinears(
 
 async function readLinear(
   s: Scope,
-  load: Load,
-  name: string,
-  parts: ReadonlyMap<string, TensorEntry>,
+  part: PartReader,
   { bits, symmetric, strategy, group, actorder }: WeightArgs,
   n: number,
   k: number,
 ): Promise<QuantizedLinear> {
-  const wrong = (suffix: string, expected: string, got: string) =>
-    badInput('A quantized linear does not fit the model', {
-      where: `${parts.get(suffix)!.span.path}, tensor ${name}.${suffix}`,
-      expected,
-      got,
-    });
-  const get = async (suffix: string, dtype: DType | undefined, shape: readonly number[]): Promise<Tensor> => {
-    const entry = parts.get(suffix)!;
-    const stored = storedDType(entry);
-    const fits = elementCount(entry.shape) === elementCount(shape) && (dtype === undefined || stored === dtype);
-    const show = (type: string | undefined, dims: readonly number[]) => `${type ?? 'float'} [${dims.join(', ')}]`;
-    if (!fits || stored === undefined) throw wrong(suffix, show(dtype, shape), show(stored, entry.shape));
-    return (await load(entry, stored)).view(...shape);
-  };
   const g = strategy === 'group' ? Math.ceil(k / group) : 1;
   const per = perWord(bits);
-  if (parts.has('weight_shape')) {
-    const shape = await get('weight_shape', 'i64', [2]);
+  if (part.has('weight_shape')) {
+    const shape = await part.get('weight_shape', 'i64', [2]);
     const [rows, columns] = new BigInt64Array((await shape.bytesOut()).buffer);
-    if (Number(rows) !== n || Number(columns) !== k)
-      throw wrong('weight_shape', `[${n}, ${k}]`, `[${rows}, ${columns}]`);
+    if (Number(rows) !== n || Number(columns) !== k) {
+      throw part.wrong('weight_shape', `[${n}, ${k}]`, `[${rows}, ${columns}]`);
+    }
   }
-  const words = await get('weight_packed', 'i32', [n, Math.ceil(k / per)]);
+  const words = await part.get('weight_packed', 'i32', [n, Math.ceil(k / per)]);
   const codes = unpack(s, words, n, k, packing(bits, 1));
-  const stored = await get('weight_scale', undefined, strategy === 'tensor' ? [1, 1] : [n, g]);
+  const stored = await part.get('weight_scale', undefined, strategy === 'tensor' ? [1, 1] : [n, g]);
   const scale = cast(s, strategy === 'tensor' ? stored.expand(n, 1) : stored, 'f32');
   let zero: Tensor | undefined;
   if (!symmetric) {
-    const points = await get('weight_zero_point', 'i32', [Math.ceil(n / per), g]);
+    const points = await part.get('weight_zero_point', 'i32', [Math.ceil(n / per), g]);
     zero = cast(s, unpack(s, points, n, g, packing(bits, 0)), 'f32');
   }
-  const ordered = actorder === 'group' || actorder === 'dynamic';
-  const columnGroup = ordered && parts.has('weight_g_idx') ? await get('weight_g_idx', 'i32', [k]) : undefined;
+  const ordered = (actorder === 'group' || actorder === 'dynamic') && part.has('weight_g_idx');
+  const columnGroup = ordered ? await part.columnGroups('weight_g_idx', k, g) : undefined;
   const grid: Grid = { scale, zero, ...range(bits), group: strategy === 'group' ? group : k, columnGroup };
   return { codes, grid };
 }

@@ -1,13 +1,19 @@
+import { awqReader, awqWriter } from './awq.js';
 import { compressedTensorsReader, compressedTensorsWriter } from './compressed-tensors.js';
 import { keyError, record } from './check.js';
+import { gptqReader, gptqWriter } from './gptq.js';
 import type { LayoutName, LayoutReader, LayoutWriter } from './types.js';
 
 const readers: Readonly<Record<string, (config: Readonly<Record<string, unknown>>, where: string) => LayoutReader>> = {
   'compressed-tensors': compressedTensorsReader,
+  gptq: gptqReader,
+  awq: awqReader,
 };
 
-export const layoutWriters: Readonly<Partial<Record<LayoutName, LayoutWriter>>> = {
+export const layoutWriters: Readonly<Record<LayoutName, LayoutWriter>> = {
   'compressed-tensors': compressedTensorsWriter,
+  gptq: gptqWriter,
+  awq: awqWriter,
 };
 
 /** quant_method values that say how plain tensors are encoded; the checkpoint layer reads those. */

@@ -40,7 +40,16 @@ export function expected(path: string): Record<string, Expected> {
   return Object.fromEntries(
     readSafetensors(file).tensors.map(({ name, shape, span }) => {
       const bytes = new Uint8Array(file.read(span.offset, span.bytes, name)).slice();
-      return [name, { shape, f32: new Float32Array(bytes.buffer), i32: new Int32Array(bytes.buffer) }];
+      const values: Expected = {
+        shape,
+        get f32() {
+          return new Float32Array(bytes.buffer);
+        },
+        get i32() {
+          return new Int32Array(bytes.buffer);
+        },
+      };
+      return [name, values];
     }),
   );
 }
