@@ -51,7 +51,7 @@ export function expectationAdjustedDistinct(responses: readonly Response[], voca
 /**
  * Self-BLEU (Zhu et al. 2018): mean over responses of BLEU-4 against all other responses as references. BLEU as
  * Papineni et al. 2002 with the closest reference length; an order without a match counts 0.1 matches (Chen & Cherry
- * 2014, method 1). Responses shorter than four tokens are left out.
+ * 2014, method 1), and one that shares no word with the others has 0. Responses shorter than four tokens are left out.
  */
 export function selfBleu(responses: readonly Response[]): number[] {
   const long = responses.filter((r) => r.length >= 4);
@@ -74,7 +74,8 @@ export function selfBleu(responses: readonly Response[]): number[] {
     counts.forEach((count, r) => {
       let matches = 0;
       for (const [id, c] of count) matches += Math.min(c, owner[id] === r ? second[id]! : first[id]!);
-      logs[r]! += Math.log((matches === 0 ? 0.1 : matches) / grams[r]!.length) / 4;
+      const least = n === 1 ? 0 : 0.1;
+      logs[r]! += Math.log((matches === 0 ? least : matches) / grams[r]!.length) / 4;
     });
   }
   return long.map((response, r) => {
