@@ -2,6 +2,7 @@ import { badUsage } from '../base/errors.js';
 import { choice, flag, integer, list, number, text } from '../base/options.js';
 import { duration } from '../base/text.js';
 import { deviceOptions, input, inputOptions, openEnvironment, seedOption } from './shared.js';
+import { readText } from './read-text.js';
 import { defineCommand } from './types.js';
 
 export const command = defineCommand({
@@ -32,7 +33,10 @@ export const command = defineCommand({
     if (given.greedy && (given.temperature !== 1 || given.topP !== 1 || given.topK !== 0)) {
       throw badUsage('--greedy leaves nothing to draw', { got: 'it and --temperature, --top-p or --top-k' });
     }
-    const prompts = [...given.prompt, ...(given.promptFile === undefined ? [] : [await fileText(given.promptFile)])];
+    const prompts = [
+      ...given.prompt,
+      ...(given.promptFile === undefined ? [] : [await readText(given.promptFile, 'the prompt')]),
+    ];
     if (prompts.length === 0) throw badUsage('--prompt <text> is missing', { hint: 'Or name a file: --prompt-file.' });
     const { openModel } = await import('../arch/open.js');
     const { ResidentModel } = await import('../arch/resident.js');
@@ -73,11 +77,3 @@ export const command = defineCommand({
     }
   },
 });
-
-async function fileText(path: string): Promise<string> {
-  const { readFile } = await import('node:fs/promises');
-  const { ioError } = await import('../base/files.js');
-  return readFile(path, 'utf8').catch((error: unknown) => {
-    throw ioError(error, 'read the prompt', path);
-  });
-}
