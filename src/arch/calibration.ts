@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto';
 import { readdir } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
-import { basename, join } from 'node:path';
+import { join } from 'node:path';
 import { badInput, badUsage } from '../base/errors.js';
 import type { JobEnv } from '../backend/env.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';

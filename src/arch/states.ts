@@ -2,7 +2,7 @@ import { open, readdir, rm, type FileHandle } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { badInput, bug } from '../base/errors.js';
 import { ioError, renameDurable } from '../base/files.js';
-import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
+import { dtypeSize, elementCount } from '../base/dtype.js';
 import type { Device } from '../backend/device.js';
 import { copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
@@ -32,7 +32,7 @@ export class States implements Disposable {
   #next: Tensor[] = [];
   #file: FileHandle | undefined;
   #nextFile: FileHandle | undefined;
-  #writes: Promise<void>[] = [];
+  readonly #writes: Promise<void>[] = [];
 
   constructor(device: Device, options: StatesOptions) {
     [this.#device, this.#options] = [device, options];
@@ -87,8 +87,7 @@ export class States implements Disposable {
 
   /** All batches are put: they are the states from now on. */
   async next(): Promise<void> {
-    await Promise.all(this.#writes);
-    this.#writes = [];
+    await Promise.all(this.#writes.splice(0));
     this.#scope[Symbol.dispose]();
     [this.#scope, this.#nextScope] = [this.#nextScope, new Scope(this.#device)];
     [this.#now, this.#next] = [this.#next, []];
@@ -140,7 +139,7 @@ export class States implements Disposable {
   }
 
   async #read(file: FileHandle, b: number, scope: Scope): Promise<Tensor> {
-    const x = scope.empty(this.#options.dtype as DType, this.#shape(b));
+    const x = scope.empty(this.#options.dtype, this.#shape(b));
     await this.#device.readFile(x.buffer, x.byteOffset, file.fd, this.#offsets[b]!, x.bytes);
     return x;
   }
@@ -154,7 +153,9 @@ export class States implements Disposable {
     this.#nextScope[Symbol.dispose]();
     // Transfers that failed half-way have reported themselves; the descriptors go when nothing uses them any more.
     const files = [this.#file, this.#nextFile];
-    void Promise.allSettled(this.#writes).then(() => Promise.allSettled(files.map((file) => file?.close())));
+    void Promise.allSettled(this.#writes).then(async () => {
+      for (const file of files) await file?.close();
+    });
   }
 }
 

@@ -136,7 +136,7 @@ async function documents(path: string): Promise<TextSource[]> {
   }
   if (kinds.size === 0) throw badInput('A calibration file holds no text', { where: path });
   return [...kinds].map(([kind, texts]) => {
-    const name = kind === '' ? basename(path) : `${basename(path)}:${kind}`;
+    const name = kinds.size === 1 ? basename(path) : `${basename(path)}:${kind === '' ? 'other' : kind}`;
     return { name, from: (a: number, b: number) => someOf(texts, a, b) };
   });
 }
@@ -153,7 +153,7 @@ function parseLine(line: string, where: string): { text: string; kind: string } 
     throw badInput('A calibration line has no text', { where, expected: '{"text": "..."}', got: line.slice(0, 60) });
   }
   const named = [kind, language].find((name) => typeof name === 'string');
-  return { text, kind: (named as string | undefined) ?? '' };
+  return { text, kind: (named) ?? '' };
 }
 
 /** Whole documents, from the one at fraction `a` on. */

@@ -2,7 +2,7 @@ import { basename } from 'node:path';
 import type { CalibrationSet } from '../arch/calibration.js';
 import type { QuantPlan } from './plan.js';
 import { describeScheme } from './scheme.js';
-import type { QuantizeOptions } from './run.js';
+import type { QuantizeOptions } from './options.js';
 
 /** README.md of the output: what it is, how it was made, what was left out. Measured errors stand in the provenance. */
 export function modelCard(

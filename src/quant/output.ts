@@ -1,5 +1,5 @@
 import { badInput } from '../base/errors.js';
-import { elementCount, dtypeSize, type DType, type FloatDType } from '../base/dtype.js';
+import { elementCount, dtypeSize, type FloatDType } from '../base/dtype.js';
 import { fileSource } from '../base/io.js';
 import type { CheckpointWriter, PlannedTensor, TensorEntry } from '../checkpoint/types.js';
 import type { LayoutWriter } from '../layout/types.js';
@@ -7,7 +7,7 @@ import type { OpenModel } from '../arch/open.js';
 import type { StoredWeight } from '../arch/stored.js';
 import type { WeightReader } from '../arch/weights.js';
 import { copyInto } from '../tensor/ops.js';
-import { Scope } from '../tensor/tensor.js';
+import type { Scope } from '../tensor/tensor.js';
 import type { QuantPlan } from './plan.js';
 
 /** Where the bytes of one output tensor come from. */
@@ -123,7 +123,7 @@ export async function writeThrough(
     }
     using scope = scopeOf();
     const values = await reader.tensor(origin.name, scope, planned.dtype as FloatDType);
-    const out = scope.zeros(planned.dtype as DType, planned.shape);
+    const out = scope.zeros(planned.dtype, planned.shape);
     copyInto(
       values.shape.reduce((part, size, d) => part.slice(d, 0, size), out),
       values,

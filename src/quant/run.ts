@@ -5,71 +5,21 @@ import type { JobEnv } from '../backend/env.js';
 import { createWriter, isFileOutput } from '../checkpoint/writer.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
 import { layoutWriters } from '../layout/detect.js';
-import type { LayoutName, LayoutWriter } from '../layout/types.js';
-import { calibrationTokens, type CalibrationOptions, type CalibrationSet } from '../arch/calibration.js';
+import type { LayoutWriter } from '../layout/types.js';
+import { calibrationTokens, type CalibrationSet } from '../arch/calibration.js';
 import { openModel, type OpenModel } from '../arch/open.js';
 import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream.js';
 import { WeightReader } from '../arch/weights.js';
 import { Scope } from '../tensor/tensor.js';
 import { modelCard } from './card.js';
-import { planOutput, writeThrough, type OutputPlan } from './output.js';
+import type { QuantizeOptions, QuantizePreview, QuantizeResult } from './options.js';
+import { planOutput, writeThrough } from './output.js';
 import { makePlan, type QuantPlan } from './plan.js';
 import { fromJson, type BlockReport } from './report.js';
 import { checkRecipe, type Recipe } from './scheme.js';
 import { defaultScope } from './select.js';
 import { verifyLinears } from './verify.js';
 import { QuantVisitor } from './visitor.js';
-
-export interface QuantizeOptions {
-  readonly input: string;
-  /** Path of the config, where it does not lie beside the weights. */
-  readonly config?: string;
-  /** The output folder. */
-  readonly out: string;
-  readonly overwrite?: boolean;
-  readonly restart?: boolean;
-  readonly recipe: Recipe;
-  readonly format: LayoutName;
-  /** `all`, `experts`, a part of a name or `re:...`; absent: what suits the architecture. */
-  readonly scope?: string;
-  readonly keep?: readonly string[];
-  /** Absent: quantize without calibration (plain rounding only). `seqLen` absent: 2,048 or the model's context. */
-  readonly calibration?: Omit<CalibrationOptions, 'seqLen'> & { readonly seqLen?: number };
-  /** Precision of hidden states and of the forward pass; default: f32 on the CPU, bf16 on a GPU. */
-  readonly states?: 'f32' | 'bf16';
-  /** Largest share of routed experts that no calibration token may reach. */
-  readonly maxUncovered?: number;
-  readonly shardSize?: number;
-  /** Sequences a batch, bytes for states: see `streamBlocks`. */
-  readonly batchRows?: number;
-  readonly budget?: number;
-  readonly tool: { readonly name: string; readonly version: string };
-  /** The command as it was typed, to go on with an interrupted job. */
-  readonly commandLine: string;
-}
-
-export interface QuantizeResult {
-  readonly out: string;
-  readonly plan: QuantPlan;
-  readonly outputBytes: number;
-  readonly inputBytes: number;
-  readonly blocks: readonly BlockReport[];
-  readonly calibration: string | undefined;
-  readonly notices: readonly string[];
-  readonly verified: number;
-  readonly resumed: boolean;
-  readonly seconds: number;
-  /** Seconds by stage over all blocks; `forward` is what the blocks took beside the others. */
-  readonly stages: Readonly<Record<string, number>>;
-}
-
-/** What would be done, from headers alone. */
-export interface QuantizePreview {
-  readonly plan: QuantPlan;
-  readonly output: OutputPlan;
-  readonly inputBytes: number;
-  readonly notices: readonly string[];
-}
 
 interface Prepared extends QuantizePreview {
   readonly open: OpenModel;
@@ -97,7 +47,17 @@ async function prepare(options: QuantizeOptions): Promise<Prepared> {
   const plan = makePlan(open.model, open.checkpoint, recipe, { scope, keep }, layout);
   const output = planOutput(open, plan, layout);
   const inputBytes = [...open.checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0);
-  return { open, layout, recipe, scope, plan, output, inputBytes, notices: [...open.notes, ...plan.notes] };
+  return {
+    open,
+    model: open.model,
+    layout,
+    recipe,
+    scope,
+    plan,
+    output,
+    inputBytes,
+    notices: [...open.notes, ...plan.notes],
+  };
 }
 
 /** The plan alone: what becomes of each tensor, sizes. Reads headers only. */
@@ -187,7 +147,7 @@ async function runJob(
   env: JobEnv,
   started: number,
 ): Promise<QuantizeResult> {
-  const { open, plan, output, layout, recipe } = prepared;
+  const { open, plan, output, layout } = prepared;
   const { model, checkpoint } = open;
   const done = (verified: number): QuantizeResult => {
     const results = blockResults(job, stage, model);
@@ -249,6 +209,8 @@ async function runJob(
     await writer.close();
   }
 }
+
+export type { QuantizeOptions, QuantizePreview, QuantizeResult } from './options.js';
 
 const stage = 'quantize';
 

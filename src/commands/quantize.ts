@@ -1,0 +1,227 @@
+import { Expected, choice, custom, flag, integer, list, number, text, byteSize, type Values } from '../base/options.js';
+import { formatBytes } from '../base/files.js';
+import { columns, count, duration } from '../base/text.js';
+import { readFileSync } from 'node:fs';
+import type { QuantizeOptions, QuantizePreview, QuantizeResult } from '../quant/options.js';
+import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
+import { defineCommand, type CommandResult, type Io } from './types.js';
+
+const calibrationSection = 'Calibration:';
+const options = {
+  ...inputOptions,
+  ...outputOptions,
+  method: choice(['gptq', 'rtn'], {
+    default: 'gptq',
+    help: 'gptq: error feedback on calibration text. rtn: rounding alone, on the best grid; weighted where --calibration is given.',
+  }),
+  bits: custom({ default: 4, help: 'Bits a weight: 4 or 8.' }, '4|8', (given): 4 | 8 => {
+    if (given !== '4' && given !== '8') throw new Expected('4 or 8');
+    return given === '4' ? 4 : 8;
+  }),
+  groupSize: integer({ min: -1, default: 128, help: 'Columns that share a scale: 32 to 1024; -1 is one scale a row.' }),
+  sym: flag({ default: true, help: 'Symmetric grids, without zero points.' }),
+  asym: flag({ help: 'Asymmetric grids, with a zero point a group.' }),
+  format: choice(['compressed-tensors'], { default: 'compressed-tensors', help: 'How the result is stored.' }),
+  scope: text({
+    defaultNote: 'all; experts for DeepSeek',
+    value: 'all|experts|name',
+    help: 'What to quantize: all linears of the layers, the routed experts only, or those whose name has this part (re:... for a regular expression).',
+  }),
+  keep: list({
+    value: 'name',
+    help: 'Leave these linears in high precision: a part of a name such as down_proj or layers.0, or re:...',
+  }),
+  calibration: list({
+    value: 'file|self',
+    section: calibrationSection,
+    help: 'Text to calibrate on: .txt or .jsonl files, or self for text that the model writes. Default: a small set that comes with the tool.',
+  }),
+  samples: integer({ min: 1, default: 128, section: calibrationSection, help: 'Windows of text.' }),
+  seqLen: integer({
+    min: 1,
+    section: calibrationSection,
+    defaultNote: '2048, or the context of the model',
+    help: 'Tokens a window.',
+  }),
+  ...seedOption,
+  damp: number({
+    min: 0,
+    max: 10,
+    default: 0.01,
+    section: calibrationSection,
+    help: 'Share of the mean diagonal added to each Hessian; raised where it must be.',
+  }),
+  maxUncovered: number({
+    min: 0,
+    max: 1,
+    default: 0.1,
+    section: calibrationSection,
+    help: 'Largest share of routed experts that no token may reach; more fails with exit code 3.',
+  }),
+  states: choice(['f32', 'bf16'], {
+    section: calibrationSection,
+    defaultNote: 'f32 on the CPU, bf16 on a GPU',
+    help: 'Precision of hidden states and forward pass while calibrating.',
+  }),
+  shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of the output.' }),
+  ...deviceOptions,
+} as const;
+
+export const command = defineCommand({
+  name: 'quantize',
+  description:
+    'Works through the model layer by layer: memory does not grow with its size. Interrupted, the same command goes on ' +
+    'where it stopped. The output is read back and compared before it gets its name.',
+  arguments: { input },
+  options,
+  examples: [
+    ['quantize fixtures/v1.0/v1.0_checkpoint.bin -o out/int4 --samples 16 --seq-len 128', 'INT4, groups of 128, on the tool’s own text.'],
+    ['quantize fixtures/moe-6m -o out/moe-int4 --scope experts --samples 16 --seq-len 128', 'The routed experts alone.'],
+    ['quantize fixtures/v1.0/v1.0_checkpoint.bin -o out/plan --dry-run', 'What would be done, and what it would take.'],
+  ], // prettier-ignore
+  async run(given, io) {
+    const { quantize, previewQuantize } = await import('../quant/run.js');
+    const job = await jobOptions(given, io);
+    if (given.dryRun) return await showPlan(await previewQuantize(job), job, given, io);
+    using env = await openEnvironment(given, io);
+    return report(await quantize(job, env), io);
+  },
+});
+
+type Given = Values<typeof options> & { readonly input: string };
+
+async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
+  const { defaultRecipe } = await import('../quant/scheme.js');
+  const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
+    version: string;
+  };
+  const self = given.calibration.includes('self');
+  const wanted = given.method === 'gptq' || given.calibration.length > 0;
+  if (self && given.calibration.length > 1) {
+    const { badUsage } = await import('../base/errors.js');
+    throw badUsage('--calibration self does not go together with files', { got: given.calibration.join(', ') });
+  }
+  const source = self ? 'self' : given.calibration.length > 0 ? given.calibration : 'default';
+  return {
+    input: given.input,
+    out: given.out,
+    overwrite: given.overwrite,
+    restart: given.restart,
+    ...(given.config !== undefined && { config: given.config }),
+    recipe: {
+      ...defaultRecipe,
+      method: given.method,
+      bits: given.bits,
+      groupSize: given.groupSize,
+      symmetric: given.sym && !given.asym,
+      damp: given.damp,
+    },
+    format: given.format,
+    ...(given.scope !== undefined && { scope: given.scope }),
+    keep: given.keep,
+    ...(wanted && {
+      calibration: {
+        source,
+        samples: given.samples,
+        seed: given.seed,
+        ...(given.seqLen !== undefined && { seqLen: given.seqLen }),
+      },
+    }),
+    ...(given.states !== undefined && { states: given.states }),
+    maxUncovered: given.maxUncovered,
+    shardSize: given.shardSize,
+    tool: { name: 'deepseek-convert', version },
+    commandLine: io.commandLine,
+  };
+}
+
+function report(result: QuantizeResult, io: Io): CommandResult {
+  const { plan, blocks, stages } = result;
+  const linears = blocks.flatMap((block) => block.linears);
+  const coverage = blocks.flatMap((block) => block.coverage ?? []);
+  const left = [...plan.linears.values()].flatMap(({ linear, reason }) => (reason === undefined ? [] : [{ name: linear.name, reason }])); // prettier-ignore
+  const mean = (key: 'error' | 'plainError') => linears.reduce((sum, linear) => sum + linear[key], 0) / linears.length;
+  const { totals } = plan;
+  const lines = [
+    `${io.paint.bold(result.out)}`,
+    `${totals.quantized} linears at ${totals.bitsPerWeight.toFixed(2)} bits a weight, ${totals.left} left in high precision`,
+    `${formatBytes(result.inputBytes)} -> ${formatBytes(result.outputBytes)}`,
+    `mean relative output error ${mean('error').toExponential(2)}, by plain rounding ${mean('plainError').toExponential(2)}`,
+    ...(result.calibration === undefined ? [] : [`calibration: ${result.calibration}`]),
+    ...coverage.filter(({ uncovered, starved }) => uncovered + starved > 0).map(coverageLine),
+    ...counted(left.map(({ reason }) => reason)).map(([reason, n]) => `left: ${n} (${reason})`),
+    ...linears.filter(({ note }) => note !== undefined).slice(0, 10).map(({ name, note }) => `${name}: ${note}`), // prettier-ignore
+    ...fallbackLine(linears),
+    `verified ${result.verified} linears as read back; ${duration(result.seconds)}`,
+  ];
+  const data = {
+    out: result.out,
+    bytes: { input: result.inputBytes, output: result.outputBytes },
+    totals,
+    schemes: plan.use.groups.map(({ scheme, linears: names }) => ({ ...scheme, linears: names.length })),
+    linears,
+    left,
+    experts: coverage,
+    calibration: result.calibration ?? null,
+    notices: result.notices,
+    verified: result.verified,
+    resumed: result.resumed,
+    seconds: result.seconds,
+    stages,
+  };
+  return { data, text: `${lines.join('\n')}\n` };
+}
+
+const coverageLine = ({ layer, experts, starved, uncovered }: { layer: number; experts: number; starved: number; uncovered: number }): string =>
+  `layer ${layer}: ${uncovered} of ${experts} experts saw no token, ${starved} too few`; // prettier-ignore
+
+function fallbackLine(linears: readonly { fallbackRows: number }[]): string[] {
+  const rows = linears.reduce((sum, { fallbackRows }) => sum + fallbackRows, 0);
+  return rows === 0 ? [] : [`${count(rows)} output rows fell back to plain rounding, which was better there`];
+}
+
+function counted(items: readonly string[]): [string, number][] {
+  const counts = new Map<string, number>();
+  for (const item of items) counts.set(item, (counts.get(item) ?? 0) + 1);
+  return [...counts];
+}
+
+async function showPlan(preview: QuantizePreview, job: QuantizeOptions, given: Given, io: Io): Promise<CommandResult> {
+  const { estimate, secondsFor } = await import('../quant/estimate.js');
+  const { patternOf } = await import('../quant/widths.js');
+  const { describeScheme } = await import('../quant/scheme.js');
+  const { plan, output, model } = preview;
+  const seqLen = job.calibration?.seqLen ?? Math.min(2048, model.context);
+  const tokens = job.calibration === undefined ? 0 : job.calibration.samples * seqLen;
+  using env = await openEnvironment(given, io);
+  const size = (job.states ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16')) === 'f32' ? 4 : 2;
+  const needs = estimate(model, plan, job.recipe, tokens, size);
+  const { forward, capture, solve } = needs.flops;
+  const eta = await secondsFor(env.device, forward + capture + solve);
+  const rows = counted(
+    [...plan.linears.values()].map(({ linear, stored, scheme, reason }) => {
+      const shape = `[${stored.outFeatures}, ${stored.inFeatures}]`;
+      return [patternOf(linear.name), shape, scheme ? describeScheme(scheme) : `left: ${reason}`].join('\t');
+    }),
+  ).map(([line, n]) => [...line.split('\t').slice(0, 2), `x ${n}`, line.split('\t')[2]!]);
+  const disk = output.bytes + 2 * needs.stateBytes;
+  const lines = [
+    columns(rows, 'lrrl'),
+    '',
+    `${plan.totals.quantized} linears at ${plan.totals.bitsPerWeight.toFixed(2)} bits a weight, ${plan.totals.left} left in high precision`,
+    `output ${formatBytes(output.bytes)} (input ${formatBytes(preview.inputBytes)}); disk needed while working ${formatBytes(disk)}`,
+    `memory on ${env.device.kind === 'cpu' ? 'the host' : 'the GPU'} about ${formatBytes(needs.memory)}; time roughly ${duration(eta)}`,
+    ...preview.notices,
+  ];
+  const data = {
+    dryRun: true,
+    out: job.out,
+    bytes: { input: preview.inputBytes, output: output.bytes, disk, memory: needs.memory },
+    seconds: eta,
+    totals: plan.totals,
+    tensors: output.tensors.map(({ planned, origin }) => ({ ...planned, from: origin.kind })),
+    left: [...plan.linears.values()].flatMap(({ linear, reason }) => (reason === undefined ? [] : [{ name: linear.name, reason }])), // prettier-ignore
+    notices: preview.notices,
+  };
+  return { data, text: `${lines.join('\n')}\n` };
+}
