@@ -68,3 +68,48 @@ extern "C" int dc_cpu_kl(dc_context* c, const dc_call* call) {
   });
   return 0;
 }
+
+// dlogits = scale (softmax(logits) - onehot(target)); rows of target -1 get zeros.
+extern "C" int dc_cpu_cross_entropy_backward(dc_context* c, const dc_call* call) {
+  const dc_tensor &dlogits = call->t[0], &logits = call->t[1], &targets = call->t[2], &lse = call->t[3];
+  const float scale = float(call->f[0]);
+  const int64_t n = logits.dim[0], width = logits.dim[1];
+  auto target = [&](int64_t r) { return data<int32_t>(targets)[r * targets.stride[0]]; };
+  for (int64_t r = 0; r < n; r++)
+    if (target(r) < -1 || target(r) >= width) return fail(c, "targets[%ld] = %d of %ld", long(r), target(r), long(width));
+  parallel_for(c, n, row_grain(width * 4), [&](int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(width));
+    const auto& kernels = element_kernels();
+    for (int64_t r = begin; r < end; r++) {
+      if (target(r) < 0) {
+        std::fill(row.begin(), row.end(), 0.0f);
+      } else {
+        load_strided(row.data(), logits, r * logits.stride[0], logits.stride[1], width);
+        kernels.exp_sum(row.data(), 1, data<float>(lse)[r * lse.stride[0]], width);
+        row[size_t(target(r))] -= 1;
+        kernels.scale(row.data(), scale, width);
+      }
+      store_strided(dlogits, r * dlogits.stride[0], dlogits.stride[1], row.data(), width);
+    }
+  });
+  return 0;
+}
+
+// dq = scale (softmax(q) - softmax(p))
+extern "C" int dc_cpu_kl_backward(dc_context* c, const dc_call* call) {
+  const dc_tensor &dq = call->t[0], &p = call->t[1], &q = call->t[2];
+  const float scale = float(call->f[0]);
+  const int64_t n = q.dim[0], width = q.dim[1];
+  parallel_for(c, n, row_grain(width * 8), [&](int64_t begin, int64_t end) {
+    LogitRow a, b;
+    const auto& kernels = element_kernels();
+    for (int64_t r = begin; r < end; r++) {
+      a.read(p, r);
+      b.read(q, r);
+      kernels.scale(b.e.data(), float(scale / b.sum), width);
+      kernels.axpy(b.e.data(), float(-scale / a.sum), a.e.data(), width);
+      store_strided(dq, r * dq.stride[0], dq.stride[1], b.e.data(), width);
+    }
+  });
+  return 0;
+}

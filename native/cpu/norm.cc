@@ -51,6 +51,50 @@ extern "C" int dc_cpu_rmsnorm(dc_context* c, const dc_call* call) {
   return 0;
 }
 
+// With h = x rstd and g = dy (w + offset): dx = rstd (g - h mean(g h)), dw += sum over rows of dy h.
+extern "C" int dc_cpu_rmsnorm_backward(dc_context* c, const dc_call* call) {
+  const dc_tensor &dx = call->t[0], &dw = call->t[1], &dy = call->t[2], &x = call->t[3], &w = call->t[4],
+                  &rstd = call->t[5];
+  const int64_t n = x.dim[0], width = x.dim[1];
+  Row weight;
+  if (present(w)) {
+    load_vector(weight, w);
+    for (float& v : weight) v += float(call->f[0]);
+  }
+  auto scale_of = [&](int64_t r) { return data<float>(rstd)[r * rstd.stride[0]]; };
+  // dw first: dx may stand where dy does.
+  if (present(dw))
+    parallel_for(c, width, std::max<int64_t>(64, 65536 / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
+      std::vector<double> sum(static_cast<size_t>(end - begin));
+      Row g(sum.size()), h(sum.size());
+      for (int64_t r = 0; r < n; r++) {
+        load_strided(g.data(), dy, r * dy.stride[0] + begin * dy.stride[1], dy.stride[1], end - begin);
+        load_strided(h.data(), x, r * x.stride[0] + begin * x.stride[1], x.stride[1], end - begin);
+        const float scale = scale_of(r);
+        for (size_t i = 0; i < sum.size(); i++) sum[i] += double(g[i]) * (h[i] * scale);
+      }
+      load_strided(h.data(), dw, begin * dw.stride[0], dw.stride[0], end - begin);
+      for (size_t i = 0; i < sum.size(); i++) h[i] = float(h[i] + sum[i]);
+      store_strided(dw, begin * dw.stride[0], dw.stride[0], h.data(), end - begin);
+    });
+  rows(c, n, width * 2, [&](int64_t begin, int64_t end) {
+    Row g, h;
+    const auto& kernels = element_kernels();
+    for (int64_t r = begin; r < end; r++) {
+      const float scale = scale_of(r);
+      load_row(g, dy, r);
+      if (present(w)) kernels.multiply(g.data(), weight.data(), width);
+      load_row(h, x, r);
+      kernels.scale(h.data(), scale, width);
+      const float mean = kernels.dot(g.data(), h.data(), width) / float(width);
+      kernels.axpy(g.data(), -mean, h.data(), width);
+      kernels.scale(g.data(), scale, width);
+      store_row(dx, r, g);
+    }
+  });
+  return 0;
+}
+
 extern "C" int dc_cpu_layernorm(dc_context* c, const dc_call* call) {
   const dc_tensor &y = call->t[0], &x = call->t[1], &w = call->t[2], &b = call->t[3];
   const int64_t width = x.dim[1];
@@ -74,35 +118,77 @@ extern "C" int dc_cpu_layernorm(dc_context* c, const dc_call* call) {
   return 0;
 }
 
-// Any rank and strides: rows are the last dimension.
-extern "C" int dc_cpu_swiglu(dc_context* c, const dc_call* call) {
-  const dc_tensor y = aligned(call->t[0]), gate = aligned(call->t[1]), up = aligned(call->t[2]);
-  const int activation = int(call->i[0]);
-  const float limit = float(call->f[0]);
-  const int64_t width = y.dim[3];
-  if (count(y) == 0) return 0;
+namespace {
+
+// swiglu and its backward rule: pieces of the same place of every view, any rank and strides.
+template <int N, class F>
+void pieces(dc_context* c, const dc_call* call, const F& body) {
+  dc_tensor t[N];
+  for (int i = 0; i < N; i++) t[i] = aligned(call->t[i]);
+  const int64_t width = t[0].dim[3];
+  if (count(t[0]) == 0) return;
   auto part = [&](int64_t r, int64_t begin, int64_t end) {
-    float g[1024], u[1024];
-    const auto& kernels = element_kernels();
+    float x[N][1024];
     for (int64_t i = begin; i < end; i += 1024) {
       const int64_t n = std::min<int64_t>(1024, end - i);
-      load_strided(g, gate, row_at(gate, r) + i * gate.stride[3], gate.stride[3], n);
-      load_strided(u, up, row_at(up, r) + i * up.stride[3], up.stride[3], n);
-      if (limit > 0) {
-        kernels.unary(g, n, DC_CLAMP, -INFINITY, limit);
-        kernels.unary(u, n, DC_CLAMP, -limit, limit);
-      }
-      kernels.unary(g, n, activation, 0, 0);
-      kernels.multiply(g, u, n);
-      store_strided(y, row_at(y, r) + i * y.stride[3], y.stride[3], g, n);
+      auto load = [&](int k) { load_strided(x[k], t[k], row_at(t[k], r) + i * t[k].stride[3], t[k].stride[3], n); };
+      auto store = [&](int k) { store_strided(t[k], row_at(t[k], r) + i * t[k].stride[3], t[k].stride[3], x[k], n); };
+      body(x, n, load, store);
     }
   };
-  if (row_count(y) == 1)
+  if (row_count(t[0]) == 1)
     parallel_for(c, width, 16384, [&](int64_t begin, int64_t end) { part(0, begin, end); });
   else
-    rows(c, row_count(y), width, [&](int64_t begin, int64_t end) {
+    rows(c, row_count(t[0]), width, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) part(r, 0, width);
     });
+}
+
+}  // namespace
+
+extern "C" int dc_cpu_swiglu(dc_context* c, const dc_call* call) {
+  const int activation = int(call->i[0]);
+  const float limit = float(call->f[0]);
+  const auto& kernels = element_kernels();
+  pieces<3>(c, call, [&](float (*x)[1024], int64_t n, auto load, auto store) {
+    float *y = x[0], *gate = x[1], *up = x[2];
+    load(1), load(2);
+    if (limit > 0) {
+      kernels.unary(gate, n, DC_CLAMP, -INFINITY, limit);
+      kernels.unary(up, n, DC_CLAMP, -limit, limit);
+    }
+    kernels.unary(gate, n, activation, 0, 0);
+    kernels.binary(y, gate, up, n, DC_MUL, 1);
+    store(0);
+  });
+  return 0;
+}
+
+// dgate = dy up act'(gate), dup = dy act(gate); nothing flows through a clamped value.
+extern "C" int dc_cpu_swiglu_backward(dc_context* c, const dc_call* call) {
+  const int activation = int(call->i[0]);
+  const float limit = float(call->f[0]);
+  const auto& kernels = element_kernels();
+  float probe = 1;
+  if (!kernels.slope(&probe, 1, activation)) return fail(c, "no derivative of activation %d", activation);
+  pieces<5>(c, call, [&](float (*x)[1024], int64_t n, auto load, auto store) {
+    float *dgate = x[0], *dup = x[1], *dy = x[2], *gate = x[3], *up = x[4];
+    load(2), load(3), load(4);
+    std::copy(dy, dy + n, dgate);
+    std::copy(dy, dy + n, dup);
+    if (limit > 0)
+      for (int64_t i = 0; i < n; i++) {
+        if (gate[i] > limit) gate[i] = limit, dgate[i] = 0;
+        if (std::fabs(up[i]) > limit) up[i] = std::copysign(limit, up[i]), dup[i] = 0;
+      }
+    kernels.multiply(dgate, up, n);
+    std::copy(gate, gate + n, up);
+    kernels.slope(gate, n, activation);
+    kernels.multiply(dgate, gate, n);
+    kernels.unary(up, n, activation, 0, 0);
+    kernels.multiply(dup, up, n);
+    store(0), store(1);
+  });
   return 0;
 }
 
@@ -120,6 +206,27 @@ extern "C" int dc_cpu_softmax(dc_context* c, const dc_call* call) {
       const double sum = kernels.exp_sum(row.data(), 1, kernels.max(row.data(), width), width);
       kernels.scale(row.data(), float(1 / sum), width);
       store_row(y, r, row);
+    }
+  });
+  return 0;
+}
+
+// dx = scale y (dy - sum(dy y))
+extern "C" int dc_cpu_softmax_backward(dc_context* c, const dc_call* call) {
+  const dc_tensor &dx = call->t[0], &dy = call->t[1], &y = call->t[2];
+  const int64_t width = y.dim[1];
+  const float scale = float(call->f[0]);
+  rows(c, y.dim[0], width, [&](int64_t begin, int64_t end) {
+    Row g, p;
+    const auto& kernels = element_kernels();
+    for (int64_t r = begin; r < end; r++) {
+      load_row(g, dy, r);
+      load_row(p, y, r);
+      const float mean = kernels.dot(g.data(), p.data(), width);
+      for (float& v : g) v -= mean;
+      kernels.multiply(g.data(), p.data(), width);
+      if (scale != 1) kernels.scale(g.data(), scale, width);
+      store_row(dx, r, g);
     }
   });
   return 0;

@@ -10,6 +10,8 @@ struct ElementKernels {
   void (*store)(void* dst, int dtype, const float* src, int64_t n);
   // x = f(x): kinds of dc_unary.
   void (*unary)(float* x, int64_t n, int kind, float a, float b);
+  // x = f'(x) for the activations; false: no rule for this kind.
+  bool (*slope)(float* x, int64_t n, int kind);
   // y = a (kind) alpha b: kinds of dc_binary.
   void (*binary)(float* y, const float* a, const float* b, int64_t n, int kind, float alpha);
   void (*axpy)(float* y, float a, const float* x, int64_t n);  // y += a x
@@ -21,6 +23,8 @@ struct ElementKernels {
   double (*exp_sum)(float* x, float scale, float shift, int64_t n);
   double (*sum)(const float* x, int64_t n);
   double (*sum_squares)(const float* x, int64_t n);
+  // Of two distributions: out = {Jensen-Shannon divergence in nats, p q, p p, q q}.
+  void (*divergence)(const float* p, const float* q, int64_t n, double out[4]);
 };
 
 // The table of the instruction set in use (dc_isa).

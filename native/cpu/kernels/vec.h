@@ -98,5 +98,28 @@ inline __attribute__((always_inline)) vf vexp(vf x) {
   return x == x ? y : x;
 }
 
+// ln x for normal positive x, within 1 ulp or so (Cephes logf).
+inline __attribute__((always_inline)) vf vlog(vf x) {
+  const vi u = (vi)x;
+  vi e = (u >> 23) - 126;
+  vf m = (vf)((u & 0x007FFFFF) | 0x3F000000);  // in [0.5, 1)
+  const vi small = m < 0.707106781186547524f;
+  e += small;  // -1 where m is small
+  m = (small ? m + m : m) - 1.0f;
+  const vf z = m * m;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m + -1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m + -1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m + -1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m + -2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const vf f = __builtin_convertvector(e, vf);
+  const vf y = m * z * p + f * -2.12194440e-4f - 0.5f * z;
+  return m + y + f * 0.693359375f;
+}
+
 }  // namespace
 }  // namespace dc

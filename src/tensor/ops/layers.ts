@@ -22,6 +22,33 @@ export function rmsnorm(
   return y;
 }
 
+/**
+ * Gradient of `rmsnorm`: returns dx (dtype of dy) and adds to dw f32 [C] where given. rstd is what the forward wrote.
+ */
+export function rmsnormBackward(
+  s: Scope,
+  dy: Tensor,
+  x: Tensor,
+  w: Tensor | undefined,
+  rstd: Tensor,
+  { offset = 0, dw }: { offset?: number; dw?: Tensor } = {},
+): Tensor {
+  const c = x.dim(-1);
+  ensureShape('rmsnorm_backward', 'dy', dy, ...x.shape);
+  if (w) ensureShape('rmsnorm_backward', 'w', w, c);
+  if (dw) ensureShape('rmsnorm_backward', 'dw', dw, c);
+  ensureDType('rmsnorm_backward', 'f32', rstd, dw);
+  ensure(rstd.count === x.count / c, 'rmsnorm_backward', 'one rstd per row', rstd, x);
+  const dx = s.empty(dy.dtype, x.shape);
+  dx.device.run(
+    'rmsnorm_backward',
+    [dx.view(-1, c), dw, dy.view(-1, c), x.view(-1, c), w, rstd.view(-1)],
+    [],
+    [offset],
+  );
+  return dx;
+}
+
 export function layernorm(s: Scope, x: Tensor, w: Tensor | undefined, b: Tensor | undefined, eps: number): Tensor {
   const c = x.dim(-1);
   const y = s.empty(x.dtype, x.shape);
@@ -37,11 +64,37 @@ export function swiglu(s: Scope, gate: Tensor, up: Tensor, activation: UnaryKind
   return y;
 }
 
+/** Gradients of `swiglu` for gate and up; nothing flows through clamped values. */
+export function swigluBackward(
+  s: Scope,
+  dy: Tensor,
+  gate: Tensor,
+  up: Tensor,
+  activation: UnaryKind = 'silu',
+  limit = 0,
+): { dgate: Tensor; dup: Tensor } {
+  ensureShape('swiglu_backward', 'dy', dy, ...gate.shape);
+  ensureShape('swiglu_backward', 'up', up, ...gate.shape);
+  const dgate = s.empty(dy.dtype, gate.shape);
+  const dup = s.empty(dy.dtype, gate.shape);
+  dy.device.run('swiglu_backward', [dgate, dup, dy, gate, up], [unaryKinds[activation]], [limit]);
+  return { dgate, dup };
+}
+
 /** softmax(scale x) over the last dimension. */
 export function softmax(s: Scope, x: Tensor, scale = 1): Tensor {
   const y = s.empty(x.dtype, x.shape);
   y.device.run('softmax', [y.view(-1, x.dim(-1)), x.view(-1, x.dim(-1))], [], [scale]);
   return y;
+}
+
+/** Gradient of `softmax` from its output y: scale y (dy - sum(dy y)). */
+export function softmaxBackward(s: Scope, dy: Tensor, y: Tensor, scale = 1): Tensor {
+  ensureShape('softmax_backward', 'dy', dy, ...y.shape);
+  const c = y.dim(-1);
+  const dx = s.empty(dy.dtype, y.shape);
+  dx.device.run('softmax_backward', [dx.view(-1, c), dy.view(-1, c), y.view(-1, c)], [], [scale]);
+  return dx;
 }
 
 export interface RopeOptions {
@@ -73,6 +126,24 @@ export function crossEntropy(s: Scope, logits: Tensor, targets: Tensor, extra: {
   return loss;
 }
 
+/** scale (softmax(logits) - onehot(target)) per row [T,V]; zeros where the target is -1. lse f32 [T] as the forward wrote it. */
+export function crossEntropyBackward(
+  s: Scope,
+  logits: Tensor,
+  targets: Tensor,
+  lse: Tensor,
+  scale: number,
+  dtype: FloatDType = logits.dtype as FloatDType,
+): Tensor {
+  ensureShape('cross_entropy_backward', 'targets', targets, logits.dim(0));
+  ensureShape('cross_entropy_backward', 'lse', lse, logits.dim(0));
+  ensureDType('cross_entropy_backward', 'i32', targets);
+  ensureDType('cross_entropy_backward', 'f32', lse);
+  const d = s.empty(dtype, logits.shape);
+  d.device.run('cross_entropy_backward', [d, logits, targets, lse], [], [scale]);
+  return d;
+}
+
 /** kl f32 [T]: KL(softmax(p) || softmax(q)) per row, nats; same f32 [T]: 1 where both have the same argmax. */
 export function klRows(s: Scope, p: Tensor, q: Tensor): { kl: Tensor; same: Tensor } {
   ensureShape('kl', 'q', q, ...p.shape);
@@ -80,6 +151,20 @@ export function klRows(s: Scope, p: Tensor, q: Tensor): { kl: Tensor; same: Tens
   const same = s.empty('f32', [p.dim(0)]);
   kl.device.run('kl', [kl, p, q, same], [], []);
   return { kl, same };
+}
+
+/** Gradient of `klRows` for the logits q: scale (softmax(q) - softmax(p)). */
+export function klBackward(
+  s: Scope,
+  p: Tensor,
+  q: Tensor,
+  scale: number,
+  dtype: FloatDType = q.dtype as FloatDType,
+): Tensor {
+  ensureShape('kl_backward', 'q', q, ...p.shape);
+  const dq = s.empty(dtype, q.shape);
+  dq.device.run('kl_backward', [dq, p, q], [], [scale]);
+  return dq;
 }
 
 export interface AttentionOptions {
@@ -109,6 +194,24 @@ export function attention(s: Scope, q: Tensor, k: Tensor, v: Tensor, o: Attentio
   const ints = [+(o.causal ?? true), o.window ?? 0, o.offset ?? 0];
   y.device.run('attention', [y, q, k, v, o.lengths, o.sinks, o.lse], ints, [o.scale, o.cap ?? 0]);
   return y;
+}
+
+/** Gradients of `attention` without soft cap; o and lse as the forward wrote them (with sinks, lse holds them too). */
+export function attentionBackward(
+  s: Scope,
+  d: Tensor,
+  { o, q, k, v, lse }: { o: Tensor; q: Tensor; k: Tensor; v: Tensor; lse: Tensor },
+  options: Pick<AttentionOptions, 'causal' | 'window' | 'offset' | 'scale' | 'lengths'>,
+): { dq: Tensor; dk: Tensor; dv: Tensor } {
+  ensureShape('attention_backward', 'do', d, ...o.shape);
+  ensureShape('attention_backward', 'lse', lse, q.dim(0), q.dim(2), q.dim(1));
+  ensureDType('attention_backward', 'f32', lse);
+  const dq = s.empty(q.dtype, q.shape);
+  const dk = s.empty(k.dtype, k.shape);
+  const dv = s.empty(v.dtype, v.shape);
+  const ints = [+(options.causal ?? true), options.window ?? 0, options.offset ?? 0];
+  q.device.run('attention_backward', [dq, dk, dv, d, o, q, k, v, lse, options.lengths], ints, [options.scale]);
+  return { dq, dk, dv };
 }
 
 /** f32 [B,Hq,S,3]: Jensen-Shannon divergence, cosine, top-8 overlap of two models' attention rows, sink excluded. */
