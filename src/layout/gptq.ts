@@ -134,7 +134,7 @@ export const gptqWriter: LayoutWriter = {
       checkpoint_format: scheme.symmetric ? 'gptq' : 'gptq_v2',
       desc_act: scheme.order === 'group',
       // GPTQModel's readers leave a module alone whose pattern stands here with a minus.
-      dynamic: Object.fromEntries(skipped(ignore)) as Record<string, unknown>,
+      dynamic: Object.fromEntries(skipped(ignore)),
       group_size: scheme.group === 0 ? -1 : scheme.group,
       lm_head: false,
       meta: {},

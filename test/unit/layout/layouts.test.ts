@@ -10,7 +10,7 @@ import { OpenFile } from '../../../src/formats/source.js';
 import type { TensorEntry } from '../../../src/formats/types.js';
 import { detectLayout, layoutWriters } from '../../../src/layout/detect.js';
 import type { LayoutName, Load, Scheme } from '../../../src/layout/types.js';
-import { cast, dequantize } from '../../../src/tensor/ops.js';
+import { dequantize } from '../../../src/tensor/ops.js';
 import { Scope, type Tensor } from '../../../src/tensor/tensor.js';
 import { badInputMessage } from '../../support/refusal.js';
 import { expected, fixture, relativeError, shared, testEnv, trainedModel } from '../../arch/support.js';

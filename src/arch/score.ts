@@ -1,0 +1,199 @@
+import { badInput, badUsage } from '../base/errors.js';
+import { dtypeSize } from '../base/dtype.js';
+import { stopIfAborted, type JobEnv } from '../backend/env.js';
+import { run } from '../nn/run.js';
+import { crossEntropy } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+import { forwardContext } from './context.js';
+import type { OpenModel } from './open.js';
+import type { Block, Model } from './types.js';
+import { WeightReader } from './weights.js';
+
+export interface ScoreOptions {
+  readonly dtype?: 'f32' | 'bf16';
+  /** Longest sequence; default: the model's context. */
+  readonly window?: number;
+  /** Most bytes of hidden states at once; default: a quarter of the free memory. Longer texts take several passes. */
+  readonly stateBytes?: number;
+}
+
+export interface Score {
+  /** Natural log-probability of each token given those before it in its window; NaN for the first of each. */
+  readonly logprobs: Float64Array;
+  /** Tokens with a log-probability. */
+  readonly scored: number;
+  readonly meanLogprob: number;
+  /** exp(-meanLogprob). */
+  readonly perplexity: number;
+  /** Length of the windows; the last one may be shorter. */
+  readonly window: number;
+}
+
+/**
+ * Log-probabilities of a text's tokens. Up to the context it is one sequence; a longer one is cut into windows of the
+ * context's length that know nothing of each other, so that the first token of each has no log-probability.
+ * The model passes through the device block by block: one block's weights are resident, and the hidden states.
+ * Errors: fewer than two tokens, ids outside the vocabulary, log-probabilities that are not finite.
+ */
+export async function score(
+  open: OpenModel,
+  env: JobEnv,
+  tokens: Int32Array,
+  options: ScoreOptions = {},
+): Promise<Score> {
+  const { model } = open;
+  const window = Math.min(options.window ?? model.context, model.context);
+  check(tokens, model, window);
+  const passes = plan(open, env, tokens.length, window, options);
+  const logprobs = new Float64Array(tokens.length);
+  const reader = new WeightReader(open, env.device, options.dtype ?? 'f32');
+  const total = passes.length * (model.blocks.length + 1);
+  for (const [p, batches] of passes.entries()) {
+    using held = new Scope(env.device);
+    let states = await embed(reader, env, model, tokens, batches, held);
+    for (const [i, block] of model.blocks.entries()) {
+      stopIfAborted(env, 'Run the same command again.');
+      states = await advance(reader, env, model, block, i, batches, states, held);
+      await env.device.sync();
+      env.log.progress({ stage: 'score', done: p * (model.blocks.length + 1) + i + 1, total });
+    }
+    await readLogprobs(reader, env, model, tokens, batches, states, logprobs);
+    env.log.progress({ stage: 'score', done: (p + 1) * (model.blocks.length + 1), total });
+  }
+  const scored = tokens.length - Math.ceil(tokens.length / window);
+  let sum = 0;
+  for (const value of logprobs) if (!Number.isNaN(value)) sum += value;
+  const meanLogprob = sum / scored;
+  return { logprobs, scored, meanLogprob, perplexity: Math.exp(-meanLogprob), window };
+}
+
+function check(tokens: Int32Array, model: Model, window: number): void {
+  if (window < 2) throw badUsage('The window is too short to score anything', { got: String(window), expected: '2 or more' }); // prettier-ignore
+  if (tokens.length < 2) {
+    throw badInput('The text is too short to score', { got: `${tokens.length} tokens`, expected: 'two or more' });
+  }
+  const odd = tokens.find((id) => id < 0 || id >= model.vocab);
+  if (odd !== undefined) {
+    throw badInput('The text has a token that the model does not know', {
+      got: `token ${odd}`,
+      expected: `0 to ${model.vocab - 1}`,
+      hint: 'The tokenizer belongs to another model.',
+    });
+  }
+}
+
+/** Windows of one length that run together: tokens [from, from + rows * length). */
+interface Batch {
+  readonly from: number;
+  readonly rows: number;
+  readonly length: number;
+}
+
+function plan(open: OpenModel, env: JobEnv, count: number, window: number, options: ScoreOptions): Batch[][] {
+  const perBatch = Math.max(1, Math.floor((env.device.kind === 'cpu' ? 4096 : 16384) / window));
+  const all: Batch[] = [];
+  const full = Math.floor(count / window);
+  for (let w = 0; w < full; w += perBatch) {
+    all.push({ from: w * window, rows: Math.min(perBatch, full - w), length: window });
+  }
+  if (count % window > 0) all.push({ from: full * window, rows: 1, length: count % window });
+
+  const { memory } = env.device.info() as { memory?: { free?: number } };
+  const limit = env.device.memory().limit;
+  const free = Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
+  const budget = options.stateBytes ?? free / 4;
+  const bytes = (b: Batch) => b.rows * b.length * open.model.hidden * dtypeSize(options.dtype ?? 'f32');
+  const passes: Batch[][] = [];
+  let used = Infinity;
+  for (const batch of all) {
+    if (used + bytes(batch) > budget) {
+      passes.push([]);
+      used = 0;
+    }
+    passes.at(-1)!.push(batch);
+    used += bytes(batch);
+  }
+  return passes;
+}
+
+async function embed(
+  reader: WeightReader,
+  { device }: JobEnv,
+  model: Model,
+  tokens: Int32Array,
+  batches: readonly Batch[],
+  held: Scope,
+): Promise<Tensor[]> {
+  using scope = new Scope(device);
+  const weights = await reader.outer(scope, 'embedding');
+  return batches.map(({ from, rows, length }) => {
+    using inner = new Scope(device);
+    const ids = inner.from('i32', [rows, length], tokens.subarray(from, from + rows * length));
+    return inner.move(model.embed(ids, forwardContext(inner, model, weights, rows, length)), held);
+  });
+}
+
+async function advance(
+  reader: WeightReader,
+  { device }: JobEnv,
+  model: Model,
+  block: Block,
+  index: number,
+  batches: readonly Batch[],
+  states: readonly Tensor[],
+  held: Scope,
+): Promise<Tensor[]> {
+  using scope = new Scope(device);
+  const weights = await reader.block(index, scope);
+  return batches.map(({ rows, length }, b) => {
+    using inner = new Scope(device);
+    const ctx = forwardContext(inner, model, weights, rows, length);
+    const next = inner.move(run(block.forward(states[b]!, ctx), ctx), held);
+    held.free(states[b]!);
+    return next;
+  });
+}
+
+/** Rows of logits at once: about 64 MB on the CPU, 1 GB on a GPU. */
+const logitRows = (vocab: number, kind: string): number =>
+  Math.max(8, Math.floor((kind === 'cpu' ? 2 ** 24 : 2 ** 28) / vocab));
+
+async function readLogprobs(
+  reader: WeightReader,
+  { device }: JobEnv,
+  model: Model,
+  tokens: Int32Array,
+  batches: readonly Batch[],
+  states: readonly Tensor[],
+  logprobs: Float64Array,
+): Promise<void> {
+  using scope = new Scope(device);
+  const weights = await reader.outer(scope, 'head');
+  const chunk = logitRows(model.vocab, device.kind);
+  for (const [b, { from, rows, length }] of batches.entries()) {
+    const count = rows * length;
+    const targets = new Int32Array(count);
+    for (let t = 0; t < count; t++) targets[t] = (t + 1) % length === 0 ? -1 : tokens[from + t + 1]!;
+    for (let t = 0; t < count; t += chunk) {
+      using inner = new Scope(device);
+      const end = Math.min(t + chunk, count);
+      const ctx = forwardContext(inner, model, weights, 1, end - t);
+      const logits = run(model.logits(states[b]!.slice(0, t, end), ctx), ctx);
+      const loss = crossEntropy(inner, logits, inner.from('i32', [end - t], targets.subarray(t, end)));
+      const values = await loss.float32();
+      values.forEach((value, i) => {
+        if (targets[t + i]! >= 0) logprobs[from + t + i + 1] = finite(-value, from + t + i + 1);
+      });
+    }
+    for (let row = 0; row < rows; row++) logprobs[from + row * length] = Number.NaN;
+  }
+}
+
+function finite(logprob: number, at: number): number {
+  if (Number.isFinite(logprob)) return logprob;
+  throw badInput('The model gives a probability that is no number', {
+    where: `token ${at}`,
+    got: String(logprob),
+    hint: 'Hidden states overflowed: the checkpoint is damaged, or belongs to another config.',
+  });
+}
