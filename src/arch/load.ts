@@ -1,6 +1,7 @@
 import { ConvertError, badInput, bug } from '../base/errors.js';
 import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
 import type { Device } from '../backend/device.js';
+import { joinedShape } from '../formats/assembly.js';
 import type { TensorEntry } from '../formats/types.js';
 import { copyInto, decode, dequantize } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
@@ -92,6 +93,21 @@ export class TensorLoader {
         copyInto(into, decode(scope, bytes, encoding.element, [rows, columns], into.dtype as 'f32', scaled));
         return;
       }
+      case 'assembled': {
+        let at = 0;
+        const joined = joinedShape(encoding.parts, encoding.axis);
+        for (const { entry: part, view, cut, axes } of encoding.parts) {
+          using temporary = new Scope(this.#device);
+          const whole = temporary.empty(into.dtype, part.shape);
+          await this.#entry(temporary, part, whole);
+          const seen = whole.view(...view);
+          const piece = permute(cut ? seen.slice(cut.axis, cut.from, cut.to) : seen, axes);
+          const end = at + piece.dim(encoding.axis);
+          copyInto(into.view(...joined).slice(encoding.axis, at, end), piece);
+          at = end;
+        }
+        return;
+      }
       case 'opaque':
         throw badInput('A weight is stored in a way that cannot be computed with', {
           where: `${entry.span.path}, tensor ${entry.name}`,
@@ -132,3 +148,6 @@ export class TensorLoader {
     }
   }
 }
+
+const permute = (x: Tensor, axes: readonly number[]): Tensor =>
+  new Tensor(x.storage, x.byteOffset, x.dtype, axes.map((d) => x.dim(d)), axes.map((d) => x.strides[d]!)); // prettier-ignore

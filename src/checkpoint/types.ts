@@ -3,7 +3,7 @@ import type { DType } from '../base/dtype.js';
 import type { Json } from '../base/job.js';
 import type { Encoding, TensorEntry } from '../formats/types.js';
 
-export type { Encoding, GgmlType, TensorEntry } from '../formats/types.js';
+export type { Arrangement, AssembledPart, Encoding, GgmlType, TensorEntry } from '../formats/types.js';
 
 export type ContainerFormat = 'safetensors' | 'torch' | 'gguf' | 'onnx' | 'deepseek-native';
 

@@ -113,6 +113,8 @@ export function encodingName({ encoding }: TensorEntry): string {
       return encoding.type;
     case 'scaled':
       return `${encoding.element}/${encoding.block.join('x')}`;
+    case 'assembled':
+      return encodingName(encoding.parts[0]!.entry);
     case 'opaque':
       return encoding.name.toLowerCase();
   }

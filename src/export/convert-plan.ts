@@ -135,6 +135,11 @@ function planTensor(entry: TensorEntry, dtype: FloatDType | undefined): PlannedC
     case 'ggml':
     case 'scaled':
       return plan('decode', dtype ?? 'bf16');
+    case 'assembled': {
+      const { encoding: part } = encoding.parts[0]!.entry;
+      const own = part.kind === 'plain' ? part.dtype : 'bf16';
+      return plan('decode', floats.has(own) && !fixed ? dtype : own);
+    }
     case 'opaque': {
       if (strides) {
         throw badInput('A tensor is a view of elements that cannot be computed with', {

@@ -57,7 +57,8 @@ export const ggmlOthers: ReadonlyMap<number, string> = new Map([
 
 /**
  * Bytes that a tensor takes in its encoding; NaN where the shape does not fit it (a row that is no whole number of
- * blocks, sub-byte elements that end inside a byte). The scale of a scaled tensor is not counted.
+ * blocks, sub-byte elements that end inside a byte). The scale of a scaled tensor is not counted; an assembled tensor
+ * counts what is read of its parts.
  */
 export function encodedBytes(shape: readonly number[], encoding: Encoding): number {
   const count = shape.reduce((n, d) => n * d, 1);
@@ -68,6 +69,8 @@ export function encodedBytes(shape: readonly number[], encoding: Encoding): numb
       return (count * encoding.bits) % 8 === 0 ? (count * encoding.bits) / 8 : NaN;
     case 'scaled':
       return encoding.element === 'f8_e4m3' ? count : count % 2 === 0 ? count / 2 : NaN;
+    case 'assembled':
+      return encoding.parts.reduce((sum, { entry }) => sum + entry.span.bytes, 0);
     case 'ggml': {
       const { values, bytes } = ggmlBlocks[encoding.type];
       return (shape.at(-1) ?? 1) % values === 0 ? (count / values) * bytes : NaN;
@@ -84,6 +87,8 @@ export function encodingName(encoding: Encoding): string {
       return encoding.type;
     case 'opaque':
       return encoding.name;
+    case 'assembled':
+      return encodingName(encoding.parts[0]!.entry.encoding);
     case 'scaled':
       return `${encoding.element} x ${encoding.scaleElement} [${encoding.block.join(', ')}]`;
   }

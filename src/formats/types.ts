@@ -19,15 +19,32 @@ export type Encoding =
       readonly scale: TensorEntry;
       readonly scaleElement: 'f32' | 'f8_e8m0' | 'bf16';
     }
+  /** Put together from other tensors; the parts joined along `axis`, then read under the tensor's own shape. */
+  | { readonly kind: 'assembled'; readonly axis: number; readonly parts: readonly AssembledPart[] }
   /** Carried through as bytes; never computed with (C64, F8_E8M0 without a partner ...). */
   | { readonly kind: 'opaque'; readonly name: string; readonly bits: number };
+
+/**
+ * How one stored tensor contributes to another: its decoded values as an array of shape `view` (rank <= 4), cut along
+ * one axis, then transposed by `axes` as numpy does. Rows of rotary heads in another order, transposed weights, shards
+ * of one matrix: all are this.
+ */
+export interface Arrangement {
+  readonly view: readonly number[];
+  readonly cut?: { readonly axis: number; readonly from: number; readonly to: number };
+  readonly axes: readonly number[];
+}
+
+export interface AssembledPart extends Arrangement {
+  readonly entry: TensorEntry;
+}
 
 export interface TensorEntry {
   readonly name: string;
   /** Logical shape: what the decoded tensor has. */
   readonly shape: readonly number[];
   readonly encoding: Encoding;
-  /** Raw bytes on disk, in row-major order unless `strides` says otherwise. */
+  /** Raw bytes on disk, in row-major order unless `strides` says otherwise; of an assembled tensor the first part's. */
   readonly span: FileSpan;
   /** In elements; only where the file stores a view that is not contiguous (PyTorch). */
   readonly strides?: readonly number[];
