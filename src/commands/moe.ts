@@ -1,0 +1,208 @@
+import { readFileSync } from 'node:fs';
+import { Expected, choice, custom, flag, integer, list, number, byteSize, type Values } from '../base/options.js';
+import { formatBytes } from '../base/files.js';
+import { duration } from '../base/text.js';
+import type { MoeOptions } from '../moe/options.js';
+import type { MoePlan } from '../moe/plan.js';
+import type { MoeReport } from '../moe/report.js';
+import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
+import { defineCommand, type CommandResult, type Io } from './types.js';
+
+const calibrationSection = 'Calibration:';
+const fineSection = 'Fine tuning:';
+const options = {
+  ...inputOptions,
+  ...outputOptions,
+  experts: integer({
+    min: 2,
+    max: 4096,
+    default: 8,
+    aliases: ['expert-num'],
+    help: 'Routed experts a layer.',
+  }),
+  active: integer({ min: 1, default: 2, help: 'How many of them a token takes.' }),
+  shared: integer({
+    min: 0,
+    defaultNote: '1; mixtral has none',
+    help: "Experts' worth of neurons that every token takes beside them.",
+  }),
+  method: choice(['split', 'upcycle'], {
+    default: 'split',
+    help: 'split: experts are parts of the dense network. upcycle: each is a copy of it, for continued training.',
+  }),
+  container: choice(['glm4_moe', 'qwen2_moe', 'mixtral'], {
+    default: 'glm4_moe',
+    help: 'The model class that the output is loaded as.',
+  }),
+  refit: flag({
+    help: 'Refit down_proj to the experts that are on; the output then differs from the dense model with all experts on. On by itself where --active is given, --no-refit leaves it out.',
+  }),
+  denseLayers: integer({ min: 0, default: 0, help: 'Layers from the first on that stay dense.' }),
+  pad: custom(
+    { default: 'auto', help: 'Widths of experts: multiples of n with zero neurons for the rest; auto: of up to 128 for at most an eighth more; none refuses.' },
+    'auto|none|n',
+    (given): 'auto' | 'none' | number => {
+      if (given === 'auto' || given === 'none') return given;
+      const multiple = Number(given);
+      if (!/^\d+$/.test(given) || multiple < 1 || multiple > 65536) throw new Expected('auto, none, or a number such as 128'); // prettier-ignore
+      return multiple;
+    },
+  ), // prettier-ignore
+  calibration: list({
+    value: 'file|self',
+    section: calibrationSection,
+    help: 'Text to decide on: .txt or .jsonl files, or self for text that the model writes. Default: a small set that comes with the tool.',
+  }),
+  samples: integer({ min: 1, default: 64, section: calibrationSection, help: 'Windows of text.' }),
+  seqLen: integer({
+    min: 1,
+    section: calibrationSection,
+    defaultNote: '2048, or the context of the model',
+    help: 'Tokens a window.',
+  }),
+  ...seedOption,
+  rounds: integer({
+    min: 0,
+    max: 1000,
+    default: 10,
+    section: fineSection,
+    help: 'How often neurons move to the experts that the router turns on for them.',
+  }),
+  routerSteps: integer({
+    min: 0,
+    max: 100_000,
+    default: 60,
+    section: fineSection,
+    help: 'Training steps of the router a round, 5 times as many at the end; 0: ridge regression alone.',
+  }),
+  ridge: number({
+    min: 1e-8,
+    max: 10,
+    default: 1e-3,
+    section: fineSection,
+    help: 'Penalty of the routers’ ridge regression, in parts of the mean diagonal.',
+  }),
+  states: choice(['f32', 'bf16'], {
+    section: calibrationSection,
+    defaultNote: 'f32 on the CPU, bf16 on a GPU',
+    help: 'Precision of hidden states and forward pass while calibrating.',
+  }),
+  shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of an output folder.' }),
+  ...deviceOptions,
+} as const;
+
+export const command = defineCommand({
+  name: 'moe',
+  description:
+    'Divides the feed-forward layers of a dense model among experts, block by block, and fits routers to them. With all ' +
+    'experts on the split is the dense model, which is tested on every run. Interrupted, the same command goes on where ' +
+    'it stopped.',
+  arguments: { input },
+  options,
+  examples: [
+    ['moe fixtures/v1.0/v1.0_checkpoint.bin -o out/moe --experts 8 --active 4 --samples 8 --seq-len 128', 'Half of the neurons for each token.'],
+    ['moe fixtures/v1.0/v1.0_checkpoint.bin -o out/copies.bin --method upcycle --container mixtral', 'Eight copies, to be trained on.'],
+    ['moe fixtures/v1.0/v1.0_checkpoint.bin -o out/plan --dry-run', 'What would be done.'],
+  ], // prettier-ignore
+  async run(given, io) {
+    const { runMoe, previewMoe } = await import('../moe/run.js');
+    const job = jobOptions(given, io);
+    if (given.dryRun) return showPlan(await previewMoe(job), job);
+    using env = await openEnvironment(given, io);
+    return await report(await runMoe(job, env), io);
+  },
+});
+
+type Given = Values<typeof options> & { readonly input: string };
+
+function jobOptions(given: Given, io: Io): MoeOptions {
+  const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
+    version: string;
+  };
+  const { calibration, from } = { calibration: given.calibration, from: io.settings.from };
+  const source = calibration.includes('self') ? 'self' : calibration.length > 0 ? calibration : 'default';
+  // Who says how many experts are to be on wants the best model at that number; who does not gets the exact split.
+  const refit = 'refit' in from ? given.refit : 'active' in from;
+  return {
+    input: given.input,
+    out: given.out,
+    overwrite: given.overwrite,
+    restart: given.restart,
+    ...(given.config !== undefined && { config: given.config }),
+    method: given.method,
+    container: given.container,
+    experts: given.experts,
+    active: given.active,
+    ...(given.shared !== undefined && { shared: given.shared }),
+    dense: given.denseLayers,
+    pad: given.pad,
+    refit,
+    calibration: {
+      source,
+      samples: given.samples,
+      seed: given.seed,
+      ...(given.seqLen !== undefined && { seqLen: given.seqLen }),
+    },
+    rounds: given.rounds,
+    steps: given.routerSteps,
+    lambda: given.ridge,
+    seed: given.seed,
+    ...(given.states !== undefined && { states: given.states }),
+    shardSize: given.shardSize,
+    tool: { name: 'deepseek-convert', version },
+    commandLine: io.commandLine,
+  };
+}
+
+async function report(result: MoeReport, io: Io): Promise<CommandResult> {
+  const { summary, totalsOf } = await import('../moe/report.js');
+  const { describePlan } = await import('../moe/plan.js');
+  const { plan, layers } = result;
+  const lines = [
+    io.paint.bold(result.out),
+    ...describePlan(plan),
+    ...summary(result),
+    ...(result.calibration === undefined ? [] : [`calibration: ${result.calibration}`]),
+    `${duration(result.seconds)}${result.resumed ? ', resumed' : ''}`,
+  ];
+  const data = {
+    out: result.out,
+    method: plan.method,
+    container: plan.container.name,
+    shape: plan.shape,
+    refit: result.refit,
+    exactness: result.exactness ?? null,
+    totals: layers.length > 0 ? totalsOf(layers) : null,
+    layers,
+    cost: plan.cost,
+    bytes: { input: plan.inputBytes, output: plan.outputBytes },
+    calibration: result.calibration ?? null,
+    notices: result.notices,
+    resumed: result.resumed,
+    seconds: result.seconds,
+  };
+  return { data, text: `${lines.join('\n')}\n` };
+}
+
+async function showPlan(plan: MoePlan, job: MoeOptions): Promise<CommandResult> {
+  const { describePlan } = await import('../moe/plan.js');
+  const counts = new Map<string, number>();
+  for (const { origin } of plan.tensors) counts.set(origin.kind, (counts.get(origin.kind) ?? 0) + 1);
+  const kinds = { copy: 'copied as they are', values: 'read and written anew', made: 'made from feed-forward layers', constant: 'zeros that the container wants', tied: 'tied' }; // prettier-ignore
+  const lines = [
+    ...describePlan(plan),
+    ...[...counts].map(([kind, n]) => `${n} tensors ${kinds[kind as keyof typeof kinds]}`),
+    `disk needed while working ${formatBytes(plan.outputBytes)}`,
+  ];
+  const data = {
+    dryRun: true,
+    out: job.out,
+    shape: plan.shape,
+    config: plan.config,
+    cost: plan.cost,
+    bytes: { input: plan.inputBytes, output: plan.outputBytes },
+    tensors: plan.tensors.map(({ planned, origin }) => ({ ...planned, from: origin.kind })),
+    notices: plan.notes,
+  };
+  return { data, text: `${lines.join('\n')}\n` };
+}

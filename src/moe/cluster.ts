@@ -1,0 +1,109 @@
+import { Random } from '../base/rng.js';
+import { binary, copyInto, gather, gemm, matmulT, reduce, unary } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+import { assignBalanced } from './assign.js';
+
+const iterations = 8;
+/** Tokens whose energies describe a neuron to the clustering. */
+const featureTokens = 4096;
+
+/**
+ * Balanced k-means of neurons by when they fire: features are the square roots of a neuron's energies on sampled
+ * tokens, scaled to length 1, centres start by k-means++ (Arthur & Vassilvitskii 2007), and each assignment is a
+ * balanced one. `z` f32 [T, n]: energies of the neurons in question. Returns the expert of each.
+ */
+export async function clusterNeurons(
+  device: Scope['device'],
+  z: Tensor,
+  capacities: Int32Array,
+  seed: number,
+): Promise<Int32Array> {
+  const [tokens, n] = z.shape as [number, number];
+  const experts = capacities.length;
+  if (experts === 1) return new Int32Array(n);
+  using scope = new Scope(device);
+  const features = neuronFeatures(scope, z, Math.min(tokens, featureTokens));
+  let centres = await firstCentres(scope, features, experts, new Random(seed, 1));
+  let assigned: Int32Array = new Int32Array(n).fill(-1);
+  for (let i = 0; i < iterations; i++) {
+    const next = assignBalanced(await affinity(features, centres), capacities);
+    const moved = next.reduce((sum, expert, neuron) => sum + (expert === assigned[neuron] ? 0 : 1), 0);
+    assigned = next;
+    if (moved <= n / 200) break;
+    scope.free(centres);
+    centres = means(scope, features, assigned, capacities);
+  }
+  return assigned;
+}
+
+/** f32 [n, tokens], rows of length 1 (silent neurons: 0). */
+function neuronFeatures(scope: Scope, z: Tensor, tokens: number): Tensor {
+  using work = new Scope(scope.device);
+  const step = z.dim(0) / tokens;
+  const idx = work.from(
+    'i32',
+    [tokens],
+    Int32Array.from({ length: tokens }, (_, i) => Math.floor(i * step)),
+  );
+  const rows = gather(work, z, idx);
+  unary(work, 'sqrt', rows, 0, 0, rows);
+  const features = scope.empty('f32', [z.dim(1), tokens]);
+  copyInto(features, rows.transpose());
+  const lengths = reduce(work, 'sumsq', features, 1);
+  unary(work, 'affine', lengths, 1, 1e-30, lengths);
+  unary(work, 'rsqrt', lengths, 0, 0, lengths);
+  return binary(work, 'mul', features, lengths.view(-1, 1), { out: features });
+}
+
+/** [experts, tokens]: each next centre is a neuron drawn by its squared distance to the nearest centre so far. */
+async function firstCentres(scope: Scope, features: Tensor, experts: number, random: Random): Promise<Tensor> {
+  const n = features.dim(0);
+  const nearest = new Float64Array(n).fill(2);
+  const chosen: number[] = [];
+  while (chosen.length < experts) {
+    const pick = draw(nearest, random);
+    chosen.push(pick);
+    using work = new Scope(scope.device);
+    const similarity = await matmulT(work, features, features.slice(0, pick, pick + 1)).float32();
+    for (let i = 0; i < n; i++) nearest[i] = Math.min(nearest[i]!, Math.max(0, 2 - 2 * similarity[i]!));
+    nearest[pick] = 0;
+  }
+  using work = new Scope(scope.device);
+  return gather(scope, features, work.from('i32', [experts], Int32Array.from(chosen)));
+}
+
+function draw(weights: Float64Array, random: Random): number {
+  let left = random.uniform() * weights.reduce((a, b) => a + b, 0);
+  for (let i = 0; i < weights.length; i++) {
+    left -= weights[i]!;
+    if (left < 0) return i;
+  }
+  // All weights are zero: fewer distinct neurons than centres.
+  return random.below(weights.length);
+}
+
+/** 2 f.c - |c|^2 for each neuron and centre: larger is nearer. [n, experts]. */
+async function affinity(features: Tensor, centres: Tensor): Promise<Float32Array> {
+  using scope = new Scope(features.device);
+  const products = await matmulT(scope, features, centres).float32();
+  const squares = await reduce(scope, 'sumsq', centres, 1).float32();
+  const experts = squares.length;
+  for (let i = 0; i < products.length; i++) products[i] = 2 * products[i]! - squares[i % experts]!;
+  return products;
+}
+
+/** Centre of each expert's neurons: [experts, tokens]. */
+function means(scope: Scope, features: Tensor, assigned: Int32Array, capacities: Int32Array): Tensor {
+  using work = new Scope(scope.device);
+  const weights = oneHot(assigned, capacities.length);
+  for (let i = 0; i < weights.length; i++) weights[i]! /= Math.max(1, capacities[i % capacities.length]!);
+  const membership = work.from('f32', [assigned.length, capacities.length], weights);
+  return gemm(scope, membership.transpose(), features);
+}
+
+/** [n, experts] with a 1 where neuron n belongs. */
+export function oneHot(assigned: Int32Array, experts: number): Float32Array {
+  const values = new Float32Array(assigned.length * experts);
+  assigned.forEach((expert, i) => (values[i * experts + expert] = 1));
+  return values;
+}

@@ -1,0 +1,32 @@
+import type { CalibrationOptions } from '../arch/calibration.js';
+import type { MoeRecipe } from './plan.js';
+
+export interface MoeOptions extends MoeRecipe {
+  readonly input: string;
+  /** Path of the config, where it does not lie beside the weights. */
+  readonly config?: string;
+  /** A folder, or one `.bin`, `.pt`, `.pth` or `.safetensors` file with its config beside it. */
+  readonly out: string;
+  readonly overwrite?: boolean;
+  readonly restart?: boolean;
+  /**
+   * Refit down_proj for the number of active experts. With all experts on the output is then no longer the dense model.
+   * Default: yes for fewer active experts than there are.
+   */
+  readonly refit?: boolean;
+  /** Needed to split. `seqLen` absent: 2,048 or the model's context. */
+  readonly calibration?: Omit<CalibrationOptions, 'seqLen'> & { readonly seqLen?: number };
+  /** See `SplitOptions`. */
+  readonly rounds?: number;
+  readonly steps?: number;
+  readonly lambda?: number;
+  readonly seed?: number;
+  /** Precision of hidden states and of the forward pass; default: f32 on the CPU, bf16 on a GPU. */
+  readonly states?: 'f32' | 'bf16';
+  readonly shardSize?: number;
+  readonly batchRows?: number;
+  readonly budget?: number;
+  readonly tool: { readonly name: string; readonly version: string };
+  /** The command as it was typed, to go on with an interrupted job. */
+  readonly commandLine: string;
+}

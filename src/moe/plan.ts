@@ -1,0 +1,253 @@
+import { badInput, badUsage } from '../base/errors.js';
+import { dtypeSize, elementCount, type FloatDType } from '../base/dtype.js';
+import { formatBytes } from '../base/files.js';
+import { buildModel } from '../arch/registry.js';
+import type { OpenModel } from '../arch/open.js';
+import type { Block, FfnSpec, Model } from '../arch/types.js';
+import type { PlannedTensor } from '../checkpoint/types.js';
+import { containerConfig, containers, requireFit } from './containers/index.js';
+import { sourceOf, type Container, type ContainerName, type MoeMethod, type Source, type Weighting } from './containers/types.js'; // prettier-ignore
+import { planOutput, type OutputTensor } from './output.js';
+import { capacity, expertWidth, partOff, pieces, type MoeShape, type Padding } from './shape.js';
+
+/** What decides the form of the output. */
+export interface MoeRecipe {
+  readonly method: MoeMethod;
+  readonly container: ContainerName;
+  /** Routed experts, and how many of them a token takes. */
+  readonly experts: number;
+  readonly active: number;
+  /** Experts' worth of neurons that every token takes beside them; default: what the container has to have. */
+  readonly shared?: number;
+  /** Layers from the first on that stay dense. */
+  readonly dense?: number;
+  readonly pad?: Padding;
+}
+
+export interface MoePlan {
+  readonly container: Container;
+  readonly source: Source;
+  readonly shape: MoeShape;
+  readonly weighting: Weighting;
+  readonly method: MoeMethod;
+  readonly config: Readonly<Record<string, unknown>>;
+  /** The mixture, and the same with all experts on. */
+  readonly model: Model;
+  readonly allOn: Model;
+  /** Precision of the experts: the dense weights'. */
+  readonly dtype: FloatDType;
+  /** Whether the tensors lie in the order of the dense model. */
+  readonly tensors: readonly OutputTensor[];
+  readonly inputBytes: number;
+  readonly outputBytes: number;
+  readonly cost: Cost;
+  readonly notes: readonly string[];
+}
+
+/** Multiply-adds and weight bytes for one token, feed-forward parts and everything, dense and as a mixture. */
+export interface Cost {
+  readonly ffnFlops: readonly [dense: number, moe: number];
+  readonly flops: readonly [dense: number, moe: number];
+  readonly bytes: readonly [dense: number, moe: number];
+}
+
+/** The feed-forward part of a converted block. */
+export function ffnOf(block: Block): FfnSpec {
+  if (block.ffn) return block.ffn;
+  throw badInput(`${block.name} has no dense gated feed-forward part`);
+}
+
+/**
+ * Decides, from headers alone, what the output will be.
+ * Errors: K > E, widths that do not divide, models that are mixtures already, feed-forward parts without gate, attention
+ * that the container does not have.
+ */
+export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): MoePlan {
+  const { model } = open;
+  const where = open.checkpoint.path;
+  const container = containers[recipe.container];
+  if (container === undefined) {
+    throw badUsage(`Unknown container ${recipe.container as string}`, { expected: Object.keys(containers).join(', ') });
+  }
+  const dense = recipe.dense ?? 0;
+  requireCounts(recipe, container, model.blocks.length);
+  const ffn = requireDense(model, where);
+  const source = sourceOf(model, dense);
+  requireFit(container, source, where);
+  const shape = shapeOf(recipe, container, ffn.gate.outFeatures);
+  const weighting = container.weighting(recipe.method, shape);
+  const config = containerConfig(container, shape, weighting, source);
+  const mixture = buildModel(config, `the ${container.name} config made from ${where}`);
+  const allOn = buildModel({ ...config, num_experts_per_tok: shape.routed }, 'the config with all experts on');
+  const dtype = storedDType(open, ffn);
+  const tensors = planOutput(open, { container, source, shape, mixture, dtype, torch });
+  const bytesOf = ({ shape: dims, dtype: type }: PlannedTensor) => elementCount(dims) * dtypeSize(type);
+  const outputBytes = tensors.reduce((sum, { planned }) => sum + (planned.tiedTo === undefined ? bytesOf(planned) : 0), 0); // prettier-ignore
+  return {
+    container,
+    source,
+    shape,
+    weighting,
+    method: recipe.method,
+    config,
+    model: mixture,
+    allOn,
+    dtype,
+    tensors,
+    inputBytes: [...open.checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0),
+    outputBytes,
+    cost: costOf(model, shape, dense, dtypeSize(dtype)),
+    notes: notesOf(shape, weighting, dtype, container, recipe),
+  };
+}
+
+function requireCounts(
+  { experts, active, shared, dense = 0, method }: MoeRecipe,
+  container: Container,
+  layers: number,
+): void {
+  // prettier-ignore
+  if (!Number.isSafeInteger(experts) || experts < 2 || experts > 4096) {
+    throw badUsage('--experts must be a whole number from 2 to 4096', { got: String(experts) });
+  }
+  if (!Number.isSafeInteger(active) || active < 1 || active > experts) {
+    throw badUsage('More active experts than there are', {
+      got: `--active ${active}, --experts ${experts}`,
+      expected: `--active from 1 to ${experts}`,
+    });
+  }
+  const { min, max } = container.shared;
+  if (shared !== undefined && !(shared >= min && shared <= max)) {
+    const others = Object.values(containers).filter((c) => shared >= c.shared.min && shared <= c.shared.max);
+    throw badUsage(`The container ${container.name} cannot have ${shared} shared experts`, {
+      expected: max === 0 ? 'none' : `at least ${min}`,
+      ...(others.length > 0 && { hint: `Use --container ${others.map(({ name }) => name).join(' or ')}.` }),
+    });
+  }
+  if (!(dense >= 0 && dense < layers)) {
+    throw badUsage('--dense-layers leaves no layer to convert', { got: String(dense), expected: `0 to ${layers - 1}` });
+  }
+  if (dense > 0 && !container.denseLayers) {
+    throw badUsage(`The container ${container.name} has experts in every layer`, { got: `--dense-layers ${dense}` });
+  }
+  if (method === 'upcycle' && active === experts) {
+    throw badUsage('Upcycling with all experts active only multiplies the work', { expected: `--active below ${experts}` }); // prettier-ignore
+  }
+}
+
+/** The feed-forward part of the model, the same in every layer. */
+function requireDense(model: Model, where: string): FfnSpec {
+  const mixture = model.blocks.find((block) => block.moe);
+  if (mixture?.moe) {
+    throw badInput('The model is a mixture of experts already', {
+      where: `${where}, ${mixture.name}`,
+      got: `${mixture.moe.experts} experts, ${mixture.moe.active} active`,
+      expected: 'a dense model',
+      hint: 'To make it smaller, quantize it: deepseek-convert quantize.',
+    });
+  }
+  const bare = model.blocks.find((block) => !block.ffn);
+  const first = model.blocks[0]?.ffn;
+  if (bare || !first) {
+    throw badInput('The feed-forward part has no gate: only gated ones (gate, up, down) can be divided exactly', {
+      where: `${where}, ${bare?.name ?? 'the model'} (${model.modelType})`,
+    });
+  }
+  for (const block of model.blocks) {
+    const { gate, up, down } = ffnOf(block);
+    if (gate.outFeatures !== first.gate.outFeatures) {
+      throw badInput('The layers have feed-forward parts of different widths, but the containers have one width', {
+        where: `${where}, ${block.name}`,
+        got: String(gate.outFeatures),
+        expected: String(first.gate.outFeatures),
+      });
+    }
+    const biased = [gate, up, down].find(({ bias }) => bias);
+    if (biased) {
+      throw badInput('The feed-forward part has biases, which experts do not have in any container', {
+        where: `${where}, tensor ${biased.name}.bias`,
+      });
+    }
+  }
+  return first;
+}
+
+function shapeOf(recipe: MoeRecipe, container: Container, ffn: number): MoeShape {
+  const counts = {
+    routed: recipe.experts,
+    active: recipe.active,
+    shared: recipe.shared ?? container.shared.default,
+    ffn,
+  };
+  const width = recipe.method === 'upcycle' ? ffn : expertWidth(ffn, pieces(counts), recipe.pad ?? 'auto');
+  return { ...counts, width };
+}
+
+/** What the dense feed-forward weights are stored in, as far as it is a plain float; else bf16. */
+function storedDType(open: OpenModel, ffn: FfnSpec): FloatDType {
+  const encoding = open.tensors.get(`${ffn.gate.name}.weight`)?.entry.encoding;
+  if (encoding?.kind !== 'plain') return 'bf16';
+  return encoding.dtype === 'f32' || encoding.dtype === 'f16' ? encoding.dtype : 'bf16';
+}
+
+function costOf(model: Model, shape: MoeShape, dense: number, bytes: number): Cost {
+  const layers = model.blocks.length - dense;
+  const { hidden } = model;
+  const whole = 3 * shape.ffn * hidden;
+  const ffn = model.blocks.length * whole;
+  const on = (shape.active + shape.shared) * shape.width;
+  const moe = dense * whole + layers * (3 * on * hidden + shape.routed * hidden);
+  const rest = model.blocks.reduce(
+    (sum, block) => sum + block.linears.flat().reduce((n, { role, inFeatures, outFeatures }) => (role === 'mlp' ? n : n + inFeatures * outFeatures), 0), // prettier-ignore
+    model.head.inFeatures * model.head.outFeatures,
+  );
+  return {
+    ffnFlops: [2 * ffn, 2 * moe],
+    flops: [2 * (ffn + rest), 2 * (moe + rest)],
+    bytes: [bytes * (ffn + rest), bytes * (moe + rest)],
+  };
+}
+
+function notesOf(
+  shape: MoeShape,
+  { routedDown, normalized }: Weighting,
+  dtype: FloatDType,
+  container: Container,
+  { method }: MoeRecipe,
+): string[] {
+  const notes: string[] = [];
+  const padding = capacity(shape) - shape.ffn;
+  if (method === 'split' && padding > 0) {
+    const share = ((100 * padding) / shape.ffn).toFixed(1);
+    notes.push(
+      `Experts are ${shape.width} neurons wide: ${padding} zero neurons a layer (${share}%) make ${pieces(shape)} equal parts of ${shape.ffn}.`,
+    );
+  }
+  if (dtype !== 'f32' && !Number.isInteger(Math.log2(routedDown))) {
+    notes.push(
+      `${container.name} needs down_proj stored times ${routedDown}, which ${dtype} rounds (relative error up to ${dtype === 'bf16' ? '0.4' : '0.05'}% a weight). A power of two for --experts or --active, or --container glm4_moe, avoids it.`,
+    );
+  }
+  if (method === 'split' && normalized) {
+    notes.push(`${container.name} divides by the number of active experts: num_experts_per_tok must stay ${shape.active}.`); // prettier-ignore
+  }
+  return notes;
+}
+
+/** One line: `8 experts of 128, 2 active, 1 shared`. */
+export function describeShape(shape: MoeShape): string {
+  const off = (100 * partOff(shape)).toFixed(0);
+  return `${shape.routed} experts of ${shape.width}, ${shape.active} active, ${shape.shared} shared (${off}% of the neurons off)`;
+}
+
+/** For --dry-run. */
+export function describePlan(plan: MoePlan): string[] {
+  const { shape, container, method, cost } = plan;
+  const ratio = ([before, after]: readonly [number, number]) => `${((100 * after) / before).toFixed(1)}%`;
+  return [
+    `${method} into ${container.name}: ${describeShape(shape)}`,
+    `${formatBytes(plan.inputBytes)} -> ${formatBytes(plan.outputBytes)}, ${plan.tensors.length} tensors`,
+    `per token: ${ratio(cost.ffnFlops)} of the feed-forward FLOP, ${ratio(cost.flops)} of all FLOP, ${ratio(cost.bytes)} of the weight bytes read`,
+    ...plan.notes,
+  ];
+}

@@ -1,0 +1,97 @@
+import { gather, gemm, unary } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+import { assignBalanced } from './assign.js';
+import { clusterNeurons, oneHot } from './cluster.js';
+import { choose, maskOf, RouterFitter, scoresOf, type Router } from './router.js';
+import type { FfnWeights, Sample } from './sample.js';
+import { columnNorms, contributions, energies } from './score.js';
+import type { MoeShape } from './shape.js';
+import { chooseShared, evenCapacities } from './shared.js';
+import { layOut, sharedNeurons, type Split } from './split.js';
+
+export interface SplitOptions {
+  readonly shape: MoeShape;
+  /** Whether the container's selection has a bias. */
+  readonly intercept: boolean;
+  /** Ridge penalty of the router relative to the mean of the diagonal. */
+  readonly lambda: number;
+  /** Times that neurons are reassigned to the experts that the router turns on for them. */
+  readonly rounds: number;
+  /** Router training steps in each round, and at the end; 0: ridge regression alone. */
+  readonly steps: number;
+  readonly finalSteps: number;
+  readonly seed: number;
+}
+
+export interface Restructured {
+  readonly split: Split;
+  /** Lives in the scope that was given. */
+  readonly router: Router;
+  /** Contribution of each neuron. */
+  readonly scores: Float32Array;
+  readonly expertOf: Int32Array;
+  readonly rest: Int32Array;
+}
+
+/**
+ * Divides a layer's neurons among shared and routed experts and fits the router. Neurons are clustered by when they
+ * fire; then routing and membership improve each other: the router is fitted to the experts as they are, and every
+ * neuron goes where the router's choices keep most of its energy (a balanced assignment of sum_t z_tn m_te). Each half
+ * step raises the energy that survives routing, and experts end up being what a linear router can predict.
+ */
+export async function restructure(
+  scope: Scope,
+  sample: Sample,
+  w: FfnWeights,
+  options: SplitOptions,
+): Promise<Restructured> {
+  const { shape, seed } = options;
+  using work = new Scope(scope.device);
+  const fit = { x: sample.x.slice(0, 0, sample.fit), h: sample.h.slice(0, 0, sample.fit) };
+  const all = energies(work, fit.h, columnNorms(work, w.down));
+  const scores = await contributions(work, all);
+  const { shared, rest } = chooseShared(scores, sharedNeurons(shape));
+  const z = gather(work, all, work.from('i32', [rest.length], rest), 1);
+  work.free(all);
+
+  const capacities = evenCapacities(rest.length, shape.routed);
+  let expertOf = await clusterNeurons(scope.device, z, capacities, seed);
+  const { intercept, lambda } = options;
+  const fitter = await RouterFitter.make(work, fit.x, { intercept, lambda, active: shape.active, seed });
+  const rounds = shape.active < shape.routed ? options.rounds : 0;
+  for (let round = 0; ; round++) {
+    using step = new Scope(scope.device);
+    const energy = expertEnergies(step, z, expertOf, shape.routed);
+    const last = round === rounds;
+    const router = await fitRouter(last ? scope : step, fitter, energy, last ? options.finalSteps : options.steps);
+    if (last) return { split: layOut(shape, shared, rest, expertOf), router, scores, expertOf, rest };
+    expertOf = await reassign(step, z, fit.x, router, capacities, shape.active);
+  }
+}
+
+/** Energy of each expert on each token, f32 [T, R]. */
+function expertEnergies(s: Scope, z: Tensor, expertOf: Int32Array, experts: number): Tensor {
+  return gemm(s, z, s.from('f32', [expertOf.length, experts], oneHot(expertOf, experts)));
+}
+
+async function fitRouter(scope: Scope, fitter: RouterFitter, energy: Tensor, steps: number): Promise<Router> {
+  using work = new Scope(scope.device);
+  const ridge = await fitter.ridge(steps === 0 ? scope : work, unary(work, 'sqrt', energy));
+  return steps === 0 ? ridge : await fitter.train(scope, ridge, energy, steps);
+}
+
+/** Every neuron to the expert whose tokens, as routed, hold most of its energy. */
+async function reassign(
+  s: Scope,
+  z: Tensor,
+  x: Tensor,
+  router: Router,
+  capacities: Int32Array,
+  active: number,
+): Promise<Int32Array> {
+  const experts = capacities.length;
+  const idx = await choose(s, scoresOf(s, x, router), active).int32();
+  const mask = s.from('f32', [x.dim(0), experts], maskOf(idx, active, experts));
+  const kept = await gemm(s, z.transpose(), mask).float32();
+  return assignBalanced(kept, capacities);
+}

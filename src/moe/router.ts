@@ -1,0 +1,226 @@
+import { Random } from '../base/rng.js';
+import { binary, cast, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT, reduce, route, unary } from '../tensor/ops.js'; // prettier-ignore
+import { Scope, type Tensor } from '../tensor/tensor.js';
+import { ConvertError } from '../base/errors.js';
+
+/** Scores of experts: x W' + b, with a deviation of about 1. */
+export interface Router {
+  /** f32 [R, C] */
+  readonly weight: Tensor;
+  /** f32 [R]; zero where the container has no selection bias. */
+  readonly bias: Tensor;
+}
+
+export interface RouterOptions {
+  /** Whether there is a bias to put the intercept into. */
+  readonly intercept: boolean;
+  /** Ridge penalty relative to the mean of the diagonal of X'X. */
+  readonly lambda: number;
+  readonly active: number;
+  readonly seed: number;
+}
+
+/** Steps, batch and step size of `train`. */
+const batchTokens = 4096;
+const learningRate = 0.03;
+/** Temperature of the soft choice at start and end, in standard deviations of the scores. */
+const [warm, cool] = [1, 0.25];
+
+/**
+ * Fits linear routers to a layer's hidden states. X'X is factored once; `ridge` regresses the experts' contribution
+ * norms on the hidden states, `train` goes on to maximise the energy that the chosen K experts keep.
+ */
+export class RouterFitter {
+  readonly #scope: Scope;
+  readonly #options: RouterOptions;
+  /** f32 [T, C]: the hidden states less their mean (less nothing without an intercept). */
+  readonly #x: Tensor;
+  readonly #mean: Tensor;
+  readonly #factor: Tensor;
+
+  private constructor(scope: Scope, options: RouterOptions, x: Tensor, mean: Tensor, factor: Tensor) {
+    [this.#scope, this.#options, this.#x, this.#mean, this.#factor] = [scope, options, x, mean, factor];
+  }
+
+  /** `x` f32 [T, C]. What the fitter keeps lives in `scope`. */
+  static async make(scope: Scope, x: Tensor, options: RouterOptions): Promise<RouterFitter> {
+    const c = x.dim(1);
+    const mean = options.intercept ? reduce(scope, 'mean', x, 0) : scope.zeros('f32', [c]);
+    const centred = binary(scope, 'sub', x, mean.view(1, c));
+    using work = new Scope(scope.device);
+    const h = work.zeros('f32', [c, c]);
+    hessianAdd(h, centred, { alpha: 1 / x.dim(0) });
+    const { factor, info } = cholesky(scope, h, options.lambda);
+    if ((await info.int32())[0] !== 0) {
+      throw new ConvertError('internal', 'The hidden states of a layer have no factor even with the ridge penalty', {
+        hint: 'They are not finite: validate the source checkpoint.',
+      });
+    }
+    scope.free(info);
+    return new RouterFitter(scope, options, centred, mean, factor);
+  }
+
+  /**
+   * Ridge regression on t f32 [T, R] (a column an expert, e.g. |W_down,e h_e|): W = (X'X + lambda I)^-1 X'T, scaled so
+   * that scores have deviation 1. Without an intercept each token's mean over the experts is taken off first, which
+   * changes no ranking.
+   */
+  async ridge(scope: Scope, t: Tensor): Promise<Router> {
+    using work = new Scope(scope.device);
+    const { intercept } = this.#options;
+    const mean = reduce(work, 'mean', t, intercept ? 0 : 1);
+    const centred = binary(work, 'sub', t, intercept ? mean.view(1, -1) : mean.view(-1, 1));
+    const right = gemm(work, this.#x.transpose(), centred, { alpha: 1 / t.dim(0) });
+    const solution = choleskySolve(work, this.#factor, right);
+    const weight = scope.empty('f32', [t.dim(1), this.#x.dim(1)]);
+    copyInto(weight, solution.transpose());
+    const bias = intercept ? mean : work.zeros('f32', [t.dim(1)]);
+    const scale = 1 / Math.max(await deviation(work, matmulT(work, this.#x, weight, { bias })), 1e-20);
+    unary(work, 'affine', weight, scale, 0, weight);
+    return this.#uncentre(scope, weight, unary(work, 'affine', bias, scale, 0));
+  }
+
+  /** The bias that goes with raw hidden states: b - W mean. */
+  #uncentre(scope: Scope, weight: Tensor, centredBias: Tensor): Router {
+    const shift = matmulT(scope, this.#mean.view(1, -1), weight).view(-1);
+    return { weight, bias: binary(scope, 'sub', centredBias, shift, { out: shift }) };
+  }
+
+  /**
+   * Adam on the energy that a soft choice of K experts loses: per token sum_e p_e c_e is raised, where p = sigmoid((s -
+   * tau) / temperature), tau set so that sum p = K, c f32 [T, R] the experts' energies. Starts from `start`, whose
+   * scores have deviation 1.
+   */
+  async train(scope: Scope, start: Router, c: Tensor, steps: number): Promise<Router> {
+    const { active, seed, intercept } = this.#options;
+    const [tokens, experts] = c.shape as [number, number];
+    if (active >= experts || steps === 0) return start;
+    using state = new Scope(scope.device);
+    const x = this.#x;
+    const { weight, bias, unit } = await this.#centred(scope, state, start);
+    const moments = [weight, bias].map((p) => [state.zeros('f32', p.shape), state.zeros('f32', p.shape)] as const);
+    const random = new Random(seed, 2);
+    const batch = Math.min(batchTokens, tokens);
+    const gain = 1 / Math.max((await reduce(state, 'mean', reduce(state, 'sum', c, 1), 0).float32())[0]!, 1e-30);
+    for (let step = 1; step <= steps; step++) {
+      using work = new Scope(scope.device);
+      const progress = (step - 1) / steps;
+      const temperature = warm * (cool / warm) ** progress;
+      const rate = learningRate * 0.5 * (1 + Math.cos(Math.PI * progress));
+      const idx = work.from(
+        'i32',
+        [batch],
+        Int32Array.from({ length: batch }, () => random.below(tokens)),
+      );
+      const xb = gather(work, x, idx);
+      const gradient = lossGradient(work, matmulT(work, xb, weight, { bias }), gather(work, c, idx), active, temperature, gain); // prettier-ignore
+      adam(work, weight, moments[0]!, gemm(work, gradient.transpose(), xb), step, rate * unit);
+      if (intercept) adam(work, bias, moments[1]!, reduce(work, 'sum', gradient, 0), step, rate);
+    }
+    return this.#uncentre(scope, weight, bias);
+  }
+
+  /** Weights and bias for centred hidden states; `unit`: deviation of the weights. */
+  async #centred(scope: Scope, state: Scope, start: Router) {
+    const weight = cast(scope, start.weight, 'f32');
+    const shift = matmulT(state, this.#mean.view(1, -1), weight).view(-1);
+    const bias = binary(state, 'add', start.bias, shift);
+    return { weight, bias, unit: Math.max(await deviation(state, weight), 1e-20) };
+  }
+}
+
+type Moments = readonly [Tensor, Tensor];
+
+/** Standard deviation of all values. */
+async function deviation(s: Scope, x: Tensor): Promise<number> {
+  const rows = x.view(1, -1);
+  const mean = (await reduce(s, 'mean', rows, 1).float32())[0]!;
+  const square = (await reduce(s, 'sumsq', rows, 1).float32())[0]! / x.count;
+  return Math.sqrt(Math.max(square - mean * mean, 0));
+}
+
+/** d loss / d scores [B, R] for loss = -gain mean_t sum_e p_te c_te under sum_e p_te = K. */
+function lossGradient(s: Scope, scores: Tensor, c: Tensor, active: number, temperature: number, gain: number): Tensor {
+  const [tokens, experts] = scores.shape as [number, number];
+  const row = (v: Tensor) => v.view(tokens, 1);
+  const tau = startThreshold(s, scores, active);
+  let p: Tensor | undefined;
+  let q: Tensor | undefined;
+  const u = s.empty('f32', scores.shape);
+  const square = s.empty('f32', scores.shape);
+  for (let i = 0; i <= 4; i++) {
+    binary(s, 'sub', scores, row(tau), { out: u });
+    unary(s, 'affine', u, 1 / temperature, 0, u);
+    p = unary(s, 'sigmoid', u, 0, 0, u);
+    unary(s, 'square', p, 0, 0, square);
+    q = binary(s, 'sub', p, square, { out: square });
+    if (i === 4) break;
+    // Newton on sum p(tau) = K: d(sum p)/d tau = -sum q / temperature.
+    const excess = unary(s, 'affine', reduce(s, 'sum', p, 1), temperature, -temperature * active);
+    const slope = unary(s, 'clamp', reduce(s, 'sum', q, 1), 1e-2, Infinity);
+    const move = binary(s, 'div', excess, slope);
+    binary(s, 'add', tau, unary(s, 'clamp', move, -temperature, temperature), { out: tau });
+  }
+  const weighted = binary(s, 'mul', q!, c);
+  const total = unary(s, 'clamp', reduce(s, 'sum', q!, 1), 1e-9, Infinity);
+  const mean = binary(s, 'div', reduce(s, 'sum', weighted, 1), total);
+  const gradient = binary(s, 'sub', c, row(mean), { out: weighted });
+  binary(s, 'mul', gradient, q!, { out: gradient });
+  return unary(s, 'affine', gradient, -gain / (temperature * tokens), 0, gradient).view(tokens, experts);
+}
+
+/** Where the threshold of the K best would be if a token's scores were normally distributed. f32 [B]. */
+function startThreshold(s: Scope, scores: Tensor, active: number): Tensor {
+  const experts = scores.dim(1);
+  const mean = reduce(s, 'mean', scores, 1);
+  const variance = unary(s, 'affine', reduce(s, 'sumsq', scores, 1), 1 / experts, 1e-12);
+  binary(s, 'sub', variance, unary(s, 'square', mean), { out: variance });
+  unary(s, 'clamp', variance, 0, Infinity, variance);
+  const sd = unary(s, 'sqrt', variance, 0, 0, variance);
+  return binary(s, 'add', mean, sd, { alpha: normalQuantile(1 - active / experts) });
+}
+
+/** Inverse of the standard normal distribution function, by bisection on Abramowitz & Stegun 7.1.26. */
+export function normalQuantile(p: number): number {
+  const cdf = (x: number): number => {
+    const t = 1 / (1 + (0.3275911 * Math.abs(x)) / Math.SQRT2);
+    const tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
+    const erf = 1 - tail * Math.exp((-x * x) / 2);
+    return 0.5 * (1 + Math.sign(x) * erf);
+  };
+  let [low, high] = [-6, 6];
+  for (let i = 0; i < 50; i++) {
+    const middle = (low + high) / 2;
+    if (cdf(middle) < p) low = middle;
+    else high = middle;
+  }
+  return (low + high) / 2;
+}
+
+/** One step of Adam (Kingma & Ba 2015) without decay; the betas are those of a short run. In place. */
+function adam(s: Scope, p: Tensor, [m, v]: Moments, g: Tensor, step: number, rate: number): void {
+  const [beta1, beta2] = [0.9, 0.98];
+  binary(s, 'add', unary(s, 'affine', m, beta1, 0, m), g, { alpha: 1 - beta1, out: m });
+  binary(s, 'add', unary(s, 'affine', v, beta2, 0, v), unary(s, 'square', g), { alpha: 1 - beta2, out: v });
+  const size = unary(s, 'sqrt', unary(s, 'affine', v, 1 / (1 - beta2 ** step), 0));
+  const direction = binary(s, 'div', m, unary(s, 'affine', size, 1, 1e-10, size));
+  binary(s, 'add', p, direction, { alpha: -rate / (1 - beta1 ** step), out: p });
+}
+
+/** Scores of the sample's tokens: f32 [T, R]. */
+export const scoresOf = (s: Scope, x: Tensor, { weight, bias }: Router): Tensor =>
+  matmulT(s, x, weight, { bias, dtype: 'f32' });
+
+/** The K experts with the largest scores (ties to the lower index): i32 [T, K], best first. */
+export function choose(s: Scope, scores: Tensor, active: number): Tensor {
+  const { w, idx } = route(s, scores, { topK: active, scoring: 'softmax' });
+  s.free(w);
+  return idx;
+}
+
+/** [T, R] with 1 at the chosen experts. */
+export function maskOf(idx: Int32Array, active: number, experts: number): Float32Array {
+  const mask = new Float32Array((idx.length / active) * experts);
+  idx.forEach((expert, i) => (mask[Math.floor(i / active) * experts + expert] = 1));
+  return mask;
+}

@@ -1,0 +1,281 @@
+import { ConvertError, badInput, badUsage } from '../base/errors.js';
+import { Job, requireNoOutput, type Json } from '../base/job.js';
+import { Random } from '../base/rng.js';
+import { stopIfAborted, type JobEnv } from '../backend/env.js';
+import type { CheckpointWriter } from '../checkpoint/types.js';
+import { createWriter, isFileOutput } from '../checkpoint/writer.js';
+import { calibrationTokens, type CalibrationSet } from '../arch/calibration.js';
+import { openModel, type OpenModel } from '../arch/open.js';
+import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream.js';
+import { WeightReader } from '../arch/weights.js';
+import { modelCard } from './card.js';
+import type { MoeOptions } from './options.js';
+import { describePlan, describeShape, makePlan, type MoePlan } from './plan.js';
+import { layerFromJson, toJson, totalsOf, type LayerReport, type MoeReport } from './report.js';
+import { sampleBytes } from './sample.js';
+import { StandingTest } from './standing-test.js';
+import { convertCopies } from './upcycle.js';
+import { SplitVisitor } from './visitor.js';
+import { writeThrough } from './output.js';
+
+/** Router fitting: found on dense-32m at 8 and 64 experts (docs/moe.md). */
+const tuning = { rounds: 10, steps: 60, finalSteps: 300, lambda: 1e-3 } as const;
+/** A router has one weight a channel and expert: fewer tokens than this many times the channels cannot hold them. */
+const [leastTokens, goodTokens] = [2, 16] as const;
+/** Larger than this the standing test has failed: something is wrong with the split itself. */
+const exactnessLimit = 1e-3;
+
+/** The plan alone, from headers. */
+export async function previewMoe(options: MoeOptions): Promise<MoePlan> {
+  const open = await openModel(options.input, { config: options.config });
+  try {
+    return makePlan(open, options, isTorch(options.out));
+  } finally {
+    await open.close();
+  }
+}
+
+const isTorch = (out: string): boolean => isFileOutput(out) && !out.endsWith('.safetensors');
+
+/**
+ * Restructures a dense checkpoint into a mixture of experts, block by block. Killed at any instant, the same call goes
+ * on and ends with the same bytes.
+ * Errors: bad input, usage, resources, `interrupted`.
+ */
+export async function runMoe(options: MoeOptions, env: JobEnv): Promise<MoeReport> {
+  const started = performance.now();
+  if (options.out.endsWith('.gguf')) throw badUsage('A mixture cannot be written as .gguf', { hint: 'Write a folder or a .bin, then convert it.' }); // prettier-ignore
+  const open = await openModel(options.input, { config: options.config });
+  try {
+    const plan = makePlan(open, options, isTorch(options.out));
+    for (const line of [...open.notes, ...describePlan(plan)]) env.log.info(line);
+    if (options.restart !== true) await requireNoOutput(options.out, options.overwrite ?? false);
+    const set = plan.method === 'split' ? await calibrate(options, open, env) : undefined;
+    const job = await Job.open({
+      out: options.out,
+      fingerprint: fingerprint(options, plan, open, set, env),
+      ...(options.overwrite !== undefined && { overwrite: options.overwrite }),
+      ...(options.restart !== undefined && { restart: options.restart }),
+    });
+    try {
+      return await runJob({ options, open, plan, set, job, env, started });
+    } finally {
+      await job.close();
+    }
+  } finally {
+    await open.close();
+  }
+}
+
+interface Context {
+  readonly options: MoeOptions;
+  readonly open: OpenModel;
+  readonly plan: MoePlan;
+  readonly set: CalibrationSet | undefined;
+  readonly job: Job;
+  readonly env: JobEnv;
+  readonly started: number;
+}
+
+async function calibrate(options: MoeOptions, open: OpenModel, env: JobEnv): Promise<CalibrationSet> {
+  const { calibration } = options;
+  if (!calibration) throw badUsage('--method split needs calibration text');
+  const seqLen = calibration.seqLen ?? Math.min(2048, open.model.context);
+  const set = await calibrationTokens(open, { ...calibration, seqLen }, env);
+  for (const notice of set.notices) env.log.warn(notice);
+  env.log.info(`Calibration: ${set.description}`);
+  const [tokens, { hidden }] = [set.n * set.seqLen, open.model];
+  const enough = (times: number) => `${times * hidden} (${times} x the ${hidden} channels)`;
+  // Below two held-out stretches nothing could be judged.
+  if (tokens < Math.max(leastTokens * hidden, 1024)) {
+    throw badInput('Too little calibration text for the routers', {
+      got: `${tokens} tokens`,
+      expected: `at least ${leastTokens * hidden < 1024 ? '1024' : enough(leastTokens)}, better ${enough(goodTokens)}`,
+      hint: `Add text with --calibration, or raise --samples to ${Math.ceil((goodTokens * hidden) / seqLen)} of --seq-len ${seqLen}.`,
+    });
+  }
+  if (tokens < goodTokens * hidden) {
+    env.log.warn(`${tokens} calibration tokens are few for routers over ${hidden} channels: ${enough(goodTokens)} or more give better ones.`); // prettier-ignore
+  }
+  return set;
+}
+
+const refits = (o: MoeOptions): boolean => o.method === 'split' && o.active < o.experts && (o.refit ?? true);
+const statesOf = ({ states }: MoeOptions, env: JobEnv): 'f32' | 'bf16' =>
+  states ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
+
+function fingerprint(
+  options: MoeOptions,
+  plan: MoePlan,
+  open: OpenModel,
+  set: CalibrationSet | undefined,
+  env: JobEnv,
+): Record<string, Json> {
+  return {
+    command: 'moe',
+    tool: options.tool.version,
+    input: open.checkpoint.fingerprint,
+    recipe: {
+      method: plan.method,
+      container: plan.container.name,
+      shape: toJson(plan.shape),
+      dense: plan.source.dense,
+      refit: refits(options),
+      ...splitOptions(options),
+    },
+    format: isTorch(options.out) ? 'torch' : 'safetensors',
+    calibration: set === undefined ? null : { text: set.hash, description: set.description },
+    computing: { device: env.device.kind, states: statesOf(options, env), batchRows: options.batchRows ?? null },
+    shardSize: options.shardSize ?? null,
+  };
+}
+
+const splitOptions = (o: MoeOptions) => ({
+  lambda: o.lambda ?? tuning.lambda,
+  rounds: o.rounds ?? tuning.rounds,
+  steps: o.steps ?? tuning.steps,
+  finalSteps: o.steps === 0 ? 0 : tuning.finalSteps,
+  seed: o.seed ?? 0,
+});
+
+const stage = 'moe';
+
+async function runJob(context: Context): Promise<MoeReport> {
+  const { options, open, plan, set, job, env } = context;
+  const { model, checkpoint } = open;
+  if (job.finished) {
+    const report = reportOf(context);
+    await job.remove();
+    return report;
+  }
+  const before = model.blocks.filter(({ index }) => job.done(blockStep(stage, index))).length;
+  if (before > 0) env.log.info(`Going on after block ${before} of ${model.blocks.length}`);
+  const writer = await createWriter({
+    job,
+    format: isTorch(options.out) ? 'torch' : 'safetensors',
+    tensors: plan.tensors.map(({ planned }) => planned),
+    ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
+    config: plan.config,
+    companions: checkpoint.companions,
+    extraFiles: new Map([['README.md', modelCard(options, plan, set)]]),
+    provenance: {
+      tool: options.tool,
+      recipe: { command: options.commandLine, ...fingerprint(options, plan, open, set, env) },
+      inputs: checkpoint.files,
+    },
+  });
+  try {
+    await convertBlocks(context, writer);
+    await checkpoint.assertUnchanged();
+    const report = reportOf(context);
+    requireExact(report);
+    await writer.finish(provenanceOf(report));
+    await job.remove();
+    return { ...report, seconds: (performance.now() - context.started) / 1000 };
+  } finally {
+    await writer.close();
+  }
+}
+
+async function convertBlocks(context: Context, writer: CheckpointWriter): Promise<void> {
+  const { options, open, plan, set, job, env } = context;
+  const dtype = statesOf(options, env);
+  const reader = new WeightReader(open, env.device, set === undefined ? 'f32' : dtype);
+  if (!job.done('outer')) {
+    await writeThrough(plan.tensors, -1, writer, reader, env.device);
+    await writer.flush();
+    await job.mark('outer');
+  }
+  if (job.done('checked')) return;
+  const blocks = open.model.blocks;
+  const tokens = set?.tokens.subarray(0, set.seqLen) ?? randomTokens(open, options.seed ?? 0);
+  using check = new StandingTest(env, job, open, plan, refits(options), tokens);
+  const done = blocks.filter(({ index }) => job.done(blockStep(stage, index))).at(-1);
+  await check.begin(done?.index);
+  const common = { open, env, reader, job, stage, resumeHint: `Go on with: ${options.commandLine}` };
+  if (set === undefined) {
+    const copies = { env, plan, writer, reader, check, seed: options.seed ?? 0 };
+    await eachBlock(common, (block, weights) => convertCopies(block, weights, copies));
+  } else {
+    const visitor = new SplitVisitor({
+      env,
+      plan,
+      split: splitOptions(options),
+      refit: refits(options),
+      writer,
+      reader,
+      sampleTokens: sampleTokens(plan, env, options.budget),
+      check,
+    });
+    await streamBlocks(
+      {
+        ...common,
+        set,
+        dtype,
+        ...(options.batchRows !== undefined && { batchRows: options.batchRows }),
+        ...(options.budget !== undefined && { budget: options.budget }),
+      },
+      visitor,
+    );
+  }
+  stopIfAborted(env, common.resumeHint);
+  await job.mark('checked', toJson(await check.end()));
+}
+
+/** As many tokens as a third of the memory holds, at least some thousands. */
+function sampleTokens({ shape, source }: MoePlan, env: JobEnv, budget: number | undefined): number {
+  const { memory } = env.device.info() as { memory?: { free?: number } };
+  const { limit } = env.device.memory();
+  const free = budget ?? Math.min(memory?.free ?? 8e9, limit > 0 ? limit : Infinity);
+  const bytes = sampleBytes(source.model.hidden, shape.ffn, shape.routed);
+  return Math.max(4096, Math.min(262_144, Math.floor(free / 3 / bytes)));
+}
+
+function randomTokens({ model }: OpenModel, seed: number): Int32Array {
+  const random = new Random(seed, 4);
+  return Int32Array.from({ length: Math.min(128, model.context) }, () => random.below(model.vocab));
+}
+
+function reportOf({ options, open, plan, set, job, started }: Context): MoeReport {
+  const layers = blockResults(job, stage, open.model)
+    .map(({ result }) => result)
+    .filter((result) => result !== null)
+    .map(layerFromJson);
+  const exactness = job.data('checked') as unknown as MoeReport['exactness'];
+  return {
+    out: job.out,
+    plan,
+    layers: plan.method === 'split' ? layers : [],
+    exactness,
+    refit: refits(options),
+    calibration: set?.description,
+    notices: [...open.notes, ...plan.notes, ...(set?.notices ?? [])],
+    resumed: job.resumed,
+    seconds: (performance.now() - started) / 1000,
+  };
+}
+
+/** A split that is not the dense model with all experts on is no output. */
+function requireExact({ exactness, plan }: MoeReport): void {
+  const rounding = plan.dtype !== 'f32' && !Number.isInteger(Math.log2(plan.weighting.routedDown)) ? 10 : 1;
+  if (exactness && exactness.split.relative <= exactnessLimit * rounding) return;
+  throw new ConvertError('internal', 'With all experts on the mixture is not the dense model', {
+    got: `relative difference of the logits ${exactness?.split.relative.toExponential(2) ?? 'unknown'}`,
+    expected: `at most ${exactnessLimit * rounding}`,
+    hint: 'Please report this; the unfinished output was kept.',
+  });
+}
+
+function provenanceOf(report: MoeReport): Record<string, Json> {
+  const { layers, exactness, plan } = report;
+  return {
+    shape: describeShape(plan.shape),
+    allExpertsOn: toJson(exactness ?? null),
+    ...(layers.length > 0 && { totals: toJson(totalsOf(layers)) }),
+    layers: toJson(layers),
+    cost: toJson(plan.cost),
+    notes: [...report.notices],
+  };
+}
+
+export type { LayerReport, MoeOptions, MoeReport };

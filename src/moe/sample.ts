@@ -1,0 +1,92 @@
+import type { FfnSpec } from '../nn/mlp.js';
+import type { Site } from '../arch/stream.js';
+import { copyInto, gather, matmulT, swiglu } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+
+/** Tokens of a layer's feed-forward input that everything is decided on; the last `held` rows are for judging only. */
+export interface Sample {
+  /** f32 [fit + held, C]: the normalised hidden states that the router will see. */
+  readonly x: Tensor;
+  /** f32 [fit + held, I]: act(gate x) (up x). */
+  readonly h: Tensor;
+  readonly fit: number;
+  readonly held: number;
+}
+
+/** Tokens are held out by stretches of this length: neighbours are too alike to be on both sides. */
+const stretch = 64;
+/** Whether a calibration token is kept for judging: one stretch in eight is. */
+export const heldOut = (token: number): boolean => Math.floor(token / stretch) % 8 === 7;
+
+/** Bytes of device memory that `captureSample` and what is computed from it take for each token. */
+export const sampleBytes = (hidden: number, ffn: number, experts: number): number =>
+  4 * (2 * hidden + 3 * ffn + 8 * experts);
+
+export interface FfnWeights {
+  /** [I, C], [I, C], [C, I] */
+  readonly gate: Tensor;
+  readonly up: Tensor;
+  readonly down: Tensor;
+}
+
+/** act(gate x) (up x) in fp32. */
+export function neurons(s: Scope, x: Tensor, w: Pick<FfnWeights, 'gate' | 'up'>, ffn: FfnSpec): Tensor {
+  const gate = matmulT(s, x, w.gate, { dtype: 'f32' });
+  const up = matmulT(s, x, w.up, { dtype: 'f32' });
+  const h = swiglu(s, gate, up, ffn.activation);
+  s.free(gate, up);
+  return h;
+}
+
+/** Evenly spread tokens, at most `limit`, of all batches at a layer's gate/up call. */
+export async function captureSample(
+  site: Site,
+  w: FfnWeights,
+  ffn: FfnSpec,
+  limit: number,
+  scope: Scope,
+): Promise<Sample> {
+  const chosen = choose(site.tokens, limit);
+  const held = chosen.reduce((n, token) => n + (heldOut(token) ? 1 : 0), 0);
+  const fit = chosen.length - held;
+  const x = scope.empty('f32', [chosen.length, ffn.gate.inFeatures]);
+  const h = scope.empty('f32', [chosen.length, ffn.gate.outFeatures]);
+  let [from, next, fitAt, heldAt] = [0, 0, 0, fit];
+  await site.each((call) => {
+    const rows = call.x.dim(0);
+    const [fitRows, heldRows]: [number[], number[]] = [[], []];
+    for (; next < chosen.length && chosen[next]! < from + rows; next++) {
+      (heldOut(chosen[next]!) ? heldRows : fitRows).push(chosen[next]! - from);
+    }
+    for (const [picked, at] of [
+      [fitRows, fitAt],
+      [heldRows, heldAt],
+    ] as const) {
+      if (picked.length === 0) continue;
+      using work = new Scope(scope.device);
+      const idx = work.from('i32', [picked.length], Int32Array.from(picked));
+      const part = gather(work, call.x, idx, 0, call.x.dtype);
+      copyInto(x.slice(0, at, at + picked.length), part);
+      copyInto(h.slice(0, at, at + picked.length), neurons(work, part, w, ffn));
+    }
+    fitAt += fitRows.length;
+    heldAt += heldRows.length;
+    from += rows;
+  });
+  return { x, h, fit, held };
+}
+
+function choose(tokens: number, limit: number): number[] {
+  if (tokens <= limit) return Array.from({ length: tokens }, (_, i) => i);
+  // Whole stretches, evenly spread: the same share of them is held out as of all.
+  const stretches = Math.floor(tokens / stretch);
+  const taken = Math.max(8, Math.floor(limit / stretch / 8) * 8);
+  const chosen: number[] = [];
+  for (let i = 0; i < taken; i++) {
+    // Every group of eight keeps its place within the eight.
+    const group = Math.floor((Math.floor(i / 8) * Math.floor(stretches / 8)) / (taken / 8));
+    const start = (group * 8 + (i % 8)) * stretch;
+    for (let t = 0; t < stretch; t++) chosen.push(start + t);
+  }
+  return chosen;
+}

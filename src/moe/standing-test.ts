@@ -1,0 +1,62 @@
+import type { JobEnv } from '../backend/env.js';
+import type { Job } from '../base/job.js';
+import type { Weights } from '../nn/calls.js';
+import type { OpenModel } from '../arch/open.js';
+import { WeightReader } from '../arch/weights.js';
+import { Scope } from '../tensor/tensor.js';
+import { AllOnCheck, MadeWeights, type Exactness } from './exactness.js';
+import type { MoePlan } from './plan.js';
+import { addConstants, type LayerStore } from './store.js';
+
+/** The dense model, the pure split and, where it differs, the refitted output, run side by side in fp32. */
+export class StandingTest implements Disposable {
+  readonly #check: AllOnCheck;
+  readonly #reader: WeightReader;
+
+  constructor(
+    readonly env: JobEnv,
+    job: Job,
+    readonly open: OpenModel,
+    readonly plan: MoePlan,
+    refit: boolean,
+    tokens: Int32Array,
+  ) {
+    // Copies of the dense network sum to it for any number of active ones: they are tested as they will be used.
+    const mixture = plan.method === 'split' ? plan.allOn : plan.model;
+    const models = [open.model, mixture, ...(refit ? [mixture] : [])];
+    this.#check = new AllOnCheck(env.device, job, models, tokens);
+    this.#reader = new WeightReader(open, env.device, 'f32');
+  }
+
+  /** Before block 0, or after the last block that an earlier run finished. */
+  async begin(after: number | undefined): Promise<void> {
+    if (after !== undefined) return await this.#check.load(after);
+    using scope = new Scope(this.env.device);
+    this.#check.begin(await this.#reader.outer(scope, 'embedding'));
+    await this.env.device.sync();
+  }
+
+  /** `store` is absent for a layer that stays dense; `weights` are the dense block's, in the stream's precision. */
+  async advance(index: number, store: LayerStore | undefined, weights: Weights): Promise<void> {
+    using scope = new Scope(this.env.device);
+    const anchor = weights.get(this.open.model.blocks[index]!.tensors[0]!.name);
+    const dense = anchor.dtype === 'f32' ? weights : await this.#reader.block(index, scope);
+    await this.#check.advance(index, (model, s) => {
+      if (model === 0) return Promise.resolve(dense);
+      if (store) return Promise.resolve(store.weights(s, dense, model === 2));
+      const made = new MadeWeights(dense);
+      addConstants(s, made, this.plan, index, false);
+      return Promise.resolve(made);
+    });
+  }
+
+  async end(): Promise<{ split: Exactness; output: Exactness }> {
+    using scope = new Scope(this.env.device);
+    const [split, output] = await this.#check.end(await this.#reader.outer(scope, 'head'));
+    return { split: split!, output: output ?? split! };
+  }
+
+  [Symbol.dispose](): void {
+    this.#check[Symbol.dispose]();
+  }
+}

@@ -1,0 +1,84 @@
+import type { CheckpointWriter } from '../checkpoint/types.js';
+import type { Weights } from '../nn/calls.js';
+import { copyInto, unary } from '../tensor/ops.js';
+import type { Scope, Tensor } from '../tensor/tensor.js';
+import type { NetworkNames } from './containers/types.js';
+import { MadeWeights } from './exactness.js';
+import type { MoePlan } from './plan.js';
+import type { Experts } from './split.js';
+import type { StoredRouter } from './store-router.js';
+
+/** One converted layer as the container stores it. */
+export class LayerStore {
+  readonly #layer: string;
+
+  /** `before`: routed down_proj without the refit, [R, C, w], where there was one. */
+  constructor(
+    readonly plan: MoePlan,
+    readonly index: number,
+    readonly networks: Experts,
+    readonly router: StoredRouter,
+    readonly before?: { readonly down: Tensor; readonly sharedDown: Tensor | undefined },
+  ) {
+    this.#layer = plan.source.model.blocks[index]!.name;
+  }
+
+  async write(writer: CheckpointWriter): Promise<void> {
+    const { plan, networks, router } = this;
+    const { container, shape } = plan;
+    await writer.write(`${container.router(this.#layer)}.weight`, router.weight.source());
+    if (router.bias) await writer.write(container.bias!(this.#layer), router.bias.source());
+    const put = async ({ gate, up, down }: NetworkNames, w: { gate: Tensor; up: Tensor; down: Tensor }) => {
+      await writer.write(`${gate}.weight`, w.gate.source());
+      await writer.write(`${up}.weight`, w.up.source());
+      await writer.write(`${down}.weight`, w.down.source());
+    };
+    const { gate, up, down, shared } = networks;
+    for (let e = 0; e < shape.routed; e++) {
+      await put(container.expert(this.#layer, e), { gate: gate.at(e), up: up.at(e), down: down.at(e) });
+    }
+    if (shared) await put(container.sharedExpert!(this.#layer), shared);
+  }
+
+  /**
+   * The stored values in fp32, to be run by the container's own architecture with all experts on; `refit` false: with
+   * down_proj as before the refit. What the layer shares with the dense one comes from `dense`.
+   */
+  weights(s: Scope, dense: Weights, refit: boolean): Weights {
+    const { plan, networks, router, before } = this;
+    const { container, shape, source, weighting, method } = plan;
+    const made = new MadeWeights(dense);
+    const names = Array.from({ length: shape.routed }, (_, e) => container.expert(this.#layer, e));
+    // A container that divides by the number of active experts would be written with another factor for all of them.
+    const factor = method === 'split' && weighting.normalized ? shape.routed / shape.active : 1;
+    const { gate, up, down, shared } = networks;
+    const use = !refit && before ? before : { down, sharedDown: shared?.down };
+    made.addStack(names.map((n) => `${n.gate}.weight`), scaled(s, gate, 1)); // prettier-ignore
+    made.addStack(names.map((n) => `${n.up}.weight`), scaled(s, up, 1)); // prettier-ignore
+    made.addStack(names.map((n) => `${n.down}.weight`), scaled(s, use.down, factor)); // prettier-ignore
+    if (shared) {
+      const name = container.sharedExpert!(this.#layer);
+      made.add(`${name.gate}.weight`, scaled(s, shared.gate, 1));
+      made.add(`${name.up}.weight`, scaled(s, shared.up, 1));
+      made.add(`${name.down}.weight`, scaled(s, use.sharedDown!, 1));
+    }
+    made.add(`${container.router(this.#layer)}.weight`, router.weight);
+    if (router.bias) made.add(container.bias!(this.#layer), router.bias);
+    addConstants(s, made, plan, this.index, source.dense <= this.index);
+    return made;
+  }
+}
+
+/** Adds the zeros that the container wants in a layer. */
+export function addConstants(s: Scope, made: MadeWeights, plan: MoePlan, index: number, converted: boolean): void {
+  const { container, source } = plan;
+  const layer = source.model.blocks[index]!.name;
+  for (const { name, shape } of container.constants(layer, source, converted)) made.add(name, s.zeros('f32', shape));
+}
+
+/** x times `factor` in fp32. */
+function scaled(s: Scope, x: Tensor, factor: number): Tensor {
+  const y = s.empty('f32', x.shape);
+  copyInto(y, x);
+  return factor === 1 ? y : unary(s, 'affine', y, factor, 0, y);
+}
