@@ -57,7 +57,7 @@ export function makePlan(
   );
   // Carried parts (multi-token prediction) follow the same config and cannot be padded along.
   const widths = fitWidths(model, recipe.groupSize, !carried);
-  const left = leaveOut(model.blocks.flatMap(({ linears }) => linears), selection); // prettier-ignore
+  const left = leaveOut(model.blocks, selection);
   const linears = new Map<string, LinearPlan>();
   const notes = new Set(widths.notes);
   for (const block of model.blocks) {
@@ -83,12 +83,10 @@ export function makePlan(
       linears.set(name, reason === undefined ? { ...common, scheme } : { ...common, reason });
     }
   }
-  const head = model.head;
-  if (!linears.has(head.name)) {
-    const entry = checkpoint.tensors.get(`${head.name}.weight`);
-    const reason = 'the head stays in high precision';
-    linears.set(head.name, { linear: head, block: -1, stored: head, dtype: weightDType(entry), reason });
-  }
+  // A tied head has no tensor of its own, but engines look for the module's name all the same.
+  const head = model.tied ? { ...model.head, name: 'lm_head' } : model.head;
+  const dtype = weightDType(checkpoint.tensors.get(`${model.head.name}.weight`));
+  linears.set(head.name, { linear: head, block: -1, stored: head, dtype, reason: 'the head stays in high precision' });
   const plans = [...linears.values()];
   if (!plans.some(({ scheme }) => scheme)) {
     throw badInput('There is nothing to quantize', {

@@ -272,8 +272,10 @@ async function runBlocks(
 
 function provenanceReport(plan: QuantPlan, blocks: readonly BlockReport[]): Record<string, Json> {
   const left = [...plan.linears.values()].flatMap(({ linear, reason }) => (reason ? [{ name: linear.name, reason }] : [])); // prettier-ignore
+  // No times: a resumed job writes the same bytes as an uninterrupted one.
+  const linears = blocks.flatMap((block) => block.linears).map(({ seconds: _, ...linear }) => linear);
   return {
-    linears: JSON.parse(JSON.stringify(blocks.flatMap(({ linears }) => linears))) as Json,
+    linears: JSON.parse(JSON.stringify(linears)) as Json,
     leftInHighPrecision: left,
     experts: JSON.parse(JSON.stringify(blocks.flatMap(({ coverage }) => coverage ?? []))) as Json,
     notes: [...plan.notes],

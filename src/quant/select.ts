@@ -32,10 +32,14 @@ export interface Selection {
  * fuse (q/k/v, gate/up, all experts of a layer) are quantized together or not at all.
  * Errors: a pattern that matches nothing.
  */
-export function leaveOut(groups: readonly (readonly LinearSpec[])[], { scope, keep }: Selection): Map<string, string> {
+export function leaveOut(
+  blocks: readonly { readonly linears: readonly (readonly LinearSpec[])[] }[],
+  { scope, keep }: Selection,
+): Map<string, string> {
   const inScope = scope === 'all' || scope === 'experts' ? undefined : namePattern(scope);
   const kept = keep.map(namePattern);
-  const names = groups.flat().map(({ name }) => name);
+  const all = blocks.flatMap(({ linears }) => linears.flat());
+  const names = all.map(({ name }) => name);
   for (const pattern of [...kept, ...(inScope ? [inScope] : [])]) {
     if (names.some((name) => pattern.matches(name))) continue;
     const parts = new Set(names.flatMap((name) => [name, ...name.split('.')]));
@@ -47,8 +51,7 @@ export function leaveOut(groups: readonly (readonly LinearSpec[])[], { scope, ke
     });
   }
   const reasons = new Map<string, string>();
-  for (const linear of groups.flat()) {
-    const { name, role } = linear;
+  for (const { name, role } of all) {
     const keeper = kept.find((pattern) => pattern.matches(name));
     if (keeper) reasons.set(name, `kept by --keep ${keeper.given}`);
     else if (inScope && !inScope.matches(name)) reasons.set(name, `outside --scope ${scope}`);
@@ -57,20 +60,21 @@ export function leaveOut(groups: readonly (readonly LinearSpec[])[], { scope, ke
     else if (role === 'router') reasons.set(name, 'a router stays in high precision');
     else if (scope === 'experts' && role !== 'expert') reasons.set(name, 'outside --scope experts');
   }
-  return withPartners(groups, reasons);
+  for (const { linears } of blocks) addPartners(linears, reasons);
+  return reasons;
 }
 
-function withPartners(groups: readonly (readonly LinearSpec[])[], reasons: Map<string, string>): Map<string, string> {
+function addPartners(groups: readonly (readonly LinearSpec[])[], reasons: Map<string, string>): void {
   const experts = groups.filter((group) => group.some(({ role }) => role === 'expert')).flat();
   const fused = [...groups.filter((group) => group.every(({ role }) => role !== 'expert')), experts];
   for (const partners of fused) {
     const out = partners.find(({ name }) => reasons.has(name));
     if (!out) continue;
+    const reason = reasons.get(out.name)!;
     for (const { name } of partners) {
-      if (!reasons.has(name)) reasons.set(name, `engines fuse it with ${out.name}: ${reasons.get(out.name)!}`);
+      if (!reasons.has(name)) reasons.set(name, `engines fuse it with ${out.name}: ${reason}`);
     }
   }
-  return reasons;
 }
 
 /** What `--scope auto` means: for DeepSeek's own architectures the routed experts, where published recovery is best. */

@@ -105,6 +105,11 @@ export class QuantVisitor implements BlockVisitor {
     using scope = new Scope(env.device);
     const { scheme, dtype, stored } = plans[0]!;
     const w = this.#stack(scope, plans, weights);
+    const silent = evidence.statistics?.energy.every((value) => value === 0) ?? false;
+    if (silent) {
+      const note = 'every calibration input was zero: rounded without statistics';
+      evidence = { ...evidence, statistics: undefined, note };
+    }
     const statistics = evidence.statistics && padded(scope, evidence.statistics, stored.inFeatures);
     const method = statistics && !evidence.roundOnly ? recipe.method : 'rtn';
     const solution = await solve(scope, w, statistics, scheme, { ...recipe, method }, dtype);
