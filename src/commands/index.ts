@@ -12,6 +12,8 @@ export const commands: Readonly<Record<string, Entry>> = {
     load: () => import('./inspect.js'),
   },
   convert: { summary: 'change file format or precision, merge or split shards', load: () => import('./convert.js') },
+  quantize: { summary: 'make a model INT4, checked before it gets its name', load: () => import('./quantize.js') },
+  moe: { summary: 'divide a dense model into experts', load: () => import('./moe.js') },
   validate: {
     summary: 'compare two models: attention, logits, perplexity, diversity; gates',
     load: () => import('./validate.js'),
