@@ -1,5 +1,4 @@
-import { existsSync, mkdirSync, rmSync, symlinkSync } from 'node:fs';
-import { mkdtempSync } from 'node:fs';
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -75,4 +74,48 @@ export function relativeError(a: ArrayLike<number>, b: ArrayLike<number>): numbe
     largest = Math.max(largest, Math.abs(b[i]!));
   }
   return difference / largest;
+}
+
+export interface RawTensor {
+  dtype: string;
+  shape: number[];
+  data: Uint8Array;
+}
+
+/** A copy of a case of fixtures/arch with its config and tensors changed. */
+export function editedCase(
+  name: string,
+  edit: { config?: (config: Record<string, unknown>) => void; tensors?: (tensors: Map<string, RawTensor>) => void },
+): string {
+  const folder = mkdtempSync(join(tmpdir(), 'arch-'));
+  afterAll(() => rmSync(folder, { recursive: true }));
+  const config = JSON.parse(readFileSync(fixture('arch', name, 'config.json'), 'utf8')) as Record<string, unknown>;
+  edit.config?.(config);
+  writeFileSync(join(folder, 'config.json'), JSON.stringify(config));
+  const file = readFileSync(fixture('arch', name, 'model.safetensors'));
+  const start = 8 + Number(file.readBigUInt64LE(0));
+  const header = JSON.parse(file.toString('utf8', 8, start)) as Record<
+    string,
+    { dtype: string; shape: number[]; data_offsets: [number, number] }
+  >;
+  const tensors = new Map<string, RawTensor>();
+  for (const [key, value] of Object.entries(header)) {
+    if (key === '__metadata__') continue;
+    const [from, to] = value.data_offsets;
+    tensors.set(key, { ...value, data: Uint8Array.from(file.subarray(start + from, start + to)) });
+  }
+  edit.tensors?.(tensors);
+  const out: Record<string, unknown> = {};
+  let at = 0;
+  for (const [key, { dtype, shape, data }] of tensors) {
+    out[key] = { dtype, shape, data_offsets: [at, (at += data.length)] };
+  }
+  const json = Buffer.from(JSON.stringify(out));
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(json.length));
+  writeFileSync(
+    join(folder, 'model.safetensors'),
+    Buffer.concat([length, json, ...[...tensors.values()].map((t) => t.data)]),
+  );
+  return folder;
 }
