@@ -135,9 +135,10 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
      damp mean(diag D'HD) I) d = D'H (w - D scale), D [K,G] = codes - zero by group. H f32 [K,K] symmetric; a row whose
      system is singular, and a scale that would become 0 or not finite, stay. rank 3 = E. */                           \
   X(scale_refit, "scale codes W H [zero] [column_group]", "group", "damp")                                             \
-  /* One pass of coordinate descent over the codes of each row under H f32 [K,K] symmetric, in place: j = 0..K-1,
-     code_j = clamp(code_j + round(g_j / (s H_jj)), low, high), g = (w - Q) H. changed i32 [N]. rank 3 = E. */         \
-  X(code_descent, "codes W H scale [zero] [column_group] [changed]", "low high group", "")                             \
+  /* Coordinate descent over the codes of each row under H f32 [K,K] symmetric, in place: `passes` times (fewer when
+     nothing changes) j = 0..K-1: code_j = clamp(round(code_j + g_j / (s H_jj)), low, high), g = (W - Q) H; columns with
+     H_jj = 0 stay. changed i32 [N]: codes that differ from before. rank 3 = E. */                                     \
+  X(code_descent, "codes W H scale [zero] [column_group] [changed]", "low high group passes", "")                      \
   /* `bits`-wide fields, (code + bias), little end first into i32 words along the last (axis 1) or first (axis 0)
      dimension of codes i8 [R,C], floor(32 / bits) a word; order 1: AWQ's interleave 0 2 4 6 1 3 5 7; order 2: one
      stream of bits, fields cross words (GPTQ's 3 bits). The last word is padded with zeros. */                        \

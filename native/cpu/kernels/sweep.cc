@@ -142,9 +142,80 @@ void range(const float* w, int64_t n, float* least, float* most) {
   *most = b;
 }
 
+// lanes of a where the condition (all ones or zeros) holds, else of b
+inline __attribute__((always_inline)) vf choose(vi condition, vf a, vf b) {
+  return (vf)(((vi)a & condition) | ((vi)b & ~condition));
+}
+
+// Accumulators of push(): with one row of deltas and one broadcast they fill the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int P = 16;
+#else
+constexpr int P = 12;
+#endif
+
+// gradient_k -= sum over the `count` changed columns c of delta_c H_ck, for k in [begin, end).
+void push(float* gradient, const float* const* rows, const float* delta, int count, int64_t begin, int64_t end) {
+  int64_t k = begin;
+  for (; k + P <= end; k += P) {
+    vf acc[P];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) acc[p] = loadf(gradient + (k + p) * W);
+    for (int c = 0; c < count; c++) {
+      const vf d = -loadf(delta + c * W);
+      const float* h = rows[c] + k;
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) acc[p] = madd(splat(h[p]), d, acc[p]);
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) storef(gradient + (k + p) * W, acc[p]);
+  }
+  for (; k < end; k++) {
+    vf acc = loadf(gradient + k * W);
+    for (int c = 0; c < count; c++) acc = madd(splat(rows[c][k]), -loadf(delta + c * W), acc);
+    storef(gradient + k * W, acc);
+  }
+}
+
+int64_t descend(const DescentColumns& d) {
+  const vf low = splat(d.low), high = splat(d.high);
+  const float* rows[256];
+  int count = 0;
+  vi changed = vi{};
+  for (int64_t j = d.j0; j < d.j1; j++) {
+    const float* row = d.h + j * d.ldh;
+    if (!(row[j] > 0)) continue;  // a dead channel
+    const vf code = loadf(d.codes + j * W), s = loadf(d.scale[j - d.j0]);
+    const vf step = loadf(d.gradient + j * W) / (s * row[j]);
+    const vf moved = choose(step == step, to_code(code + step, low, high), code);
+    const vi differs = moved != code;
+    int32_t any[W];
+    std::memcpy(any, &differs, sizeof any);
+    int32_t all = 0;
+    for (int i = 0; i < W; i++) all |= any[i];
+    if (!all) continue;
+    changed -= differs;
+    const vf delta = (moved - code) * s;
+    storef(d.codes + j * W, moved);
+    storef(d.delta + count * W, delta);
+    rows[count++] = row;
+    push(d.gradient, &row, d.delta + (count - 1) * W, 1, d.j0, d.j1);
+  }
+  if (count > 0) {
+    if (d.from < d.j0) push(d.gradient, rows, d.delta, count, d.from, d.j0);
+    push(d.gradient, rows, d.delta, count, d.j1, d.k);
+  }
+  int32_t counts[W];
+  std::memcpy(counts, &changed, sizeof counts);
+  int64_t total = 0;
+  for (int i = 0; i < W; i++) total += counts[i];
+  return total;
+}
+
 }  // namespace
 
 extern const SweepKernels DC_FOR_ISA(sweep_kernels);
-const SweepKernels DC_FOR_ISA(sweep_kernels) = {ldlq, solve, search, search_zero, quantize, dequantize, range};
+const SweepKernels DC_FOR_ISA(sweep_kernels) = {W,           descend,  ldlq,       solve, search,
+                                                search_zero, quantize, dequantize, range};
 
 }  // namespace dc

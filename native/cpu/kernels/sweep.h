@@ -22,6 +22,19 @@ struct LdlqColumns {
   float* loss;                // [nr] += ((v_j - Q_j) R_jj)^2
 };
 
+// Coordinate descent over columns [j0, j1) of `lanes` rows. All [k, lanes] but where noted.
+struct DescentColumns {
+  int64_t k, j0, j1;
+  float low, high;
+  const float* h;  // [k, ldh], symmetric
+  int64_t ldh;
+  const float* const* scale;  // [j1 - j0] -> [lanes]
+  float* gradient;            // (W - Q) H, kept up to date from column `from` on
+  int64_t from;
+  float* codes;
+  float* delta;  // [j1 - j0, lanes] scratch
+};
+
 struct GridSearch {
   float low, high;
   int points;
@@ -30,6 +43,8 @@ struct GridSearch {
 };
 
 struct SweepKernels {
+  int lanes;  // rows that descend() takes at once
+  int64_t (*descend)(const DescentColumns&);  // how many codes changed
   void (*ldlq)(const LdlqColumns&);
   // X L' = B for m columns of a strip: x [m, nr] holds B less what earlier columns contribute; l [m, mr] = -L_ji (row i,
   // column j > i), inverse [m] = 1 / L_jj.

@@ -130,13 +130,16 @@ export function scaleRefit(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: 
   return scale;
 }
 
-/** One pass of coordinate descent over the codes under H, in place; changed i32 [N]. */
-export function codeDescent(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: Grid): Tensor {
+/**
+ * Coordinate descent over the codes under H (symmetric, f32 [K,K]), in place: at most `passes` over all columns, fewer
+ * when nothing changes any more. changed i32 [N]: how many codes of each row differ from before.
+ */
+export function codeDescent(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: Grid, passes = 1): Tensor {
   ensureDType('code_descent', 'f32', w, h, grid.scale, grid.zero);
   ensureShape('code_descent', 'H', h, ...w.shape.slice(0, -2), w.dim(-1), w.dim(-1));
   ensureShape('code_descent', 'codes', codes, ...w.shape);
   const changed = s.empty('i32', w.shape.slice(0, -1));
-  w.device.run('code_descent', [codes, w, h, ...gridTensors(grid), changed], gridInts(grid), []);
+  w.device.run('code_descent', [codes, w, h, ...gridTensors(grid), changed], [...gridInts(grid), passes], []);
   return changed;
 }
 
