@@ -130,8 +130,16 @@ function range({ min, max }: NumberSpec): string {
 }
 
 /** A number of bytes: `5GB` (powers of ten), `512MiB` (powers of two), `4096`. */
-export const byteSize = <const S extends OptionSpec<number>>(spec: S): Option<ValueOf<number, S>> =>
-  option<number, S>('value', spec, 'size', readBytes);
+export const byteSize = <const S extends OptionSpec<number>>(spec: S): Option<ValueOf<number, S>> => {
+  const shown = spec.default === undefined ? {} : { defaultNote: sizeText(spec.default) };
+  return option<number, S>('value', { ...shown, ...spec }, 'size', readBytes);
+};
+
+/** `5e9` -> `5GB`, as it can be typed. */
+function sizeText(bytes: number): string {
+  const unit = [3, 2, 1].find((power) => bytes % 1000 ** power === 0) ?? 0;
+  return `${bytes / 1000 ** unit}${['', 'kB', 'MB', 'GB'][unit]}`;
+}
 
 export function readBytes(given: string): number {
   const match = /^(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?$/i.exec(given.trim());

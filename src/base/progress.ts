@@ -56,19 +56,22 @@ function textProgress(options: ProgressOptions, spinner: Ora | undefined): Progr
   const shows = mode !== 'none' && !quiet;
   let stage: Stage | undefined;
   let lastLine = clock();
+  /** The last line that was no sign of life only. */
+  let lastEvent = lastLine;
   let lastStepLine = lastLine;
 
-  const write = (line: string) => {
+  const write = (line: string, event = true) => {
     const spinning = spinner?.isSpinning === true;
     if (spinning) spinner.clear();
     stream.write(`${line}\n`);
     if (spinning) spinner.render();
     lastLine = clock();
+    if (event) lastEvent = lastLine;
   };
   const heartbeat = setInterval(() => {
     if (!shows || spinner || clock() - lastLine < beat - tick) return;
     const at = stage && `${stage.name} ${stage.last.done}/${stage.last.total}, ${duration(clock() - stage.started)}`;
-    write(dimColor(`... still working${at === undefined ? '' : `: ${at}`}`));
+    write(dimColor(`... still working${at === undefined ? '' : `: ${at}`}`), false);
   }, tick * 1000);
   heartbeat.unref();
 
@@ -86,7 +89,7 @@ function textProgress(options: ProgressOptions, spinner: Ora | undefined): Progr
       if (stage?.name !== step.stage || step.done < stage.last.done) {
         finishStage();
         const doneBefore = step.done <= 1 ? 0 : step.done - 1;
-        stage = { name: step.stage, started: lastLine, doneBefore, last: step, lastAt: lastLine };
+        stage = { name: step.stage, started: lastEvent, doneBefore, last: step, lastAt: lastEvent };
         lastStepLine = now;
       }
       const last = step.done >= step.total;

@@ -44,6 +44,14 @@ describe('plain progress', () => {
       '',
     ]);
   });
+  it('measures the first step from the last message, heartbeats aside', async () => {
+    const log = await open('plain');
+    log.info('begins');
+    wait(60);
+    log.progress(step(1, 2));
+    expect(written).toContain('still working');
+    expect(written).toMatch(/quantize 1\/2 {2}error 0\.01 {2}60\.0 s, 60\.0 s left\n$/);
+  });
   it('does not count resumed steps as fast ones', async () => {
     const log = await open('plain');
     now += 10;
