@@ -25,8 +25,8 @@ export function diagnose(m: Measurements, gates: readonly GateResult[]): string[
     found.push(`Layer ${i} (${m.layers[i]!.name}) stands out: its own error is ${short(error)}${times}.`);
   }
   const weight = m.weights?.worst[0];
-  if (weight && weight.error > 0.05 && weight.error > standsOut * weight.peers) {
-    const lost = weight.error === 1 ? ' (all zero)' : '';
+  if (weight && weight.error > 0.05 && (weight.lost || weight.error > 2.5 * weight.peers)) {
+    const lost = weight.lost ? ' (all zero)' : '';
     found.push(
       `${weight.name} differs by ${short(weight.error)}${lost}, its kind by ${short(weight.peers)} at the median.`,
     );

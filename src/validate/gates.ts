@@ -176,7 +176,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxWeightError',
-    metric: 'relative error of the worst weight; beyond the bound only if also 5 x the median of its kind',
+    metric: 'relative error of the worst weight, of those that are 2.5 x the median of their kind, or all zero',
     direction: 'max',
     bounds: { exact: 1e-2, quantized: 0.35, restructured: 0.35 },
     meaning:
@@ -184,7 +184,7 @@ export const gates: readonly Gate[] = [
     remedy: 'Convert this tensor again; compare both with inspect --tensors',
     measure: ({ weights: w }) => {
       if (!w || w.compared === 0) return 'no tensors of the same name and shape';
-      const apart = w.worst.filter(({ error, peers }) => error >= 5 * peers);
+      const apart = w.worst.filter(({ error, peers, lost }) => lost === true || error >= 2.5 * peers);
       const worst = apart.toSorted((a, b) => b.error - a.error)[0];
       if (!worst) return { value: 0, where: 'none stands out' };
       return { value: worst.error, where: worst.name, ...(worst.layer !== null && { layer: worst.layer }) };

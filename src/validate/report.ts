@@ -216,6 +216,8 @@ export interface WeightError {
   /** The median error of tensors of the same kind (same last name). */
   readonly peers: number;
   readonly layer: number | null;
+  /** All zero in the candidate, and not in the reference. */
+  readonly lost?: true;
 }
 
 export interface WeightsResult {

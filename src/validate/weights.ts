@@ -19,6 +19,8 @@ interface Compared {
   readonly kind: string;
   readonly layer: number | null;
   readonly error: number;
+  /** All zero in the candidate, and not in the reference. */
+  readonly lost: boolean;
 }
 
 /** `model.layers.3.mlp.experts.7.down_proj.weight` -> `mlp.experts.*.down_proj.weight`. */
@@ -45,20 +47,21 @@ export class WeightErrors {
     this.#unmatched.candidate += others.size - both.length;
     if (both.length === 0) return new Set();
     using scope = new Scope(reference.weights.get(both[0]!.name).device);
-    // {sum of squares, count of non-finite values} of the difference, then of the reference.
-    const norms = scope.zeros('f32', [both.length, 2, 2]);
+    // {sum of squares, count of non-finite values} of the difference, of the reference, of the candidate.
+    const norms = scope.zeros('f32', [both.length, 3, 2]);
     both.forEach(({ name }, i) => {
       const [a, b] = [reference.weights.get(name), candidate.weights.get(name)];
       addDifference(norms.at(i).at(0), a, b);
       normAdd(norms.at(i).at(1), a);
+      normAdd(norms.at(i).at(2), b);
     });
     const values = await norms.float32();
     const identical = new Set<string>();
     both.forEach(({ name }, i) => {
-      const [difference, odd, size] = [values[4 * i]!, values[4 * i + 1]!, values[4 * i + 2]!];
+      const [difference, odd, size] = [values[6 * i]!, values[6 * i + 1]!, values[6 * i + 2]!];
       if (difference === 0 && odd === 0) identical.add(name);
       const error = odd > 0 ? Infinity : difference === 0 ? 0 : Math.sqrt(difference / Math.max(size, 1e-30));
-      this.#compared.push({ name, kind: kindOf(name), layer, error });
+      this.#compared.push({ name, kind: kindOf(name), layer, error, lost: size > 0 && values[6 * i + 4] === 0 });
     });
     return identical;
   }
@@ -76,10 +79,12 @@ export class WeightErrors {
     const excess = ({ error, kind }: Compared): number => error / Math.max(peers.get(kind)!, 0.02);
     const worst = this.#compared
       .filter(({ error }) => error > 0)
-      .sort((a, b) => excess(b) - excess(a) || b.error - a.error || a.name.localeCompare(b.name, 'en'))
+      .sort(
+        (a, b) => +b.lost - +a.lost || excess(b) - excess(a) || b.error - a.error || a.name.localeCompare(b.name, 'en'),
+      )
       .slice(0, 40)
-      .map(({ name, error, kind, layer }): WeightError => {
-        return { name, error: finite(error), peers: finite(peers.get(kind)!), layer };
+      .map(({ name, error, kind, layer, lost }): WeightError => {
+        return { name, error: finite(error), peers: finite(peers.get(kind)!), layer, ...(lost && { lost }) };
       });
     return {
       compared: this.#compared.length,

@@ -188,7 +188,15 @@ export function syntheticMeasurements({ layers, heads, experts = 0, broken }: Sh
       worst:
         broken === undefined
           ? []
-          : [{ name: `model.layers.${broken}.mlp.down_proj.weight`, error: 1, peers: 0.1, layer: broken }],
+          : [
+              {
+                name: `model.layers.${broken}.mlp.down_proj.weight`,
+                error: 1,
+                peers: 0.1,
+                layer: broken,
+                lost: true as const,
+              },
+            ],
     },
     tokenizer: {
       tokens: 16384,

@@ -1,0 +1,103 @@
+import { existsSync, readFileSync } from 'node:fs';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { JobEnv } from '../../../src/backend/env.js';
+import { openModel } from '../../../src/arch/open.js';
+import { compareModels, type SidesResult } from '../../../src/validate/sides.js';
+import type { AttentionMode, LayerError } from '../../../src/validate/report.js';
+import type { Windows } from '../../../src/validate/texts.js';
+import { Damage, cpu, dense, moe, shared, truncate } from './models.js';
+
+type Maps = Pick<AttentionMode, 'divergence' | 'cosine' | 'overlap'>;
+interface Load {
+  load: number[];
+  maxVio: number;
+  entropy: number;
+}
+interface Expected {
+  tokens: number[][];
+  attention: { teacherForced: Maps; freeRunning: Maps };
+  layers: { teacherForced: LayerError; freeRunning: LayerError }[];
+  routing: (Load & {
+    layer: number;
+    reference: Load;
+    agreement: { teacherForced: number; freeRunning: number };
+  })[];
+  logits: Pick<SidesResult['logits'], 'kl' | 'top1' | 'perplexity' | 'flips'>;
+  weights: Record<string, number>;
+}
+const path = new URL('../../../fixtures/validate/expected.json', import.meta.url);
+const expected = JSON.parse(readFileSync(path, 'utf8')) as Record<'dense' | 'moe' | 'int4', Expected>;
+
+let env: JobEnv & { close(): void };
+let damage: Damage;
+beforeAll(async () => {
+  env = cpu();
+  damage = await Damage.make();
+});
+afterAll(async () => {
+  env.close();
+  await damage.remove();
+});
+
+const windowsOf = ({ tokens }: Expected): Windows[] => [
+  { name: 'text', tokens: Int32Array.from(tokens.flat()), n: tokens.length, length: tokens[0]!.length, sha256: '' },
+];
+
+async function compare(reference: string, candidate: string, windows: Windows[], batchTokens?: number) {
+  const [a, b] = [await openModel(reference), await openModel(candidate)];
+  try {
+    const options = {
+      dtype: 'f32',
+      resamples: 100,
+      seed: 0,
+      ...(batchTokens !== undefined && { batchTokens }),
+    } as const;
+    return await compareModels(a, b, windows, options, env);
+  } finally {
+    await Promise.all([a.close(), b.close()]);
+  }
+}
+
+/** Everything is equal within 1e-4 of the value. */
+function expectNear(got: unknown, wanted: unknown, at = ''): void {
+  if (typeof wanted === 'number') {
+    const near = Math.abs((got as number) - wanted) <= 1e-4 * Math.abs(wanted) + 2e-6;
+    if (!near) expect(got, at).toBe(wanted);
+    return;
+  }
+  const keys = Object.keys(wanted as object);
+  expect(keys.length, at).toBeGreaterThan(0);
+  for (const key of keys) {
+    expectNear((got as Record<string, unknown>)[key], (wanted as Record<string, unknown>)[key], `${at}.${key}`);
+  }
+}
+
+function expectAll(got: SidesResult, wanted: Expected): void {
+  expectNear(got.attention, wanted.attention, 'attention');
+  expectNear(got.layers, wanted.layers, 'layers');
+  expectNear(got.logits, wanted.logits, 'logits');
+  if (wanted.routing.length > 0) expectNear(got.routing?.layers, wanted.routing, 'routing');
+  else expect(got.routing).toBeUndefined();
+}
+
+describe('against transformers in fp32', () => {
+  it('a dense model and its truncated weights', async () => {
+    const candidate = await damage.copy(dense, 'dense-truncated', truncate);
+    const got = await compare(dense, candidate, windowsOf(expected.dense));
+    expectAll(got, expected.dense);
+    const oProj = got.weights.kinds.find(({ kind }) => kind === 'self_attn.o_proj.weight')!;
+    expect(oProj.count).toBe(4);
+    expect(oProj.mean).toBeCloseTo(expected.dense.weights['model.layers.1.self_attn.o_proj.weight']!, 2);
+  });
+
+  it('a mixture of experts with MLA and its truncated weights', async () => {
+    const candidate = await damage.copy(moe, 'moe-truncated', truncate);
+    expectAll(await compare(moe, candidate, windowsOf(expected.moe)), expected.moe);
+  });
+
+  it('INT4 by llm-compressor', async ({ skip }) => {
+    const candidate = shared('models/dense-6m-int4-llmcompressor');
+    if (!existsSync(candidate)) skip('../shared is not here');
+    expectAll(await compare(shared('models/dense-6m'), candidate, windowsOf(expected.int4)), expected.int4);
+  });
+});

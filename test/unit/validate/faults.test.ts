@@ -1,0 +1,219 @@
+import { readFile, writeFile } from 'node:fs/promises';
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { JobEnv } from '../../../src/backend/env.js';
+import { gateFailure, runValidate, type ValidateOptions } from '../../../src/validate/run.js';
+import type { ValidateReport } from '../../../src/validate/report.js';
+import { Damage, cpu, dense, fixture, moe, scaleBy, shared, toBits, toNumber, type Edit } from './models.js';
+
+let env: JobEnv & { close(): void };
+let damage: Damage;
+beforeAll(async () => {
+  env = cpu();
+  damage = await Damage.make();
+});
+afterAll(async () => {
+  env.close();
+  await damage.remove();
+});
+
+const validate = (reference: string, candidate: string, more: Partial<ValidateOptions> = {}): Promise<ValidateReport> =>
+  runValidate(
+    {
+      reference,
+      candidate,
+      texts: [fixture('samples.jsonl')],
+      samples: 4,
+      seqLen: 80,
+      generations: 0,
+      resamples: 100,
+      ...more,
+    },
+    env,
+  );
+
+const failed = (report: ValidateReport): string[] =>
+  report.gates.filter(({ status }) => status === 'fail').map(({ id }) => id);
+const gate = (report: ValidateReport, id: string) => report.gates.find((g) => g.id === id)!;
+
+const zero: Edit = (bits) => bits.fill(0);
+/** Rows of some heads change places. */
+const swapRows =
+  (a: number, b: number, rows: number): Edit =>
+  (bits, [, width]) => {
+    const span = rows * width!;
+    const first = bits.slice(a * span, (a + 1) * span);
+    bits.copyWithin(a * span, b * span, (b + 1) * span);
+    bits.set(first, b * span);
+  };
+/** Two bits a weight, groups of 128, by the largest value: what nobody should ship. */
+const twoBits: Edit = (bits) => {
+  for (let from = 0; from < bits.length; from += 128) {
+    const group = bits.subarray(from, from + 128);
+    const scale = group.reduce((m, b) => Math.max(m, Math.abs(toNumber(b))), 0) / 2;
+    group.forEach((b, i) => {
+      const code = Math.min(1, Math.max(-2, Math.round(toNumber(b) / scale)));
+      group[i] = toBits(code * scale);
+    });
+  }
+};
+const edited =
+  (folder: string, file: string, change: (config: Record<string, Record<string, unknown>>) => void) =>
+  async (): Promise<void> => {
+    const path = join(damage.folder, folder, file);
+    const config = JSON.parse(await readFile(path, 'utf8')) as Record<string, Record<string, unknown>>;
+    change(config);
+    await writeFile(path, JSON.stringify(config));
+  };
+const none: Edit = () => undefined;
+
+describe('what is intact passes', () => {
+  it.each([
+    ['dense', dense],
+    ['MoE', moe],
+  ])('%s against itself: every number is perfect', async (_, model) => {
+    const report = await validate(model, model, { profile: 'exact', generations: 3, newTokens: 12 });
+    expect(failed(report)).toEqual([]);
+    expect(report.passed).toBe(true);
+    expect(report.diagnosis).toEqual([]);
+    expect(report.logits).toMatchObject({
+      kl: { mean: 0, max: 0 },
+      top1: 1,
+      flips: { rightToWrong: 0, wrongToRight: 0 },
+    });
+    expect(report.logits.perplexity.ratio).toBe(1);
+    expect(report.logits.intervals).toEqual({ kl: { low: 0, high: 0 }, ratio: { low: 1, high: 1 } });
+    for (const layer of report.layers)
+      expect([layer.teacherForced, layer.freeRunning]).toEqual(Array(2).fill({ output: 0, update: 0 }));
+    expect(report.attention!.layer0).toEqual({ expected: true, difference: 0 });
+    expect(report.attention!.teacherForced.worst.divergence).toBeLessThan(1e-6);
+    expect(report.attention!.freeRunning.mean).toMatchObject({ overlap: 1 });
+    expect(report.weights).toMatchObject({ worst: [], unmatched: { reference: 0, candidate: 0 } });
+    expect(report.weights!.identical).toBe(report.weights!.compared);
+    expect(report.diversity!.distinctRatio.value).toBe(1);
+    for (const pair of report.diversity!.pairs) expect(pair.candidate).toBe(pair.reference);
+    if (model === moe) expect(report.routing!.mean.agreement).toBe(1);
+    // Nothing was skipped but what this model does not have.
+    expect(report.gates.filter(({ status }) => status === 'skipped').map(({ id }) => id)).toEqual(
+      model === moe ? [] : ['minRoutingAgreement', 'maxDeadExperts', 'maxLoadViolation'],
+    );
+    expect(gateFailure(report)).toBeUndefined();
+  });
+
+  it('gives the same report twice', async () => {
+    const candidate = await damage.copy(dense, 'twice', { 'model.layers.1.mlp.up_proj.weight': scaleBy(1.1) });
+    const run = (): Promise<ValidateReport> => validate(dense, candidate, { generations: 2, newTokens: 8 });
+    expect(JSON.stringify(await run())).toBe(JSON.stringify(await run()));
+  });
+
+  it('an honest INT4 of 6 million parameters passes', async ({ skip }) => {
+    const candidate = shared('models/dense-6m-int4-llmcompressor');
+    if (!existsSync(candidate)) skip('../shared is not here');
+    const texts = ['en-books', 'zh', 'wikitext2-raw-test'].map((name) => shared(`text/eval.${name}.txt`));
+    const report = await validate(shared('models/dense-6m'), candidate, { texts, samples: 12, seqLen: 256 });
+    expect(failed(report)).toEqual([]);
+    expect(report.profile).toBe('quantized');
+    expect(report.candidate.quantization).toBe('compressed-tensors');
+  });
+});
+
+describe('planted faults are caught and named', () => {
+  it("one layer's down_proj zeroed", async () => {
+    const candidate = await damage.copy(dense, 'zeroed', { 'model.layers.2.mlp.down_proj.weight': zero });
+    const report = await validate(dense, candidate);
+    expect(failed(report)).toEqual(expect.arrayContaining(['maxKl', 'maxPplRatio', 'maxLayerError', 'maxWeightError']));
+    expect(gate(report, 'maxLayerError')).toMatchObject({ layer: 2, where: 'layer 2 (model.layers.2)' });
+    expect(gate(report, 'maxKl').where).toContain('layer 2 (model.layers.2)');
+    expect(gate(report, 'maxWeightError').where).toBe('model.layers.2.mlp.down_proj.weight');
+    expect(report.diagnosis[0]).toContain('Layer 2 (model.layers.2) stands out');
+    const error = gateFailure(report)!;
+    expect(error.exitCode).toBe(3);
+    expect(error.message).toContain('model.layers.2');
+    // The patterns of the layer itself are untouched: the fault is behind them.
+    expect(report.attention!.teacherForced.divergence[2]!.every((d) => d < 1e-6)).toBe(true);
+  });
+
+  it('a swapped pair of heads', async () => {
+    const candidate = await damage.copy(dense, 'swapped', {
+      'model.layers.1.self_attn.q_proj.weight': swapRows(0, 1, 64),
+    });
+    const report = await validate(dense, candidate);
+    expect(failed(report)).toEqual(expect.arrayContaining(['maxAttentionJs', 'maxWeightError']));
+    expect(gate(report, 'maxAttentionJs')).toMatchObject({ layer: 1 });
+    const row = report.attention!.teacherForced.divergence[1]!;
+    expect(Math.min(row[0]!, row[1]!)).toBeGreaterThan(0.03);
+    expect(Math.max(row[2]!, row[3]!)).toBeLessThan(1e-6);
+    expect(gate(report, 'maxAttentionJs').where).toMatch(/^layer 1, head [01] /);
+  });
+
+  it('a scaled norm', async () => {
+    const candidate = await damage.copy(dense, 'norm', { 'model.layers.3.input_layernorm.weight': scaleBy(1.6) });
+    const report = await validate(dense, candidate);
+    expect(failed(report)).toContain('maxWeightError');
+    expect(gate(report, 'maxWeightError').where).toBe('model.layers.3.input_layernorm.weight');
+    expect(gate(report, 'maxLayerError')).toMatchObject({ status: 'fail', layer: 3 });
+    expect(gate(report, 'maxAttentionJs')).toMatchObject({ status: 'fail', layer: 3 });
+  });
+
+  it('another rope_theta: equal weights, unequal patterns', async () => {
+    const change = edited('rope', 'v1.0_checkpoint.config.json', (config) => {
+      (config.rope_parameters as { rope_theta: number }).rope_theta *= 100;
+    });
+    const report = await validate(dense, await damage.copy(dense, 'rope', none, change));
+    expect(report.weights!.identical).toBe(report.weights!.compared);
+    expect(failed(report)).toContain('maxLayer0Change');
+    expect(report.diagnosis[0]).toContain('the two configurations disagree');
+  });
+
+  it('two bits in one down_proj', async () => {
+    const candidate = await damage.copy(dense, 'two-bits', { 'model.layers.1.mlp.down_proj.weight': twoBits });
+    const report = await validate(dense, candidate);
+    expect(gate(report, 'maxLayerError')).toMatchObject({ status: 'fail', layer: 1 });
+    expect(gate(report, 'maxWeightError')).toMatchObject({
+      status: 'fail',
+      where: 'model.layers.1.mlp.down_proj.weight',
+    });
+  });
+
+  it('one expert zeroed', async () => {
+    const expert = 'model.layers.2.mlp.experts.5';
+    const edits = Object.fromEntries(['gate', 'up', 'down'].map((part) => [`${expert}.${part}_proj.weight`, zero]));
+    const report = await validate(moe, await damage.copy(moe, 'expert', edits));
+    expect(failed(report)).toContain('maxWeightError');
+    expect(gate(report, 'maxWeightError')).toMatchObject({ layer: 2 });
+    expect(gate(report, 'maxWeightError').where).toContain(expert);
+    expect(gate(report, 'maxLayerError').where).toContain('layer 2');
+  });
+
+  it('router rows out of order', async () => {
+    const candidate = await damage.copy(moe, 'router', { 'model.layers.3.mlp.gate.weight': swapRows(1, 6, 1) });
+    const report = await validate(moe, candidate);
+    expect(failed(report)).toContain('minRoutingAgreement');
+    expect(gate(report, 'minRoutingAgreement')).toMatchObject({ layer: 3, where: 'layer 3' });
+  });
+
+  it('token ids shifted', async () => {
+    const change = edited('tokenizer', 'tokenizer.json', ({ model }) => {
+      const { vocab } = model as { vocab: Record<string, number> };
+      const [a, b] = ['Ġthe', 'Ġof'] as const;
+      [vocab[a], vocab[b]] = [vocab[b]!, vocab[a]!];
+    });
+    const report = await validate(dense, await damage.copy(dense, 'tokenizer', none, change));
+    expect(failed(report)).toEqual(['maxTokenMismatch']);
+    expect(gate(report, 'maxTokenMismatch').where).toMatch(/samples\.jsonl.*token \d+: \d+ "Ġ(the|of)" against \d+/);
+  });
+
+  it('BPE dropout left on', async () => {
+    const change = edited('dropout', 'tokenizer.json', ({ model }) => Object.assign(model ?? {}, { dropout: 0.1 }));
+    const report = await validate(dense, await damage.copy(dense, 'dropout', none, change));
+    expect(failed(report)).toContain('maxBpeDropout');
+    expect(gate(report, 'maxBpeDropout')).toMatchObject({ value: 0.1, where: 'tokenizer.json of the candidate' });
+  });
+
+  it('a model that loops', async () => {
+    const candidate = await damage.copy(dense, 'loops', { 'model.norm.weight': scaleBy(8) });
+    const report = await validate(dense, candidate, { generations: 8, newTokens: 40 });
+    expect(failed(report)).toEqual(expect.arrayContaining(['minDistinctRatio', 'maxRepIncrease']));
+  });
+});
