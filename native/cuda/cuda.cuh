@@ -150,6 +150,7 @@ __device__ __forceinline__ float block_max(float x, float* shared) {
 // Shared by the ops: C = alpha A B + beta C on row-major or transposed views (gemm.cu).
 int gemm(dc_context* c, const dc_tensor& C, const dc_tensor& A, const dc_tensor& B, double alpha, double beta, int precision);
 int copy(dc_context* c, const dc_tensor& dst, const dc_tensor& src);
+int zero(dc_context* c, const dc_tensor& dst);
 
 inline dc_tensor matrix(void* data, int dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride = 1) {
   return {data, dtype, 2, {rows, columns, 1, 1}, {row_stride, column_stride, 0, 0}};

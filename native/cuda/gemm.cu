@@ -7,11 +7,11 @@ namespace dc {
 namespace {
 
 template <class T>
-__global__ void add_bias(T* C, int64_t row, int64_t batch_stride, dc_tensor bias, int64_t M, int64_t N, int64_t batch) {
+__global__ void add_bias(T* C, int64_t row, int64_t column, int64_t batch_stride, dc_tensor bias, int64_t M, int64_t N, int64_t batch) {
   const int64_t n = batch * M * N;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t b = i / (M * N), r = i / N % M, j = i % N;
-    T& y = C[b * batch_stride + r * row + j];
+    T& y = C[b * batch_stride + r * row + j * column];
     y = from_float<T>(to_float(y) + load(bias.data, bias.dtype, j * bias.stride[0]));
   }
 }
@@ -65,10 +65,18 @@ int gemm(dc_context* c, const dc_tensor& C, const dc_tensor& A, const dc_tensor&
   const int d = C.rank == 3 ? 1 : 0;
   const int64_t batch = d ? C.dim[0] : 1, M = C.dim[d], N = C.dim[d + 1], K = A.dim[d + 1];
   if (batch * M * N == 0) return 0;
-  if (K == 0) {
-    if (beta == 0) DC_CUDA(cudaMemset2DAsync(C.data, size_t(C.stride[0]) * dtype_size(C.dtype), 0, size_t(C.dim[1]) * dtype_size(C.dtype), size_t(C.dim[0]), c->stream));
-    return 0;
+  if (C.stride[d + 1] != 1 && N > 1 && (C.stride[d] == 1 || M == 1)) {  // columns of stride 1: C' = B' A'
+    auto turned = [d](dc_tensor t) {
+      const int64_t dim = t.dim[d], stride = t.stride[d];
+      t.dim[d] = t.dim[d + 1], t.stride[d] = t.stride[d + 1];
+      t.dim[d + 1] = dim, t.stride[d + 1] = stride;
+      return t;
+    };
+    dc_tensor turned_c = turned(C);
+    turned_c.stride[d + 1] = 1;
+    return gemm(c, turned_c, turned(B), turned(A), alpha, beta, precision);
   }
+  if (K == 0) return beta == 0 ? zero(c, C) : beta == 1 ? 0 : fail(c, "gemm: empty products with beta %g", beta);
   // Both operands in one type: the wider of the two when they differ.
   dc_tensor a = A, b = B;
   const int common = A.dtype == B.dtype ? A.dtype : DC_F32;
@@ -81,10 +89,9 @@ int gemm(dc_context* c, const dc_tensor& C, const dc_tensor& A, const dc_tensor&
     if (dense_copy(c, B, common, 1, &b)) return 1;
     describe(b, d, &ob);
   }
-  if (!describe(C, d, &oc) || oc.trans != CUBLAS_N) return fail(c, "gemm: C must have rows of stride 1");
-  // 16-bit inputs write fp32 or their own type; anything else passes through fp32.
+  // 16-bit inputs write fp32 or their own type; anything else, and C without a stride of 1, passes through fp32.
   dc_tensor wide = C;
-  const bool direct = C.dtype == DC_F32 || C.dtype == common;
+  const bool direct = (C.dtype == DC_F32 || C.dtype == common) && describe(C, d, &oc) && oc.trans == CUBLAS_N;
   if (!direct) {
     if (beta != 0) {
       if (dense_copy(c, C, DC_F32, 2, &wide)) return 1;
@@ -255,7 +262,7 @@ extern "C" int dc_cuda_gemm(dc_context* c, const dc_call* call) {
   if (gemm(c, C, A, B, call->f[0], call->f[1], int(call->i[0]))) return 1;
   if (!present(bias) || count(C) == 0) return 0;
   const int d = C.rank == 3 ? 1 : 0;
-  DC_FLOAT(C.dtype, T, add_bias<T><<<grid_for(c, count(C), 256), 256, 0, c->stream>>>(data<T>(C), C.stride[d], d ? C.stride[0] : 0, bias, C.dim[d], C.dim[d + 1], d ? C.dim[0] : 1));
+  DC_FLOAT(C.dtype, T, add_bias<T><<<grid_for(c, count(C), 256), 256, 0, c->stream>>>(data<T>(C), C.stride[d], C.stride[d + 1], d ? C.stride[0] : 0, bias, C.dim[d], C.dim[d + 1], d ? C.dim[0] : 1));
   return launched(c, "gemm bias");
 }
 

@@ -108,7 +108,8 @@ __global__ void mean_diagonal(float* damp, const float* H, int64_t K, int64_t ro
   if (threadIdx.x == 0) damp[blockIdx.x] = factor * sum / float(K), info[blockIdx.x] = 0;
 }
 
-// Factors the NB x NB diagonal block and writes the inverse of its factor to `inverse` (for the panel below).
+// Factors the NB x NB diagonal block and writes the inverse of its factor to `inverse` (for the panel below): every
+// elimination step is applied to the block and to the identity beside it.
 __global__ void __launch_bounds__(256) factor_diagonal(float* L, int64_t K, int64_t j0, int width, float* inverse, int32_t* info) {
   __shared__ float a[NB][NB + 1], v[NB][NB + 1];
   __shared__ int bad;
@@ -121,35 +122,28 @@ __global__ void __launch_bounds__(256) factor_diagonal(float* L, int64_t K, int6
   }
   if (threadIdx.x == 0) bad = 0;
   __syncthreads();
+  const int q0 = threadIdx.x & 63, r0 = threadIdx.x >> 6;  // 4 rows at a time, a thread per column
   for (int j = 0; j < NB; j++) {
-    if (threadIdx.x == 0) {
-      if (!(a[j][j] > 0) || !isfinite(a[j][j])) {
-        if (!bad) bad = j + 1;
-        a[j][j] = 1.f;
-      }
-      a[j][j] = sqrtf(a[j][j]);
+    const float d = a[j][j];
+    const bool good = d > 0 && isfinite(d);
+    const float pivot = good ? 1.f / sqrtf(d) : 1.f;
+    if (!good && threadIdx.x == 0 && !bad) bad = j + 1;
+    // Row j of both sides, scaled: l_jj = sqrt(d), v_j = v_j / l_jj; column j below: l_rj = a_rj / l_jj.
+    const float vj = v[j][q0] * pivot, lq = q0 > j ? a[q0][j] * pivot : 0.f;
+    __syncthreads();
+    for (int r = j + 1 + r0; r < NB; r += 4) {
+      const float lr = a[r][j] * pivot;
+      if (q0 > j && q0 <= r) a[r][q0] -= lr * lq;
+      if (q0 <= j) v[r][q0] -= lr * vj;
     }
     __syncthreads();
-    const float pivot = 1.f / a[j][j];
-    for (int r = j + 1 + threadIdx.x; r < NB; r += 256) a[r][j] *= pivot;
-    __syncthreads();
-    const int rest = NB - j - 1;
-    for (int i = threadIdx.x; i < rest * rest; i += 256) {
-      const int r = j + 1 + i / rest, q = j + 1 + i % rest;
-      if (q <= r) a[r][q] -= a[r][j] * a[q][j];
+    if (r0 == 0) {
+      if (q0 > j) a[q0][j] = lq;
+      else v[j][q0] = vj;
+      if (q0 == j) a[j][j] = good ? d * pivot : 1.f;
     }
     __syncthreads();
   }
-  // Forward substitution, a thread per column of the identity.
-  if (threadIdx.x < NB) {
-    const int q = threadIdx.x;
-    for (int r = q; r < NB; r++) {
-      float sum = r == q ? 1.f : 0.f;
-      for (int k = q; k < r; k++) sum -= a[r][k] * v[k][q];
-      v[r][q] = sum / a[r][r];
-    }
-  }
-  __syncthreads();
   for (int i = threadIdx.x; i < NB * NB; i += 256) {
     const int r = i / NB, q = i % NB;
     if (r < width && q <= r) block[r * K + q] = a[r][q];
@@ -193,18 +187,45 @@ __global__ void store_factor(float* F, int64_t row, int64_t batch_stride, const 
   }
 }
 
-// The trailing matrix of one outer step: A22 -= P P', lower tiles only, P [m, width] at column j0.
+// Columns j0..j0 + width of rows from..K as [high | low | high] and [high | high | low] in bf16.
+__global__ void split_panel(bf16* left, bf16* right, const float* L, int64_t K, int64_t j0, int64_t width, int64_t from) {
+  const int64_t e = blockIdx.y, m = K - from, n = m * width;
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t r = i / width, q = i % width, at = (e * m + r) * 3 * width + q;
+    const float v = L[e * K * K + (from + r) * K + j0 + q];
+    const bf16 high = from_float<bf16>(v), low = from_float<bf16>(v - to_float(high));
+    left[at] = high, left[at + width] = low, left[at + 2 * width] = high;
+    right[at] = high, right[at + width] = high, right[at + 2 * width] = low;
+  }
+}
+
+// The trailing matrix of one step: A22 -= P P' for columns from..to, rows below; P [m, width] at column j0. Wide steps
+// multiply in bf16x3 on tensor cores (fp32 accuracy to about 2^-16 of each product), narrow ones in fp32.
 int trailing(dc_context* c, float* L, int64_t K, int64_t batch, int64_t j0, int64_t width, int64_t from, int64_t to) {
-  // Columns from..to of the trailing part, all rows below: panels keep the upper triangle's waste small.
   const int64_t m = K - from;
   if (m <= 0) return 0;
-  const int64_t panel = to - from > 1024 ? 1024 : to - from;
+  bf16 *left = nullptr, *right = nullptr;
+  const bool split = width >= 256;
+  if (split) {
+    const size_t half = size_t(batch) * m * 3 * width * 2;
+    left = static_cast<bf16*>(scratch(c, 0, half));
+    right = static_cast<bf16*>(scratch(c, 1, half));
+    if (!left || !right) return 1;
+    split_panel<<<dim3(grid_for(c, m * width, 256), unsigned(batch)), 256, 0, c->stream>>>(left, right, L, K, j0, width, from);
+  }
+  const int64_t panel = to - from > 2048 ? 2048 : to - from;  // pieces keep the waste in the upper triangle small
   for (int64_t q = from; q < to; q += panel) {
     const int64_t w = to - q < panel ? to - q : panel;
-    dc_tensor C{L + q * K + q, DC_F32, 3, {batch, K - q, w, 1}, {K * K, K, 1, 0}};
-    dc_tensor A{L + q * K + j0, DC_F32, 3, {batch, K - q, width, 1}, {K * K, K, 1, 0}};
-    dc_tensor B{L + q * K + j0, DC_F32, 3, {batch, width, w, 1}, {K * K, 1, K, 0}};
-    if (gemm(c, C, A, B, -1, 1, 0)) return 1;
+    const dc_tensor C{L + q * K + q, DC_F32, 3, {batch, K - q, w, 1}, {K * K, K, 1, 0}};
+    if (split) {
+      const dc_tensor A{left + (q - from) * 3 * width, DC_BF16, 3, {batch, K - q, 3 * width, 1}, {m * 3 * width, 3 * width, 1, 0}};
+      const dc_tensor B{right + (q - from) * 3 * width, DC_BF16, 3, {batch, 3 * width, w, 1}, {m * 3 * width, 1, 3 * width, 0}};
+      if (gemm(c, C, A, B, -1, 1, 0)) return 1;
+    } else {
+      const dc_tensor A{L + q * K + j0, DC_F32, 3, {batch, K - q, width, 1}, {K * K, K, 1, 0}};
+      const dc_tensor B{L + q * K + j0, DC_F32, 3, {batch, width, w, 1}, {K * K, 1, K, 0}};
+      if (gemm(c, C, A, B, -1, 1, 0)) return 1;
+    }
   }
   return 0;
 }

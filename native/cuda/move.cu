@@ -242,6 +242,11 @@ __global__ void scatter_rows(dc_tensor dst, dc_tensor src, const int32_t* idx, c
 
 int copy(dc_context* c, const dc_tensor& dst, const dc_tensor& src) { return copy_counted(c, dst, src, nullptr); }
 
+int zero(dc_context* c, const dc_tensor& dst) {
+  fill_any<<<grid_for(c, count(dst), 256), 256, 0, c->stream>>>(dst, count(dst), 0);
+  return launched(c, "fill");
+}
+
 }  // namespace dc
 
 using namespace dc;

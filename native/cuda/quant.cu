@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(128) search_scales(Rows scale, Rows zero, Rows
 
 constexpr int BLOCK = 128, MICRO = 16, SWEEP_ROWS = 64, SWEEP_THREADS = 256;
 
-__global__ void __launch_bounds__(SWEEP_THREADS) sweep_block(Rows codes, Rows Q, Rows W, Rows R, Grid grid, float* error, int64_t error_batch, int64_t error_row, bool first, bf16* D,
+__global__ void __launch_bounds__(SWEEP_THREADS) sweep_block(Rows codes, Rows Q, Rows W, Rows R, Grid grid, float* error, int64_t error_batch, int64_t error_row, bool first, bf16* D, bf16* D_inner,
                                                              int64_t d_batch, int64_t d_row, int64_t d_part, int64_t rows, int64_t j0, int width) {
   extern __shared__ float memory[];
   float(*U)[BLOCK] = reinterpret_cast<float(*)[BLOCK]>(memory);                      // R_ij / R_jj
@@ -156,32 +156,50 @@ __global__ void __launch_bounds__(SWEEP_THREADS) sweep_block(Rows codes, Rows Q,
   float loss = 0;
   for (int k0 = 0; k0 < BLOCK && k0 < width; k0 += MICRO) {
     if (part == 0 && n < rows) {
-      float v[MICRO];
-#pragma unroll
-      for (int k = 0; k < MICRO; k++) v[k] = x[local][k0 + k];
+      // Everything the chain needs is fetched before it starts.
+      float v[MICRO], w0[MICRO], s[MICRO], z[MICRO], r0[MICRO];
+      const int64_t at = W.at(e, n) + j0 + k0;
+      const bool same = grid.column_group == nullptr && grid.group % MICRO == 0;  // j0 and k0 are multiples of MICRO
+      const int64_t g0 = same ? (j0 + k0) / grid.group : 0;
 #pragma unroll
       for (int k = 0; k < MICRO; k++) {
-        const int64_t j = j0 + k0 + k;
-        float difference = 0;
-        if (k0 + k < width) {
-          const int64_t g = grid.group_of(j);
-          const float s = grid.scale_at(e, n, g), z = grid.zero_at(e, n, g);
-          const float code = code_of(v[k], s, z, grid.low, grid.high), value = (code - z) * s;
-          difference = w[W.at(e, n) + j] - value;
-          const float miss = (v[k] - value) * diagonal[k0 + k];
-          loss += miss * miss;
-          static_cast<int8_t*>(codes.data)[codes.at(e, n) + j] = int8_t(code);
-          q[Q.at(e, n) + j] = value;
-          if (D) {
-            const bf16 high = from_float<bf16>(difference), low = from_float<bf16>(difference - to_float(high));
-            bf16* out = D + e * d_batch + n * d_row + k0 + k;
-            out[0] = high, out[d_part] = low, out[2 * d_part] = high;
-          }
-        }
+        const bool in = k0 + k < width;
+        const int64_t g = same ? g0 : in ? grid.group_of(j0 + k0 + k) : 0;
+        v[k] = x[local][k0 + k];
+        w0[k] = in ? w[at + k] : 0.f;
+        s[k] = grid.scale_at(e, n, g);
+        z[k] = grid.zero_at(e, n, g);
+        r0[k] = diagonal[k0 + k];
+      }
+      alignas(16) int8_t code_out[MICRO];
+#pragma unroll
+      for (int k = 0; k < MICRO; k++) {
+        const float code = code_of(v[k], s[k], z[k], grid.low, grid.high), value = (code - z[k]) * s[k];
+        const float difference = k0 + k < width ? w0[k] - value : 0.f;
+        const float miss = k0 + k < width ? (v[k] - value) * r0[k] : 0.f;
+        loss += miss * miss;
+        code_out[k] = int8_t(code);
+        v[k] = value;
+        w0[k] = difference;
         d[k][local] = difference;
 #pragma unroll
         for (int i = k + 1; i < MICRO; i++) v[i] = fmaf(difference, U[k0 + k][k0 + i], v[i]);
       }
+      int8_t* codes_at = static_cast<int8_t*>(codes.data) + codes.at(e, n) + j0 + k0;
+      float* q_at = q + Q.at(e, n) + j0 + k0;
+#pragma unroll
+      for (int k = 0; k < MICRO; k++)
+        if (k0 + k < width) {
+          codes_at[k] = code_out[k];
+          q_at[k] = v[k];
+          if (D) {
+            const bf16 high = from_float<bf16>(w0[k]), low = from_float<bf16>(w0[k] - to_float(high));
+            bf16* out = D + e * d_batch + n * d_row + k0 + k;
+            out[0] = high, out[d_part] = low, out[2 * d_part] = high;
+            bf16* inner = D_inner + (e * rows + n) * 3 * BLOCK + k0 + k;
+            inner[0] = high, inner[width] = low, inner[2 * width] = high;
+          }
+        }
     }
     __syncthreads();
     float mine[MICRO];
@@ -300,9 +318,10 @@ extern "C" int dc_cuda_ldlq(dc_context* c, const dc_call* call) {
   const Rows rq(Q), rr(R);
   const int64_t panel = K < 1024 ? ceil_div(K, BLOCK) * BLOCK : 1024;
   const bool single = K <= BLOCK;
-  bf16 *D = nullptr, *S = nullptr;
+  bf16 *D = nullptr, *S = nullptr, *D_inner = nullptr;
   if (!single) {
-    D = static_cast<bf16*>(scratch(c, 0, size_t(E) * N * 3 * panel * 2));
+    D = static_cast<bf16*>(scratch(c, 0, size_t(E) * N * 3 * (panel + BLOCK) * 2));
+    D_inner = D + E * N * 3 * panel;
     S = static_cast<bf16*>(scratch(c, 1, size_t(E) * 3 * panel * K * 2));
     if (!D || !S) return 1;
     for (int64_t e = 0; e < E; e++)  // pending sums start at zero
@@ -311,21 +330,19 @@ extern "C" int dc_cuda_ldlq(dc_context* c, const dc_call* call) {
   const size_t shared = (size_t(BLOCK) * BLOCK + SWEEP_ROWS * (BLOCK + 1) + BLOCK + MICRO * SWEEP_ROWS) * 4;
   DC_CUDA(cudaFuncSetAttribute(sweep_block, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   const int64_t d_row = 3 * panel, d_batch = N * d_row;
-  // pending[:, from..to] += D[:, part columns] R: `height` columns of D from column `at` of the panel, R from row i0.
-  auto spread = [&](int64_t at, int64_t height, int64_t i0, int64_t from, int64_t to, int64_t part) -> int {
+  // pending[:, from..to] += D R: the `height` columns of D that were swept last (`inner`: one block, else the panel),
+  // R from row i0.
+  auto spread = [&](bool inner, int64_t height, int64_t i0, int64_t from, int64_t to) -> int {
     const int64_t columns = to - from;
     if (columns <= 0) return 0;
+    // D lies as [high | low | high], R as high above high above low: one product of three times the depth.
     const int64_t s_batch = 3 * height * columns;
     split_factor<<<dim3(grid_for(c, height * columns, 256), unsigned(E)), 256, 0, c->stream>>>(S, s_batch, columns, rr, i0, height, from);
     const dc_tensor C{data<float>(Q) + from, DC_F32, 3, {E, N, columns, 1}, {rq.batch, rq.row, 1, 0}};
-    for (int k = 0; k < (part == height ? 1 : 3); k++) {
-      // whole panels lie as [high | low | high] side by side: one product of three times the depth
-      const int64_t depth = part == height ? 3 * height : height;
-      const dc_tensor A{D + k * part + at, DC_BF16, 3, {E, N, depth, 1}, {d_batch, d_row, 1, 0}};
-      const dc_tensor B{S + k * height * columns, DC_BF16, 3, {E, depth, columns, 1}, {s_batch, columns, 1, 0}};
-      if (gemm(c, C, A, B, 1, 1, 0)) return 1;
-    }
-    return 0;
+    const dc_tensor A = inner ? dc_tensor{D_inner, DC_BF16, 3, {E, N, 3 * height, 1}, {N * 3 * BLOCK, 3 * BLOCK, 1, 0}}
+                              : dc_tensor{D, DC_BF16, 3, {E, N, 3 * height, 1}, {d_batch, d_row, 1, 0}};
+    const dc_tensor B{S, DC_BF16, 3, {E, 3 * height, columns, 1}, {s_batch, columns, 1, 0}};
+    return gemm(c, C, A, B, 1, 1, 0);
   };
   for (int64_t p0 = 0; p0 < K; p0 += panel) {
     const int64_t p1 = K - p0 < panel ? K : p0 + panel, part = p1 - p0;
@@ -333,11 +350,11 @@ extern "C" int dc_cuda_ldlq(dc_context* c, const dc_call* call) {
       const int width = int(p1 - j < BLOCK ? p1 - j : BLOCK);
       const int64_t e_batch = error.rank == 2 ? error.stride[0] : 0, e_row = error.rank == 2 ? error.stride[1] : error.stride[0];
       sweep_block<<<dim3(unsigned(ceil_div(N, SWEEP_ROWS)), unsigned(E)), SWEEP_THREADS, shared, c->stream>>>(
-          Rows(codes), rq, Rows(W), rr, grid, data<float>(error), e_batch, e_row, single, D ? D + (j - p0) : nullptr, d_batch, d_row, part, N, j, width);
+          Rows(codes), rq, Rows(W), rr, grid, data<float>(error), e_batch, e_row, single, D ? D + (j - p0) : nullptr, D_inner, d_batch, d_row, part, N, j, width);
       if (launched(c, "ldlq")) return 1;
-      if (spread(j - p0, width, j, j + width, p1, part)) return 1;
+      if (spread(true, width, j, j + width, p1)) return 1;
     }
-    if (p1 < K && spread(0, part, p0, p1, K, part)) return 1;
+    if (p1 < K && spread(false, part, p0, p1, K)) return 1;
   }
   return 0;
 }
