@@ -144,7 +144,7 @@ export class Config {
   wrong(key: string, expected: string, hint?: string): Error {
     const value = this.values[key];
     const got = value === undefined ? 'nothing' : (JSON.stringify(value) ?? typeof value).slice(0, 200);
-    return badInput(`Configuration key ${key} is ${value === undefined ? 'missing' : 'not usable'}`, {
+    return badInput(`Configuration key ${key} is ${value === undefined || value === null ? 'missing' : 'not usable'}`, {
       where: this.where,
       got,
       expected,

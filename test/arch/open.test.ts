@@ -262,3 +262,18 @@ test('blocks say what algorithms need to know', async () => {
   expect(modelLinears(open.model)).toHaveLength(3 * 4 + 3 + 2 * (1 + 4 + 12));
   await open.close();
 });
+
+test('views of shared storages, transposed or with gaps, are read as PyTorch means them', async () => {
+  const open = await openModel(fixture('arch', 'views.bin'), { config: fixture('arch', 'llama', 'config.json') });
+  const plain = await openModel(fixture('arch', 'llama'));
+  using scope = new Scope(env.device);
+  const read = async (model: typeof open) => {
+    const reader = new WeightReader(model, env.device, 'f32');
+    const values: Record<string, number[]> = {};
+    for (const name of model.tensors.keys()) values[name] = [...(await (await reader.tensor(name, scope)).float32())];
+    return values;
+  };
+  expect(await read(open)).toEqual(await read(plain));
+  await open.close();
+  await plain.close();
+});
