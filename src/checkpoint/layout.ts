@@ -1,14 +1,17 @@
 import { extname } from 'node:path';
 import { badInput, bug } from '../base/errors.js';
 import { encodedBytes, encodingName } from '../formats/ggml.js';
+import { buildGgufHeader } from '../formats/gguf.js';
+import type { GgufValue } from '../formats/gguf.js';
 import { buildSafetensorsHeader, safetensorsDtype } from '../formats/safetensors.js';
 import { layoutTorch } from '../formats/torch-writer.js';
 import type { Encoding } from '../formats/types.js';
 import { stemOf } from './config.js';
+import { planKey } from './types.js';
 import type { PlannedTensor } from './types.js';
 
-/** Formats that the writer makes. */
-export type OutputFormat = 'safetensors' | 'torch';
+/** Formats that the writer makes. `deepseek-native`: safetensors shards that each planned tensor names itself. */
+export type OutputFormat = 'safetensors' | 'torch' | 'gguf' | 'deepseek-native';
 
 /** Bytes with their place in a file. */
 export interface Piece {
@@ -18,7 +21,7 @@ export interface Piece {
 
 /** A run of data in a file, in file order. */
 export interface Extent {
-  /** Tensors stored here: one, or several tied ones. */
+  /** Tensors stored here, by `planKey`: one, or several tied ones. */
   readonly names: readonly string[];
   readonly position: number;
   readonly bytes: number;
@@ -53,9 +56,10 @@ export function plannedBytes(tensor: PlannedTensor): number {
   });
 }
 
-const baseNames: Record<OutputFormat, { stem: string; ending: string }> = {
+const baseNames = {
   safetensors: { stem: 'model', ending: 'safetensors' },
   torch: { stem: 'pytorch_model', ending: 'bin' },
+  gguf: { stem: 'model', ending: 'gguf' },
 };
 
 export interface LayoutOptions {
@@ -66,13 +70,16 @@ export interface LayoutOptions {
   /** Name of the one output file; undefined for a folder, which may hold shards. */
   readonly fileName: string | undefined;
   readonly metadata: Readonly<Record<string, string>>;
+  /** Only for GGUF: architecture, tokenizer ... */
+  readonly gguf?: ReadonlyMap<string, GgufValue> | undefined;
 }
 
 /** Fixes files, headers and the place of every tensor before anything is computed. */
 export function planLayout(options: LayoutOptions): OutputLayout {
   const { format, tensors, fileName, shardSize } = options;
   requireDistinct(tensors);
-  const shards = fileName === undefined ? split(tensors, shardSize) : [tensors];
+  if (format === 'deepseek-native') return { files: nativeFiles(options), index: undefined };
+  const shards = fileName === undefined && format !== 'gguf' ? split(tensors, shardSize) : [tensors];
   const { stem, ending } = baseNames[format];
   const nameOf = (i: number): string => {
     if (fileName !== undefined) return fileName;
@@ -80,7 +87,7 @@ export function planLayout(options: LayoutOptions): OutputLayout {
     const [number, total] = [i + 1, shards.length].map((n) => String(n).padStart(5, '0'));
     return `${stem}-${number}-of-${total}.${ending}`;
   };
-  const build = format === 'torch' ? torchFile : safetensorsFile;
+  const build = { torch: torchFile, safetensors: safetensorsFile, gguf: ggufFile }[format];
   const files = shards.map((shard, i) => build(nameOf(i), shard, options));
   if (shards.length === 1) return { files, index: undefined };
   const weightMap = Object.fromEntries(shards.flatMap((shard, i) => shard.map(({ name }) => [name, nameOf(i)])));
@@ -91,9 +98,10 @@ export function planLayout(options: LayoutOptions): OutputLayout {
 
 function requireDistinct(tensors: readonly PlannedTensor[]): void {
   const seen = new Set<string>();
-  for (const { name } of tensors) {
-    if (seen.has(name)) throw bug('A tensor is planned twice', { where: `tensor ${JSON.stringify(name)}` });
-    seen.add(name);
+  for (const tensor of tensors) {
+    const key = planKey(tensor);
+    if (seen.has(key)) throw bug('A tensor is planned twice', { where: `tensor ${JSON.stringify(key)}` });
+    seen.add(key);
   }
   if (tensors.length === 0) throw bug('No tensors are planned');
 }
@@ -132,11 +140,36 @@ function safetensorsFile(name: string, tensors: readonly PlannedTensor[], { meta
   });
   const { header, offsets, size } = buildSafetensorsHeader(plan, metadata);
   const extents = tensors.map((tensor) => ({
-    names: [tensor.name],
+    names: [planKey(tensor)],
     position: offsets.get(tensor.name)!,
     bytes: plannedBytes(tensor),
   }));
   return { name, size, extents: inOrder(extents), pieces: [{ position: 0, bytes: header }] };
+}
+
+/** One safetensors file for each file name that the tensors say. */
+function nativeFiles(options: LayoutOptions): FileLayout[] {
+  const byFile = new Map<string, PlannedTensor[]>();
+  for (const tensor of options.tensors) {
+    const { file } = tensor;
+    if (file === undefined) throw bug('A tensor of a native shard names no file', { where: `tensor ${tensor.name}` });
+    const group = byFile.get(file);
+    if (group === undefined) byFile.set(file, [tensor]);
+    else group.push(tensor);
+  }
+  return [...byFile].map(([file, tensors]) => safetensorsFile(file, tensors, options));
+}
+
+function ggufFile(name: string, tensors: readonly PlannedTensor[], { gguf }: LayoutOptions): FileLayout {
+  if (gguf === undefined) throw bug('GGUF output without metadata');
+  const plan = tensors.map((tensor) => ({ ...tensor, encoding: plannedEncoding(tensor) }));
+  const { header, offsets, size } = buildGgufHeader(gguf, plan);
+  const extents = tensors.map((tensor) => ({
+    names: [tensor.name],
+    position: offsets.get(tensor.name)!,
+    bytes: plannedBytes(tensor),
+  }));
+  return { name, size, extents, pieces: [{ position: 0, bytes: header }] };
 }
 
 function torchFile(name: string, tensors: readonly PlannedTensor[]): FileLayout {

@@ -21,6 +21,8 @@ const indexNames = ['model.safetensors.index.json', 'pytorch_model.bin.index.jso
 const singleNames = ['model.safetensors', 'pytorch_model.bin'];
 const weightEndings = ['.safetensors', '.gguf', '.onnx', '.bin', '.pt', '.pth'];
 const nativeShard = /^model(\d+)-mp(\d+)\.safetensors$/;
+/** Whether a file is a shard of DeepSeek's native layout, by its name. */
+export const isNativeShard = (path: string): boolean => nativeShard.test(basename(path));
 const numberedShard = /^(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin|gguf)$/;
 /** Files that end like weights but are none. */
 const notWeights =
@@ -38,6 +40,10 @@ export async function locate(path: string): Promise<Located> {
   const name = basename(path);
   if (name.endsWith('.index.json')) return locateIndex(dirname(path), name);
   const base = { folder: dirname(path), file: path, weightMap: undefined, notes: [] };
+  if (nativeShard.test(name)) {
+    const all = (await readdir(dirname(path))).filter((other) => nativeShard.test(other));
+    return { ...base, file: undefined, files: nativeFiles(dirname(path), all) };
+  }
   const shard = numberedShard.exec(name);
   if (shard !== null && shard[4] === 'gguf' && shard[3] !== '00001') {
     return { ...base, files: await numberedFiles(dirname(path), shard) };

@@ -34,6 +34,8 @@ export async function planSidecars(
     partName: prefix + name,
     bytes: Buffer.from(text as string),
   });
+  const provenance = own('provenance', 'deepseek-convert.json', '');
+  if (options.format === 'gguf') return [provenance];
   const sidecars = [own('config', 'config.json', formatConfig(options.config))];
   if (layout.index !== undefined) {
     sidecars.push(own('index', layout.index.name, `${JSON.stringify(layout.index.json, null, 2)}\n`));
@@ -52,7 +54,7 @@ export async function planSidecars(
     const final = clash || (prefix !== '' && !name.includes('.')) ? prefix + name : name;
     sidecars.push({ role: 'companion', name: final, partName: final, bytes });
   }
-  sidecars.push(own('provenance', 'deepseek-convert.json', ''));
+  sidecars.push(provenance);
   if (fileName !== undefined && !options.job.overwrite) await refuseClashes(folder, sidecars);
   return sidecars;
 }

@@ -35,9 +35,14 @@ export interface PlannedTensor {
   readonly dtype: DType;
   /** Stored otherwise than as plain `dtype` elements: GGML blocks, or opaque bytes carried through. */
   readonly encoding?: Encoding;
+  /** The file that it goes to (DeepSeek's native shards); otherwise shards are filled in order. Its key is `planKey`. */
+  readonly file?: string;
   /** PyTorch only: an earlier planned tensor whose storage this one shares (tied embeddings); it is not written. */
   readonly tiedTo?: string;
 }
+
+/** What `CheckpointWriter.write` calls a planned tensor: names repeat where each tensor says its file. */
+export const planKey = ({ name, file }: PlannedTensor): string => (file === undefined ? name : `${file}/${name}`);
 
 /** Writes planned tensors in any order into temporary files; nothing has its final name before `finish`. */
 export interface CheckpointWriter {

@@ -1,4 +1,5 @@
 import type { Job, Json } from '../base/job.js';
+import type { GgufValue } from '../formats/gguf.js';
 import type { OutputFormat } from './layout.js';
 import type { PlannedTensor } from './types.js';
 
@@ -24,6 +25,8 @@ export interface WriterOptions {
   readonly companions?: readonly string[];
   /** More files by name, e.g. README.md; they win over companions of the same name. */
   readonly extraFiles?: ReadonlyMap<string, string | Uint8Array>;
+  /** Metadata of GGUF files, which carry config and tokenizer inside; such outputs get no files beside them. */
+  readonly gguf?: ReadonlyMap<string, GgufValue>;
   /** Header metadata of safetensors files (default `format: pt`, which transformers wants). */
   readonly metadata?: Readonly<Record<string, string>>;
   readonly provenance: Provenance;

@@ -11,6 +11,7 @@ import type { OutputLayout } from './layout.js';
 import { OutputFile } from './output-file.js';
 import { deliver, planSidecars } from './sidecars.js';
 import type { Sidecar } from './sidecars.js';
+import { planKey } from './types.js';
 import type { CheckpointWriter } from './types.js';
 import { verifyOutput } from './verify.js';
 import type { WriterOptions } from './writer-options.js';
@@ -35,6 +36,7 @@ export async function createWriter(options: WriterOptions): Promise<CheckpointWr
     fileName,
     shardSize: options.shardSize ?? 5e9,
     metadata: options.metadata ?? { format: 'pt' },
+    gguf: options.gguf,
   });
   const sidecars = await planSidecars(options, fileName, layout);
   const digest = new DigestWorker();
@@ -159,7 +161,7 @@ class Writer implements CheckpointWriter {
 
   async finish(report: Readonly<Record<string, Json>> = {}): Promise<void> {
     const { job, tensors } = this.options;
-    const missing = tensors.filter(({ name }) => !this.has(name)).map(({ name }) => name);
+    const missing = tensors.map(planKey).filter((name) => !this.has(name));
     if (missing.length > 0) {
       throw bug(`${missing.length} planned tensors were never written`, { got: missing.slice(0, 5).join(', ') });
     }

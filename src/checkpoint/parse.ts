@@ -1,0 +1,79 @@
+import { basename } from 'node:path';
+import { badInput } from '../base/errors.js';
+import { readGguf } from '../formats/gguf.js';
+import { readSafetensors } from '../formats/safetensors.js';
+import { OpenFile } from '../formats/source.js';
+import type { RandomAccess } from '../formats/source.js';
+import { readTorch } from '../formats/torch.js';
+import type { ParsedFile, TensorEntry } from '../formats/types.js';
+import { detectFormat, extensionNote } from './detect.js';
+import type { FileFormat } from './detect.js';
+import type { Located } from './locate.js';
+
+/** A file with weights, its header understood. */
+export interface OpenedFile extends ParsedFile {
+  readonly path: string;
+  readonly format: FileFormat;
+  readonly size: number;
+  /** Time of the last change, ms since 1970. */
+  readonly modified: number;
+}
+
+const parsers: Record<FileFormat, (source: RandomAccess) => ParsedFile> = {
+  safetensors: readSafetensors,
+  torch: readTorch,
+  gguf: readGguf,
+  onnx: notYet,
+};
+
+function notYet(source: RandomAccess): ParsedFile {
+  throw badInput('This format is not read yet', { where: source.path });
+}
+
+export function parseFile(path: string): OpenedFile {
+  using source = new OpenFile(path);
+  const format = detectFormat(source);
+  const parsed = parsers[format](source);
+  const note = extensionNote(path, format);
+  const notes = note === undefined ? parsed.notes : [note, ...parsed.notes];
+  return { ...parsed, notes, path, format, size: source.size, modified: source.modified };
+}
+
+/** Reads the headers of all files; they must be of one format. */
+export function parseFiles(paths: readonly string[], where: string): OpenedFile[] {
+  const files = paths.map(parseFile);
+  if (files.some(({ format }) => format !== files[0]!.format)) {
+    throw badInput('The files of one checkpoint have different formats', {
+      where,
+      got: files.slice(0, 4).map((file) => `${basename(file.path)}: ${file.format}`).join(', '),
+    }); // prettier-ignore
+  }
+  return files;
+}
+
+/** All tensors by name; an index must agree with what the files hold. */
+export function collectTensors(files: readonly OpenedFile[], { weightMap }: Located): Map<string, TensorEntry> {
+  const tensors = new Map<string, TensorEntry>();
+  for (const file of files) {
+    for (const tensor of file.tensors) {
+      const other = tensors.get(tensor.name);
+      if (other !== undefined) {
+        const where = `tensor ${JSON.stringify(tensor.name)}`;
+        throw badInput('A tensor is in two files', { where, got: `${other.span.path} and ${file.path}` });
+      }
+      tensors.set(tensor.name, tensor);
+    }
+  }
+  for (const [name, path] of weightMap ?? []) {
+    const tensor = tensors.get(name);
+    if (tensor?.span.path === path) continue;
+    throw badInput('A tensor of the index is not where it should be', {
+      where: `tensor ${JSON.stringify(name)}`,
+      expected: `in ${path}`,
+      got: tensor === undefined ? 'nowhere' : `in ${tensor.span.path}`,
+      hint: 'Index and shards do not belong together: download or copy them again.',
+    });
+  }
+  if (tensors.size === 0) throw badInput('The checkpoint holds no tensors', { where: files[0]?.path ?? '' });
+  return tensors;
+}

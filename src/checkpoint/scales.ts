@@ -1,0 +1,111 @@
+import { badInput } from '../base/errors.js';
+import { encodingName } from '../formats/ggml.js';
+import type { Encoding, TensorEntry } from '../formats/types.js';
+import { isJsonObject } from '../formats/json.js';
+
+/** Names of a weight's scale: DeepSeek-V3 in Hugging Face form, and DeepSeek's own. */
+const scaleNames = (weight: string): string[] => {
+  const stem = weight.slice(0, -'.weight'.length);
+  return [`${stem}.weight_scale_inv`, `${stem}.scale`];
+};
+
+type Scaled = Extract<Encoding, { kind: 'scaled' }>;
+
+/**
+ * Joins block-scaled weights with their scales, wherever those lie: FP8 E4M3 with one scale per block (128 x 128 unless
+ * the config says otherwise), and FP4 experts, two values a byte in I8, with an E8M0 scale per row and 32 columns.
+ * The weight then has its logical shape; the scale is no tensor of its own any more.
+ * Errors (kind 'input'): a scale of another shape than the blocks ask for, a scale or weight without its partner.
+ */
+export function joinScales(
+  tensors: ReadonlyMap<string, TensorEntry>,
+  config: Readonly<Record<string, unknown>>,
+): Map<string, TensorEntry> {
+  const block = configBlock(config);
+  const joined = new Map(tensors);
+  for (const [name, entry] of tensors) {
+    if (!name.endsWith('.weight') || entry.shape.length !== 2) continue;
+    const isFp8 = entry.encoding.kind === 'plain' && entry.encoding.dtype === 'f8_e4m3';
+    const scale = scaleNames(name).map((other) => tensors.get(other)).find((other) => other !== undefined); // prettier-ignore
+    if (scale === undefined) {
+      if (isFp8 && block !== undefined) throw missing(entry, 'scale', scaleNames(name).join(' or '));
+      continue;
+    }
+    const encoding = isFp8 ? fp8(entry, scale, block ?? [128, 128]) : fp4(entry, scale);
+    if (encoding === undefined) continue;
+    joined.set(name, { ...entry, encoding, shape: logicalShape(entry, encoding) });
+    joined.delete(scale.name);
+  }
+  for (const [name, entry] of joined) {
+    if (name.endsWith('.weight_scale_inv')) throw missing(entry, 'weight', name.replace(/_scale_inv$/, ''));
+  }
+  return joined;
+}
+
+function missing(entry: TensorEntry, what: string, expected: string): Error {
+  return badInput(`A block-scaled weight has no ${what}`, {
+    where: `${entry.span.path}, tensor ${JSON.stringify(entry.name)}`,
+    expected,
+    got: 'no such tensor in any shard',
+    hint: 'A shard is missing or was left out of the index.',
+  });
+}
+
+/** quantization_config.weight_block_size of an FP8 model. */
+function configBlock(config: Readonly<Record<string, unknown>>): [number, number] | undefined {
+  const quantization = config['quantization_config'];
+  if (!isJsonObject(quantization) || quantization['quant_method'] !== 'fp8') return undefined;
+  const size = quantization['weight_block_size'];
+  if (size === undefined || size === null) return undefined;
+  if (Array.isArray(size) && size.length === 2 && size.every((n) => Number.isSafeInteger(n) && Number(n) > 0)) {
+    return size as [number, number];
+  }
+  throw badInput('Bad weight_block_size in the config', { expected: '[rows, columns]', got: JSON.stringify(size) });
+}
+
+function fp8(weight: TensorEntry, scale: TensorEntry, block: readonly [number, number]): Scaled {
+  requireShape(weight, scale, weight.shape, block);
+  const scaleElement = scaleElementOf(scale);
+  if (scaleElement !== undefined) return { kind: 'scaled', element: 'f8_e4m3', block, scale, scaleElement };
+  throw badInput('A scale has an unexpected element type', {
+    where: `${scale.span.path}, tensor ${JSON.stringify(scale.name)}`,
+    expected: 'f32, bf16 or F8_E8M0',
+    got: encodingName(scale.encoding),
+  });
+}
+
+/** I8 beside an E8M0 scale is FP4 in disguise: `expert_dtype: fp4` may stand beside a model-wide fp8 config. */
+function fp4(weight: TensorEntry, scale: TensorEntry): Scaled | undefined {
+  const { encoding } = weight;
+  const packed = encoding.kind === 'plain' && (encoding.dtype === 'i8' || encoding.dtype === 'u8');
+  const named = encoding.kind === 'opaque' && encoding.name === 'F4';
+  if (!(packed || named) || scaleElementOf(scale) !== 'f8_e8m0') return undefined;
+  const [rows, columns] = weight.shape as [number, number];
+  const block = [1, 32] as const;
+  requireShape(weight, scale, [rows, packed ? 2 * columns : columns], block);
+  return { kind: 'scaled', element: 'f4_e2m1', block, scale, scaleElement: 'f8_e8m0' };
+}
+
+const logicalShape = ({ shape, encoding }: TensorEntry, { element }: Scaled): readonly number[] =>
+  element === 'f4_e2m1' && encoding.kind === 'plain' ? [shape[0]!, 2 * shape[1]!] : shape;
+
+function scaleElementOf({ encoding }: TensorEntry): Scaled['scaleElement'] | undefined {
+  if (encoding.kind === 'plain')
+    return encoding.dtype === 'f32' || encoding.dtype === 'bf16' ? encoding.dtype : undefined;
+  return encoding.kind === 'opaque' && encoding.name === 'F8_E8M0' ? 'f8_e8m0' : undefined;
+}
+
+function requireShape(
+  weight: TensorEntry,
+  scale: TensorEntry,
+  shape: readonly number[],
+  block: readonly [number, number],
+): void {
+  const expected = shape.map((size, d) => Math.ceil(size / block[d]!));
+  if (expected.join() === scale.shape.join()) return;
+  throw badInput('A scale does not fit its weight', {
+    where: `${scale.span.path}, tensor ${JSON.stringify(scale.name)}`,
+    expected: `[${expected.join(', ')}] for ${weight.name} [${shape.join(', ')}] in blocks of ${block.join(' x ')}`,
+    got: `[${scale.shape.join(', ')}]`,
+  });
+}
