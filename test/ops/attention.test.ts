@@ -1,6 +1,7 @@
 import { expect, test } from 'vitest';
-import { attention, type AttentionOptions } from '../../src/tensor/ops.js';
+import { attention, attentionBackward, attentionCompare, type AttentionOptions } from '../../src/tensor/ops.js';
 import { Scope } from '../../src/tensor/tensor.js';
+import { fixture } from './quant-cases.js';
 import { bytesOf, expectClose, floatDTypes, onDevices, rounded, strided, tensor, valuesOf, type Values } from './support.js'; // prettier-ignore
 
 interface Shape {
@@ -117,5 +118,128 @@ onDevices('attention', (device, random) => {
     const y = await valuesOf(attention(s, q, k, k, { scale: 1 }));
     expect([...y.slice(0, 8)]).toEqual(new Array(8).fill(NaN));
     expect([...y.slice(8)]).toEqual(new Array(8).fill(1));
+  });
+});
+
+const known = fixture('layers');
+
+onDevices('attention gradients', (device, random) => {
+  const cases = [['causal', {}], ['window', { offset: 2, window: 5 }], ['lengths', {}]] as const; // prettier-ignore
+  test.each(cases)('%s as PyTorch', async (name, options) => {
+    using s = new Scope(device());
+    const load = (key: string) => tensor(s, 'f32', known.shape(`attention/${name}/${key}`), known.f32(`attention/${name}/${key}`)); // prettier-ignore
+    const [q, k, v, dy] = [load('q'), load('k'), load('v'), load('dy')];
+    const lse = s.empty('f32', [q.dim(0), q.dim(2), q.dim(1)]);
+    const lengths =
+      name === 'lengths' ? { lengths: tensor(s, 'i32', [2], known.i32('attention/lengths/lengths')) } : {};
+    const o = attention(s, q, k, v, { scale: 0.3, lse, ...options, ...lengths });
+    await expectClose(o, known.f32(`attention/${name}/y`));
+    const d = attentionBackward(s, dy, { o, q, k, v, lse }, { scale: 0.3, ...options, ...lengths });
+    for (const key of ['dq', 'dk', 'dv'] as const) await expectClose(d[key], known.f32(`attention/${name}/${key}`), 10);
+  });
+
+  test('several tiles, narrow dtypes, a sink, rows without keys: against differences in float64', async () => {
+    const x: Shape = { B: 2, S: 140, T: 150, H: 2, Hk: 1, D: 8, Dv: 12 };
+    const options: Plain = { scale: 0.4, offset: 10, window: 135, lengths: [150, 0], sinks: [0.3, -1] };
+    const sizes = { q: x.B * x.S * x.H * x.D, k: x.B * x.T * x.Hk * x.D, v: x.B * x.T * x.Hk * x.Dv };
+    const dy = rounded('f16', random.normals(x.B * x.S * x.H * x.Dv));
+    const inputs = { q: rounded('f16', random.normals(sizes.q)), k: rounded('f16', random.normals(sizes.k)), v: rounded('f16', random.normals(sizes.v)) }; // prettier-ignore
+    const loss = (i: typeof inputs) => naive(x, i.q, i.k, i.v, options).y.reduce((sum, y, n) => sum + y * dy[n]!, 0);
+    using s = new Scope(device());
+    const q = tensor(s, 'f16', [x.B, x.S, x.H, x.D], inputs.q, { pad: 2 });
+    const k = tensor(s, 'f16', [x.B, x.T, x.Hk, x.D], inputs.k);
+    const v = tensor(s, 'f16', [x.B, x.T, x.Hk, x.Dv], inputs.v, { order: [1, 0, 2, 3] });
+    const lse = s.empty('f32', [x.B, x.H, x.S]);
+    const lengths = tensor(s, 'i32', [2], options.lengths!);
+    const { scale, offset, window } = options as Required<Plain>;
+    const o = attention(s, q, k, v, { scale, offset, window, lengths, sinks: tensor(s, 'f32', [x.H], options.sinks!), lse }); // prettier-ignore
+    const gradients = attentionBackward(s, tensor(s, 'f16', [x.B, x.S, x.H, x.Dv], dy), { o, q, k, v, lse }, { scale, offset, window, lengths }); // prettier-ignore
+    for (const key of ['q', 'k', 'v'] as const) {
+      const got = await valuesOf(gradients[`d${key}`]);
+      expect(got.every(Number.isFinite)).toBe(true);
+      expect(got.subarray(got.length / 2).every((g) => g === 0)).toBe(true); // the second sequence sees nothing
+      for (let trial = 0; trial < 3; trial++) {
+        const i = random.integer(0, got.length / 2 - 1);
+        const at = (d: number) => loss({ ...inputs, [key]: inputs[key].with(i, inputs[key][i]! + d) });
+        const expected = (at(1e-4) - at(-1e-4)) / 2e-4;
+        expect(Math.abs(got[i]! - expected)).toBeLessThan(0.01 * (0.1 + Math.abs(expected)));
+      }
+    }
+  });
+});
+
+onDevices('attention_compare', (device, random) => {
+  test('as computed row by row with numpy', async () => {
+    using s = new Scope(device());
+    const load = (key: string) => tensor(s, 'f32', known.shape(`compare/${key}`), known.f32(`compare/${key}`));
+    const [a, b] = [
+      { q: load('qa'), k: load('ka'), scale: 0.5 },
+      { q: load('qb'), k: load('kb'), scale: 0.4 },
+    ];
+    await expectClose(attentionCompare(s, a, b), known.f32('compare/y'), 10);
+  });
+
+  test('equal attentions: divergence exactly 0, cosine and overlap 1; NaN without a key but the first', async () => {
+    using s = new Scope(device());
+    const [S, H, D] = [40, 3, 16];
+    for (const dtype of floatDTypes) {
+      const q = tensor(s, dtype, [1, S, H, D], random.normals(S * H * D));
+      const k = tensor(s, dtype, [1, S, H, D], random.normals(S * H * D));
+      const y = await valuesOf(attentionCompare(s, { q, k, scale: 1 }, { q, k, scale: 1 }));
+      for (let row = 0; row < H * S; row++) {
+        const [js, cosine, overlap] = y.subarray(row * 3, row * 3 + 3);
+        if (row % S === 0) expect([js, cosine, overlap]).toEqual([NaN, NaN, NaN]);
+        else expect([js, Math.abs(cosine! - 1) < 1e-6, overlap]).toEqual([0, true, 1]);
+      }
+    }
+  });
+
+  test('other head counts and widths, window, lengths, ties to the lower index', async () => {
+    using s = new Scope(device());
+    const [B, S, T, H] = [2, 60, 64, 4];
+    const part = (Hk: number, D: number, scale: number) => ({
+      D, Hk, scale, q: rounded('bf16', random.normals(B * S * H * D)), k: rounded('bf16', random.normals(B * T * Hk * D)),
+    }); // prettier-ignore
+    const models = [part(2, 8, 0.5), part(4, 12, 0.3)] as const;
+    models[0].q.fill(0, 0, H * 8); // query 0 of sequence 0 gives equal scores everywhere: ties
+    models[1].q.fill(0, 0, H * 12);
+    const [offset, window, lengths] = [4, 30, [64, 37]];
+    const expected = new Float64Array(B * H * S * 3).fill(NaN);
+    for (let b = 0; b < B; b++)
+      for (let h = 0; h < H; h++)
+        for (let i = 0; i < S; i++) {
+          const keys = Array.from({ length: T }, (_, t) => t).filter((t) => t >= 1 && t <= i + offset && t > i + offset - window && t < lengths[b]!); // prettier-ignore
+          if (keys.length === 0) continue;
+          const rows = models.map(({ q, k, D, Hk, scale }) => {
+            const scores = keys.map((t) => {
+              let x = 0;
+              for (let d = 0; d < D; d++) x += q[((b * S + i) * H + h) * D + d]! * k[((b * T + t) * Hk + Math.floor(h / (H / Hk))) * D + d]!; // prettier-ignore
+              return scale * x;
+            });
+            const most = Math.max(...scores);
+            const sum = scores.reduce((a, x) => a + Math.exp(x - most), 0);
+            const best = keys.map((_, n) => n).sort((u, v) => scores[v]! - scores[u]! || u - v).slice(0, 8); // prettier-ignore
+            return { p: scores.map((x) => Math.exp(x - most) / sum), best };
+          });
+          const [p, q] = [rows[0]!.p, rows[1]!.p];
+          const dot = (u: number[], v: number[]) => u.reduce((a, x, n) => a + x * v[n]!, 0);
+          const js = p.reduce((a, x, n) => a + (x * Math.log((2 * x) / (x + q[n]!)) + q[n]! * Math.log((2 * q[n]!) / (x + q[n]!))) / 2, 0); // prettier-ignore
+          const shared = rows[0]!.best.filter((n) => rows[1]!.best.includes(n)).length;
+          expected.set([js, dot(p, q) / Math.sqrt(dot(p, p) * dot(q, q)), shared / Math.min(8, keys.length)], ((b * H + h) * S + i) * 3); // prettier-ignore
+        }
+    const [a, b] = models.map((m) => ({ q: tensor(s, 'bf16', [B, S, H, m.D], m.q, { pad: 1 }), k: tensor(s, 'bf16', [B, T, m.Hk, m.D], m.k, { order: [0, 2, 1, 3] }), scale: m.scale })); // prettier-ignore
+    const y = attentionCompare(s, a!, b!, { offset, window, lengths: tensor(s, 'i32', [B], lengths) });
+    await expectClose(y, expected, 10);
+    expect(await bytesOf(attentionCompare(s, a!, b!, { offset, window, lengths: tensor(s, 'i32', [B], lengths) }))).toEqual(await bytesOf(y)); // prettier-ignore
+  });
+
+  test('far apart attentions: the divergence ends at ln 2', async () => {
+    using s = new Scope(device());
+    const q = tensor(s, 'f32', [1, 1, 1, 2], [100, 100]);
+    const k = (at: number) => tensor(s, 'f32', [1, 3, 1, 2], [0, 0, at === 1 ? 1 : 0, 0, at === 2 ? 1 : 0, 0]);
+    const y = await valuesOf(attentionCompare(s, { q, k: k(1), scale: 1 }, { q, k: k(2), scale: 1 }, { offset: 2 }));
+    expect(y[0]).toBeCloseTo(Math.LN2, 6);
+    expect(y[1]).toBeLessThan(1e-6);
+    expect(y[2]).toBe(1);
   });
 });

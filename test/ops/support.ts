@@ -2,7 +2,8 @@ import { afterAll, beforeAll, describe, expect } from 'vitest';
 import type { Device } from '../../src/backend/device.js';
 import { openDevice } from '../../src/backend/load.js';
 import { dtypeSize, elementCount, type DType, type FloatDType } from '../../src/base/dtype.js';
-import { Scope, Tensor } from '../../src/tensor/tensor.js';
+import type { Scope } from '../../src/tensor/tensor.js';
+import { Tensor } from '../../src/tensor/tensor.js';
 
 // Fresh data on every run; the seed stands in the suite's name, so that a failure can be repeated.
 const seed = Number(process.env.DEEPSEEK_CONVERT_TEST_SEED ?? Date.now() % 1_000_000);
@@ -166,13 +167,12 @@ export function tensor(
 
 function forEachOffset(t: Tensor, visit: (offset: number, i: number) => void): void {
   const index = t.shape.map(() => 0);
-  for (let i = 0; i < t.count; i++) {
-    visit(
-      index.reduce((sum, n, d) => sum + n * t.strides[d]!, 0),
-      i,
-    );
+  for (let i = 0, offset = 0; i < t.count; i++) {
+    visit(offset, i);
     for (let d = index.length - 1; d >= 0; d--) {
+      offset += t.strides[d]!;
       if (++index[d]! < t.shape[d]!) break;
+      offset -= t.shape[d]! * t.strides[d]!;
       index[d] = 0;
     }
   }

@@ -91,14 +91,14 @@ inline __attribute__((always_inline)) vf vtanh(vf x) {
   const vf a = vabs(x);
   const vf e = vexp(a * -2.0f);
   const vf far = (1.0f - e) / (1.0f + e);
-  const vf z = x * x;
+  const vf z = a * a;
   vf p = splat(-5.70498872745e-3f);
   p = p * z + 2.06390887954e-2f;
   p = p * z + -5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z + -3.33332819422e-1f;
-  const vf near = p * z * x + x;
-  return a < 0.625f ? near : (vf)((vi)far | ((vi)x & (int32_t)0x80000000));
+  const vf near = p * z * a + a;
+  return (vf)((vi)(a < 0.625f ? near : far) | ((vi)x & (int32_t)0x80000000));
 }
 
 void unary_row(float* x, int64_t n, int kind, float a, float b) {
@@ -206,8 +206,8 @@ float max_row(const float* x, int64_t n) {
   for (; i < n; i++) best = x[i] > best ? x[i] : best;
   return best;
 }
-// Sums run in fp32 lanes over 1024 elements at a time, in double beyond.
-constexpr int64_t kRun = 1024;
+// Sums run in fp32 lanes for 32 steps at a time, in double beyond.
+constexpr int64_t kRun = 32 * W;
 double exp_sum_row(float* x, float scale, float shift, int64_t n) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kRun) {

@@ -67,7 +67,7 @@ export function gemm(s: Scope, a: Tensor, b: Tensor, options: GemmOptions = {}):
   }
   if (bias) ensureShape('gemm', 'bias', bias, b.dim(-1));
   ensure(beta === 0 || options.out !== undefined, 'gemm', 'beta needs an output');
-  const c = options.out ?? s.empty(options.dtype ?? (a.dtype as FloatDType), shape);
+  const c = options.out ?? s.empty(options.dtype ?? a.dtype, shape);
   ensureShape('gemm', 'out', c, ...shape);
   c.device.run('gemm', [c, a, b, bias], [options.fast ? 1 : 0], [alpha, beta]);
   return c;
