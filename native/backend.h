@@ -150,7 +150,9 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
   /* f32 values -> GGML blocks (dc_encoding); weight f32 [K] (importance) steers the search of scales. */              \
   X(encode, "dst src [weight]", "encoding", "")                                                                        \
   /* -- training ---------------------------------------------------------------------------------------------- */     \
-  /* y = s (clamp(round(w / s + z)) - z), straight through; LSQ gradients (Esser et al. 2020). */                      \
+  /* y = s (clamp(round(w / s + z), low, high) - z), w [N,K], scale, zero f32 [N,G]. Backward: straight through where
+     the rounded code lies in low..high, else dw = 0; LSQ gradients (Esser et al. 2020) of scale, without the factor
+     that the paper puts on them, and of zero. */                                                                      \
   X(fake_quant, "y w scale [zero]", "low high group", "")                                                              \
   X(fake_quant_backward, "dw dscale [dzero] dy w scale [zero]", "low high group", "")                                  \
   /* AdamW (Loshchilov & Hutter 2019), p, m, v f32 in place; g float; bias-corrected for `step` (from 1);

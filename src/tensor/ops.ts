@@ -3,3 +3,4 @@ export * from './ops/math.js';
 export * from './ops/layers.js';
 export * from './ops/experts.js';
 export * from './ops/quant.js';
+export * from './ops/train.js';
