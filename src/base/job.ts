@@ -134,6 +134,11 @@ export class Job {
     await this.#lock.release();
   }
 
+  /** Ends a failed run: where no step is done there is nothing to go on with, and the work folder goes. */
+  async fail(): Promise<void> {
+    await (this.#steps.size > 0 ? this.close() : this.remove());
+  }
+
   /** Ends the job: the work folder goes. For a finished output, or one that is given up. */
   async remove(): Promise<void> {
     await clear(this.folder);

@@ -59,6 +59,9 @@ export async function runMoe(options: MoeOptions, env: JobEnv): Promise<MoeRepor
     });
     try {
       return await runJob({ options, open, plan, set, job, env, started });
+    } catch (error) {
+      await job.fail();
+      throw error;
     } finally {
       await job.close();
     }

@@ -88,6 +88,9 @@ export async function quantize(options: QuantizeOptions, env: JobEnv): Promise<Q
     });
     try {
       return await runJob(options, prepared, set, job, env, started);
+    } catch (error) {
+      await job.fail();
+      throw error;
     } finally {
       await job.close();
     }

@@ -41,6 +41,8 @@ async function refused(args: string[], code: number, message: RegExp | string): 
   expect(finished.stderr).not.toMatch(/^ +at /m);
   expect([finished.code, finished.stdout]).toEqual([code, '']);
   expect(existsSync(out)).toBe(false);
+  // Nothing was finished, so nothing may stand in the way of the next try either.
+  expect(existsSync(`${out}.part`)).toBe(false);
   return finished;
 }
 
@@ -130,7 +132,6 @@ describe('weights', () => {
       writeTensors(file, tensors);
     });
     await refused([name, path, ...args], 1, /not finite: tensor model\.layers\.2\.mlp\.up_proj\.weight/);
-    expect(listing(folder).filter((file) => file.startsWith('never'))).not.toContain('never/config.json');
   });
   it.each(makers)('%s: an element type that nobody knows', async (name, args) => {
     const path = await altered(`dtype-${name}`, (at) => {

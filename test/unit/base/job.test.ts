@@ -113,6 +113,16 @@ describe('Job', () => {
     await (await start()).close();
   });
 
+  it('leaves nothing behind when it fails before its first step, and everything after it', async () => {
+    const first = await start();
+    writeFileSync(first.statePath('x'), 'state');
+    await first.fail();
+    expect(existsSync(`${out}.part`)).toBe(false);
+    const second = await start();
+    await second.mark('block 0');
+    await second.fail();
+    expect((await start()).resumed).toBe(true);
+  });
   it('refuses an existing output before any work, but takes an empty folder', async () => {
     mkdirSync(out);
     await (await start()).remove();
