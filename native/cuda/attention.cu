@@ -409,9 +409,8 @@ __global__ void __launch_bounds__(128) compare_rows(float* out, dc_tensor qa, dc
   }
   float js = 0, ab = 0, aa = 0, bb = 0;
   for (int i = tid; i < n; i += 128) {
-    const float la = rows[i] - lse[0], lb = rows[n + i] - lse[1], a = expf(la), q = expf(lb), m = 0.5f * (a + q);
-    const float lm = logf(fmaxf(m, 1e-45f));
-    js += 0.5f * ((a > 0 ? a * (la - lm) : 0.f) + (q > 0 ? q * (lb - lm) : 0.f));
+    const float a = expf(rows[i] - lse[0]), q = expf(rows[n + i] - lse[1]), m = 0.5f * (a + q);
+    js += 0.5f * ((a > 0 ? a * logf(a / m) : 0.f) + (q > 0 ? q * logf(q / m) : 0.f));  // exactly 0 where they are equal
     ab += a * q, aa += a * a, bb += q * q;
     rows[i] = a;  // the top-8 is of probabilities: ties to the lower index
     rows[n + i] = q;

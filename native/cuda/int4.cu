@@ -27,6 +27,25 @@ __global__ void __launch_bounds__(WARPS * 32) int4_rows(dc_tensor y, dc_tensor x
   float* sums = reinterpret_cast<float*>(memory + size_t(M) * word_count * 16);  // [M][K / 32] sums of x
   float* partial = sums + M * (word_count / 4);                                   // [WARPS][16][8]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int64_t row0 = blockIdx.x * 16ll, ra = row0 + g, rb = row0 + g + 8;
+  const uint4* wa = reinterpret_cast<const uint4*>(words + (ra < N ? ra : N - 1) * word_row);
+  const uint4* wb = reinterpret_cast<const uint4*>(words + (rb < N ? rb : N - 1) * word_row);
+  const int full = K / 128;  // pieces of 16 words that lie wholly within a row
+  constexpr int AHEAD = 4;
+  // The first weights and scales are on their way while x is put in place.
+  uint4 a[AHEAD], b[AHEAD];
+  float sa[AHEAD], sb[AHEAD];
+  auto fetch = [&](int p0) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      const int p = p0 + i * WARPS < full ? p0 + i * WARPS : full - 1;
+      a[i] = __ldcs(wa + p * 4 + t);
+      b[i] = __ldcs(wb + p * 4 + t);
+      sa[i] = load(scale.data, scale.dtype, (ra < N ? ra : N - 1) * scale.stride[0] + p * 128 / group);
+      sb[i] = load(scale.data, scale.dtype, (rb < N ? rb : N - 1) * scale.stride[0] + p * 128 / group);
+    }
+  };
+  if (GROUP == 128 && full > 0) fetch(warp);
   // x into shared memory, pair by pair, with the sum of every 32 columns: four neighbouring threads.
   const bool vector = K % 8 == 0 && x.stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
   for (int i = threadIdx.x; i < M * word_count; i += WARPS * 32) {  // word_count is a multiple of 16: warps stay whole
@@ -49,25 +68,20 @@ __global__ void __launch_bounds__(WARPS * 32) int4_rows(dc_tensor y, dc_tensor x
     if ((i & 3) == 0) sums[i / 4] = sum;
   }
   __syncthreads();
-  const int64_t row0 = blockIdx.x * 16ll, ra = row0 + g, rb = row0 + g + 8;
-  const uint4* wa = reinterpret_cast<const uint4*>(words + (ra < N ? ra : N - 1) * word_row);
-  const uint4* wb = reinterpret_cast<const uint4*>(words + (rb < N ? rb : N - 1) * word_row);
-  const int full = K / 128;  // pieces of 16 words that lie wholly within a row
   float acc[4] = {};
-  auto add_group = [&](const float (&c)[4], int gi, int part0, int parts) {  // `parts` sums of 32 columns from part0
+  auto zero_of = [&](int64_t r, int gi) { return zero && r < N ? float(zero[r / 8 * zero_row + gi] >> (r % 8 * 4) & 15) : 8.f; };
+  // c: sums of (128 + code) x over `parts` x 32 columns from part0, all of group gi.
+  auto add_group = [&](const float (&c)[4], int gi, int part0, int parts, float s0, float s1) {
     float sx[2] = {0, 0};
+#pragma unroll
     for (int j = 0; j < 2; j++)
       if (2 * t + j < M)
         for (int i = 0; i < parts; i++) sx[j] += sums[(2 * t + j) * (word_count / 4) + part0 + i];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int64_t r = half ? rb : ra;
-      if (r >= N) continue;
-      const float s = load(scale.data, scale.dtype, r * scale.stride[0] + gi);
-      const float z = zero ? float(zero[r / 8 * zero_row + gi] >> (r % 8 * 4) & 15) : 8.f;
-      acc[2 * half] += s * (c[2 * half] - (128.f + z) * sx[0]);
-      acc[2 * half + 1] += s * (c[2 * half + 1] - (128.f + z) * sx[1]);
-    }
+    const float z0 = 128.f + zero_of(ra, gi), z1 = 128.f + zero_of(rb, gi);
+    acc[0] += s0 * (c[0] - z0 * sx[0]);
+    acc[1] += s0 * (c[1] - z0 * sx[1]);
+    acc[2] += s1 * (c[2] - z1 * sx[0]);
+    acc[3] += s1 * (c[3] - z1 * sx[1]);
   };
   auto multiply = [&](float (&c)[4], uint32_t a, uint32_t b, const uint4& v) {
     mma_bf16(c, widen(a, 0), widen(b, 0), widen(a, 4), widen(b, 4), v.x, v.y);
@@ -75,15 +89,8 @@ __global__ void __launch_bounds__(WARPS * 32) int4_rows(dc_tensor y, dc_tensor x
   };
   const uint4 none = make_uint4(0, 0, 0, 0);
   if (GROUP == 128) {
-    constexpr int AHEAD = 4;
     for (int p0 = warp; p0 < full; p0 += WARPS * AHEAD) {
-      uint4 a[AHEAD], b[AHEAD];
-#pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
-        const int p = min(p0 + i * WARPS, full - 1);
-        a[i] = __ldcs(wa + p * 4 + t);
-        b[i] = __ldcs(wb + p * 4 + t);
-      }
+      if (p0 != warp) fetch(p0);
 #pragma unroll
       for (int i = 0; i < AHEAD; i++) {
         const int p = p0 + i * WARPS;
@@ -94,7 +101,7 @@ __global__ void __launch_bounds__(WARPS * 32) int4_rows(dc_tensor y, dc_tensor x
         multiply(c, a[i].y, b[i].y, g < M ? v[1] : none);
         multiply(c, a[i].z, b[i].z, g < M ? v[2] : none);
         multiply(c, a[i].w, b[i].w, g < M ? v[3] : none);
-        add_group(c, p * 128 / group, p * 4, 4);
+        add_group(c, p * 128 / group, p * 4, 4, sa[i], sb[i]);
       }
     }
   }
@@ -106,7 +113,8 @@ __global__ void __launch_bounds__(WARPS * 32) int4_rows(dc_tensor y, dc_tensor x
     const bool there = q * 4 + t < words_there;
     float c[4] = {};
     multiply(c, there ? la[q * 4 + t] : 0, there ? lb[q * 4 + t] : 0, g < M ? xp[g * word_count + q * 4 + t] : none);
-    add_group(c, min(q * 32 / group, groups - 1), q, 1);
+    const int gi = min(q * 32 / group, groups - 1);
+    add_group(c, gi, q, 1, load(scale.data, scale.dtype, (ra < N ? ra : N - 1) * scale.stride[0] + gi), load(scale.data, scale.dtype, (rb < N ? rb : N - 1) * scale.stride[0] + gi));
   }
   float* mine = partial + warp * 128;
   mine[g * 8 + 2 * t] = acc[0], mine[g * 8 + 2 * t + 1] = acc[1];

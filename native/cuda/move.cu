@@ -1,130 +1,25 @@
 // Movement: copy, fill, gather, scatter_add.
-#include "cuda.cuh"
+#include "numbers.cuh"
 
 namespace dc {
 namespace {
 
 // --- copy ---------------------------------------------------------------------------------------------------------
 
-struct Value {  // exact for every dtype: either an integer or a double
-  double d;
-  int64_t i;
-  uint64_t u;
-  int kind;  // 0 double, 1 signed, 2 unsigned
-};
-
-__device__ Value read_value(const void* p, int dtype, int64_t at) {
-  Value v{0, 0, 0, 0};
-  switch (dtype) {
-    case DC_F32: v.d = static_cast<const float*>(p)[at]; break;
-    case DC_BF16: v.d = to_float(static_cast<const bf16*>(p)[at]); break;
-    case DC_F16: v.d = to_float(static_cast<const f16*>(p)[at]); break;
-    case DC_F64: v.d = static_cast<const double*>(p)[at]; break;
-    case DC_F8_E4M3: {
-      __nv_fp8_e4m3 x;
-      x.__x = static_cast<const uint8_t*>(p)[at];
-      v.d = float(x);
-      break;
-    }
-    case DC_F8_E5M2: {
-      __nv_fp8_e5m2 x;
-      x.__x = static_cast<const uint8_t*>(p)[at];
-      v.d = float(x);
-      break;
-    }
-    case DC_I8: v.i = static_cast<const int8_t*>(p)[at], v.kind = 1; break;
-    case DC_I16: v.i = static_cast<const int16_t*>(p)[at], v.kind = 1; break;
-    case DC_I32: v.i = static_cast<const int32_t*>(p)[at], v.kind = 1; break;
-    case DC_I64: v.i = static_cast<const int64_t*>(p)[at], v.kind = 1; break;
-    case DC_BOOL:
-    case DC_U8: v.u = static_cast<const uint8_t*>(p)[at], v.kind = 2; break;
-    case DC_U16: v.u = static_cast<const uint16_t*>(p)[at], v.kind = 2; break;
-    case DC_U32: v.u = static_cast<const uint32_t*>(p)[at], v.kind = 2; break;
-    case DC_U64: v.u = static_cast<const uint64_t*>(p)[at], v.kind = 2; break;
-  }
-  return v;
-}
-
-__device__ double as_double(const Value& v) { return v.kind == 0 ? v.d : v.kind == 1 ? double(v.i) : double(v.u); }
-
-// To a signed or unsigned integer of the given range, round to nearest even, saturating; NaN gives 0.
-__device__ int64_t to_signed(const Value& v, int64_t low, int64_t high, bool* saturated) {
-  if (v.kind == 1) {
-    *saturated = v.i < low || v.i > high;
-    return v.i < low ? low : v.i > high ? high : v.i;
-  }
-  if (v.kind == 2) {
-    *saturated = v.u > uint64_t(high);
-    return *saturated ? high : int64_t(v.u);
-  }
-  if (isnan(v.d)) return 0;
-  const double r = rint(v.d);
-  *saturated = r < double(low) || r > double(high);
-  return r <= double(low) ? low : r >= double(high) ? high : int64_t(r);
-}
-__device__ uint64_t to_unsigned(const Value& v, uint64_t high, bool* saturated) {
-  if (v.kind == 1) {
-    *saturated = v.i < 0 || uint64_t(v.i) > high;
-    return v.i < 0 ? 0 : uint64_t(v.i) > high ? high : uint64_t(v.i);
-  }
-  if (v.kind == 2) {
-    *saturated = v.u > high;
-    return v.u > high ? high : v.u;
-  }
-  if (isnan(v.d)) return 0;
-  const double r = rint(v.d);
-  *saturated = r < 0 || r > double(high);
-  return r <= 0 ? 0 : r >= double(high) ? high : uint64_t(r);
-}
-
-// Returns true when a finite value became infinite or saturated.
-__device__ bool write_value(void* p, int dtype, int64_t at, const Value& v) {
-  bool saturated = false;
-  const double d = as_double(v);
-  // Doubles and wide integers go to 16 bits through fp32 as PyTorch does; fp32 values are exact in it.
-  const float f = v.kind == 1 ? float(v.i) : v.kind == 2 ? float(v.u) : float(v.d);
-  switch (dtype) {
-    case DC_F32: static_cast<float*>(p)[at] = f; return isfinite(d) && !isfinite(f);
-    case DC_BF16: {
-      const bf16 y = from_float<bf16>(f);
-      static_cast<bf16*>(p)[at] = y;
-      return isfinite(d) && !isfinite(to_float(y));
-    }
-    case DC_F16: {
-      const f16 y = from_float<f16>(f);
-      static_cast<f16*>(p)[at] = y;
-      return isfinite(d) && !isfinite(to_float(y));
-    }
-    case DC_F64: static_cast<double*>(p)[at] = d; return false;
-    case DC_F8_E4M3: {
-      const __nv_fp8_e4m3 y(f);  // saturates at 448
-      static_cast<uint8_t*>(p)[at] = y.__x;
-      return isfinite(d) && fabs(d) > 448;
-    }
-    case DC_F8_E5M2: {
-      const __nv_fp8_e5m2 y(f);
-      static_cast<uint8_t*>(p)[at] = y.__x;
-      return isfinite(d) && fabs(d) > 57344;
-    }
-    case DC_I8: static_cast<int8_t*>(p)[at] = int8_t(to_signed(v, -128, 127, &saturated)); break;
-    case DC_I16: static_cast<int16_t*>(p)[at] = int16_t(to_signed(v, -32768, 32767, &saturated)); break;
-    case DC_I32: static_cast<int32_t*>(p)[at] = int32_t(to_signed(v, INT32_MIN, INT32_MAX, &saturated)); break;
-    case DC_I64: static_cast<int64_t*>(p)[at] = to_signed(v, INT64_MIN, INT64_MAX, &saturated); break;
-    case DC_U8: static_cast<uint8_t*>(p)[at] = uint8_t(to_unsigned(v, 255, &saturated)); break;
-    case DC_U16: static_cast<uint16_t*>(p)[at] = uint16_t(to_unsigned(v, 65535, &saturated)); break;
-    case DC_U32: static_cast<uint32_t*>(p)[at] = uint32_t(to_unsigned(v, UINT32_MAX, &saturated)); break;
-    case DC_U64: static_cast<uint64_t*>(p)[at] = to_unsigned(v, UINT64_MAX, &saturated); break;
-    case DC_BOOL: static_cast<uint8_t*>(p)[at] = d != 0; break;
-  }
-  return saturated;
-}
-
 __global__ void copy_any(dc_tensor dst, dc_tensor src, int64_t n, unsigned long long* counts) {
   unsigned long long saturated = 0, bad = 0;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
-    const Value v = read_value(src.data, src.dtype, offset_of(src, i));
-    saturated += write_value(dst.data, dst.dtype, offset_of(dst, i), v);
-    bad += v.kind == 0 && !isfinite(v.d);
+    const int64_t from = offset_of(src, i), to = offset_of(dst, i);
+    if (is_integer(src.dtype)) {
+      const Integer x = read_integer(src.data, src.dtype, from);
+      if (is_integer(dst.dtype)) saturated += write_integer(dst.data, dst.dtype, to, x);
+      else if (dst.dtype == DC_F64) static_cast<double*>(dst.data)[to] = x.negative ? -double(x.magnitude) : double(x.magnitude);
+      else saturated += write_number(dst.data, dst.dtype, to, sticky_double(x));
+    } else {
+      const double v = read_number(src.data, src.dtype, from);
+      saturated += write_number(dst.data, dst.dtype, to, v);
+      bad += !isfinite(v);
+    }
   }
   if (counts) {
     if (saturated) atomicAdd(counts, saturated);
@@ -188,9 +83,8 @@ int copy_counted(dc_context* c, const dc_tensor& dst, const dc_tensor& src, void
 }
 
 __global__ void fill_any(dc_tensor dst, int64_t n, double value) {
-  const Value v{value, 0, 0, 0};
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
-    write_value(dst.data, dst.dtype, offset_of(dst, i), v);
+    write_number(dst.data, dst.dtype, offset_of(dst, i), value);
 }
 
 // --- gather, scatter ----------------------------------------------------------------------------------------------
@@ -213,16 +107,14 @@ __global__ void gather_rows(dc_tensor dst, dc_tensor src, const int32_t* idx, in
   }
   for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) {
     const int64_t to = r * dst.stride[0] + j * dst.stride[1];
-    if (from < 0) write_value(dst.data, dst.dtype, to, Value{0, 0, 0, 0});
-    else write_value(dst.data, dst.dtype, to, read_value(src.data, src.dtype, from * src.stride[0] + j * src.stride[1]));
+    write_number(dst.data, dst.dtype, to, from < 0 ? 0 : read_number(src.data, src.dtype, from * src.stride[0] + j * src.stride[1]));
   }
 }
 __global__ void gather_columns(dc_tensor dst, dc_tensor src, const int32_t* idx, int64_t idx_stride) {
   for (int64_t r = blockIdx.x; r < dst.dim[0]; r += gridDim.x)
     for (int64_t j = threadIdx.x; j < dst.dim[1]; j += blockDim.x) {
       const int64_t from = idx[j * idx_stride], to = r * dst.stride[0] + j * dst.stride[1];
-      if (from < 0) write_value(dst.data, dst.dtype, to, Value{0, 0, 0, 0});
-      else write_value(dst.data, dst.dtype, to, read_value(src.data, src.dtype, r * src.stride[0] + from * src.stride[1]));
+      write_number(dst.data, dst.dtype, to, from < 0 ? 0 : read_number(src.data, src.dtype, r * src.stride[0] + from * src.stride[1]));
     }
 }
 

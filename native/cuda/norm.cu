@@ -1,5 +1,5 @@
 // Element-wise ops, reductions, norms, softmax, rope, losses; with their backward rules.
-#include "cuda.cuh"
+#include "numbers.cuh"
 
 namespace dc {
 namespace {
@@ -20,66 +20,72 @@ __device__ float unary_value(int kind, float x, float a, float b) {
     case DC_SILU: return x / (1.f + expf(-x));
     case DC_GELU: return 0.5f * x * (1.f + erff(x * 0.70710678118654752f));
     case DC_GELU_TANH: return 0.5f * x * (1.f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case DC_RELU: return x > 0 || x != x ? x : 0.f;
+    case DC_RELU: return x < 0 ? 0.f : x;
     case DC_TANH: return tanhf(x);
     case DC_SOFTPLUS: return x > 20.f ? x : log1pf(expf(x));
     case DC_SOFTCAP: return a * tanhf(x / a);
     case DC_AFFINE: return a * x + b;
     case DC_RECIPROCAL: return 1.f / x;
-    case DC_RELU2: return x > 0 ? x * x : x != x ? x : 0.f;
+    case DC_RELU2: return x < 0 ? 0.f : x * x;
     case DC_CLAMP: return x < a ? a : x > b ? b : x;
     case DC_IS_NONFINITE: return isfinite(x) ? 0.f : 1.f;
   }
   return x;
 }
-// d unary / dx for the activations that swiglu takes.
+// d unary / dx, where there is one.
+__host__ __device__ constexpr bool has_slope(int kind) {
+  return kind == DC_NEG || kind == DC_ABS || kind == DC_SQUARE || kind == DC_EXP || kind == DC_SIGMOID || kind == DC_SILU || kind == DC_GELU || kind == DC_GELU_TANH ||
+         kind == DC_RELU || kind == DC_RELU2 || kind == DC_TANH || kind == DC_SOFTPLUS;
+}
 __device__ float unary_slope(int kind, float x) {
+  const float s = 1.f / (1.f + expf(-x));
   switch (kind) {
-    case DC_SILU: {
-      const float s = 1.f / (1.f + expf(-x));
-      return s * (1.f + x * (1.f - s));
-    }
-    case DC_SIGMOID: {
-      const float s = 1.f / (1.f + expf(-x));
-      return s * (1.f - s);
-    }
+    case DC_NEG: return x == x ? -1.f : x;
+    case DC_ABS: return x > 0 ? 1.f : x < 0 ? -1.f : x;
+    case DC_SQUARE: return x + x;
+    case DC_EXP: return expf(x);
+    case DC_SIGMOID: return s * (1.f - s);
+    case DC_SILU: return s * (1.f + x * (1.f - s));
+    case DC_SOFTPLUS: return s;
     case DC_GELU: return 0.5f * (1.f + erff(x * 0.70710678118654752f)) + x * 0.3989422804014327f * expf(-0.5f * x * x);
     case DC_GELU_TANH: {
-      const float u = 0.79788456080286536f * (x + 0.044715f * x * x * x), t = tanhf(u);
+      const float t = tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x));
       return 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * 0.79788456080286536f * (1.f + 3 * 0.044715f * x * x);
     }
-    case DC_RELU: return x > 0 ? 1.f : 0.f;
-    case DC_RELU2: return x > 0 ? 2 * x : 0.f;
-    case DC_TANH: {
+    case DC_RELU: return x > 0 ? 1.f : x == x ? 0.f : x;
+    case DC_RELU2: return x < 0 ? 0.f : x + x;
+    default: {
       const float t = tanhf(x);
       return 1.f - t * t;
     }
   }
-  return 1.f;
 }
 
-__global__ void unary_any(dc_tensor y, dc_tensor x, int kind, float a, float b, int64_t n, bool dense) {
+__global__ void unary_any(dc_tensor y, dc_tensor x, int kind, float a, float b, int64_t n, bool dense, bool floats) {
   GRID_STRIDE(i, n) {
     const int64_t to = dense ? i : offset_of(y, i), from = dense ? i : offset_of(x, i);
-    store(y.data, y.dtype, to, unary_value(kind, load(x.data, x.dtype, from), a, b));
+    if (floats) store(y.data, y.dtype, to, unary_value(kind, load(x.data, x.dtype, from), a, b));
+    else write_number(y.data, y.dtype, to, unary_value(kind, float(read_number(x.data, x.dtype, from)), a, b));
   }
 }
 
-__global__ void binary_any(dc_tensor y, dc_tensor a, dc_tensor b, int kind, float alpha, int64_t n, bool dense) {
+template <class T>
+__device__ T binary_value(int kind, T p, T q) {
+  switch (kind) {
+    case DC_ADD: return p + q;
+    case DC_SUB: return p - q;
+    case DC_MUL: return p * q;
+    case DC_DIV: return p / q;
+    case DC_MAX: return p != p ? p : p > q ? p : q;
+    case DC_MIN: return p != p ? p : p < q ? p : q;
+    default: return p == q ? T(1) : T(0);
+  }
+}
+__global__ void binary_any(dc_tensor y, dc_tensor a, dc_tensor b, int kind, double alpha, int64_t n, bool dense, bool floats) {
   GRID_STRIDE(i, n) {
-    const float p = load(a.data, a.dtype, dense ? i : offset_of(a, i));
-    const float q = alpha * load(b.data, b.dtype, dense ? i : offset_of(b, i));
-    float r = 0;
-    switch (kind) {
-      case DC_ADD: r = p + q; break;
-      case DC_SUB: r = p - q; break;
-      case DC_MUL: r = p * q; break;
-      case DC_DIV: r = p / q; break;
-      case DC_MAX: r = p > q || p != p ? p : q; break;
-      case DC_MIN: r = p < q || p != p ? p : q; break;
-      case DC_EQUAL: r = p == q ? 1.f : 0.f; break;
-    }
-    store(y.data, y.dtype, dense ? i : offset_of(y, i), r);
+    const int64_t ai = dense ? i : offset_of(a, i), bi = dense ? i : offset_of(b, i), yi = dense ? i : offset_of(y, i);
+    if (floats) store(y.data, y.dtype, yi, binary_value(kind, load(a.data, a.dtype, ai), __fmul_rn(float(alpha), load(b.data, b.dtype, bi))));
+    else write_number(y.data, y.dtype, yi, binary_value(kind, read_number(a.data, a.dtype, ai), __dmul_rn(alpha, read_number(b.data, b.dtype, bi))));
   }
 }
 
@@ -87,9 +93,13 @@ struct Best {
   float value;
   int index;
 };
+// A NaN wins over numbers; the first of equals.
 __device__ Best better(Best a, Best b, bool most) {
-  const bool take = b.index >= 0 && (a.index < 0 || (most ? b.value > a.value : b.value < a.value) || (b.value == a.value && b.index < a.index));
-  return take ? b : a;
+  if (b.index < 0) return a;
+  if (a.index < 0) return b;
+  const bool na = a.value != a.value, nb = b.value != b.value;
+  if (na || nb) return na && nb ? (a.index < b.index ? a : b) : na ? a : b;
+  return (most ? b.value > a.value : b.value < a.value) || (b.value == a.value && b.index < a.index) ? b : a;
 }
 
 // src [outer, n, inner] contiguous; a warp per output when inner is 1, else a thread per output (coalesced).
@@ -331,13 +341,15 @@ __global__ void kl_rows(float* kl, dc_tensor p, dc_tensor q, float* same) {
   __shared__ float sums[33];
   const int64_t r = blockIdx.x;
   const Online a = row_online(p, r, 1.f, shared), b = row_online(q, r, 1.f, shared);
-  const float la = a.top + logf(a.sum), lb = b.top + logf(b.sum);
+  const float la = a.top + logf(a.sum);
+  // log p - log q = (x - y) - apart: one rounding fewer than by two logarithms
+  const float apart = float((double(a.top) - double(b.top)) + log(double(a.sum) / double(b.sum)));
   float sum = 0;
   Best bp{0, -1}, bq{0, -1};
   for (int64_t j = threadIdx.x; j < p.dim[1]; j += blockDim.x) {
     const float x = load(p.data, p.dtype, r * p.stride[0] + j * p.stride[1]), y = load(q.data, q.dtype, r * q.stride[0] + j * q.stride[1]);
     const float probability = expf(x - la);
-    if (probability > 0) sum += probability * ((x - la) - (y - lb));
+    if (probability > 0) sum += probability * ((x - y) - apart);
     bp = better(bp, {x, int(j)}, true);
     bq = better(bq, {y, int(j)}, true);
   }
@@ -412,6 +424,7 @@ __global__ void norm_add_finish(float* out, const double* parts, int n) {
   out[1] += float(bad);
 }
 
+bool is_float(const dc_tensor& t) { return t.dtype == DC_F32 || t.dtype == DC_BF16 || t.dtype == DC_F16; }
 unsigned row_threads(int64_t columns) { return columns >= 4096 ? 512 : columns >= 512 ? 256 : 128; }
 
 }  // namespace
@@ -425,13 +438,13 @@ using namespace dc;
 OP(unary) {
   const int64_t n = count(T(0));
   if (n == 0) return 0;
-  unary_any<<<grid_for(c, n, 256), 256, 0, c->stream>>>(T(0), T(1), int(call->i[0]), float(call->f[0]), float(call->f[1]), n, contiguous(T(0)) && contiguous(T(1)));
+  unary_any<<<grid_for(c, n, 256), 256, 0, c->stream>>>(T(0), T(1), int(call->i[0]), float(call->f[0]), float(call->f[1]), n, contiguous(T(0)) && contiguous(T(1)), is_float(T(0)) && is_float(T(1)));
   return launched(c, "unary");
 }
 OP(binary) {
   const int64_t n = count(T(0));
   if (n == 0) return 0;
-  binary_any<<<grid_for(c, n, 256), 256, 0, c->stream>>>(T(0), T(1), T(2), int(call->i[0]), float(call->f[0]), n, contiguous(T(0)) && contiguous(T(1)) && contiguous(T(2)));
+  binary_any<<<grid_for(c, n, 256), 256, 0, c->stream>>>(T(0), T(1), T(2), int(call->i[0]), call->f[0], n, contiguous(T(0)) && contiguous(T(1)) && contiguous(T(2)), is_float(T(0)) && is_float(T(1)) && is_float(T(2)));
   return launched(c, "binary");
 }
 OP(reduce) {
@@ -467,6 +480,7 @@ OP(swiglu) {
 }
 OP(swiglu_backward) {
   const int64_t n = count(T(2));
+  if (!has_slope(int(call->i[0]))) return fail(c, "no derivative of activation %d", int(call->i[0]));
   if (n == 0) return 0;
   swiglu_grad<<<grid_for(c, n, 256), 256, 0, c->stream>>>(T(0), T(1), T(2), T(3), T(4), int(call->i[0]), float(call->f[0]), n);
   return launched(c, "swiglu_backward");

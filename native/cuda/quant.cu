@@ -131,11 +131,12 @@ constexpr int BLOCK = 128, MICRO = 16, SWEEP_ROWS = 64, SWEEP_THREADS = 256;
 
 __global__ void __launch_bounds__(SWEEP_THREADS) sweep_block(Rows codes, Rows Q, Rows W, Rows R, Grid grid, float* error, int64_t error_batch, int64_t error_row, bool first, bf16* D, bf16* D_inner,
                                                              int64_t d_batch, int64_t d_row, int64_t d_part, int64_t rows, int64_t j0, int width) {
-  extern __shared__ float memory[];
+  extern __shared__ __align__(16) float memory[];
   float(*U)[BLOCK] = reinterpret_cast<float(*)[BLOCK]>(memory);                      // R_ij / R_jj
   float(*x)[BLOCK + 1] = reinterpret_cast<float(*)[BLOCK + 1]>(memory + BLOCK * BLOCK);  // v as it stands
   float* diagonal = memory + BLOCK * BLOCK + SWEEP_ROWS * (BLOCK + 1);
   float(*d)[SWEEP_ROWS] = reinterpret_cast<float(*)[SWEEP_ROWS]>(diagonal + BLOCK);
+  int8_t(*code_tile)[BLOCK + 4] = reinterpret_cast<int8_t(*)[BLOCK + 4]>(d + MICRO);
   const int64_t e = blockIdx.y, row0 = blockIdx.x * int64_t(SWEEP_ROWS);
   const float* r = static_cast<const float*>(R.data) + e * R.batch;
   for (int i = threadIdx.x; i < BLOCK; i += SWEEP_THREADS) diagonal[i] = i < width ? r[(j0 + i) * R.row + j0 + i] : 1.f;
@@ -171,47 +172,53 @@ __global__ void __launch_bounds__(SWEEP_THREADS) sweep_block(Rows codes, Rows Q,
         z[k] = grid.zero_at(e, n, g);
         r0[k] = diagonal[k0 + k];
       }
-      alignas(16) int8_t code_out[MICRO];
 #pragma unroll
       for (int k = 0; k < MICRO; k++) {
         const float code = code_of(v[k], s[k], z[k], grid.low, grid.high), value = (code - z[k]) * s[k];
         const float difference = k0 + k < width ? w0[k] - value : 0.f;
         const float miss = k0 + k < width ? (v[k] - value) * r0[k] : 0.f;
         loss += miss * miss;
-        code_out[k] = int8_t(code);
-        v[k] = value;
-        w0[k] = difference;
+        code_tile[local][k0 + k] = int8_t(code);
+        x[local][k0 + k] = value;  // v is not needed any more
         d[k][local] = difference;
 #pragma unroll
         for (int i = k + 1; i < MICRO; i++) v[i] = fmaf(difference, U[k0 + k][k0 + i], v[i]);
       }
-      int8_t* codes_at = static_cast<int8_t*>(codes.data) + codes.at(e, n) + j0 + k0;
-      float* q_at = q + Q.at(e, n) + j0 + k0;
-#pragma unroll
-      for (int k = 0; k < MICRO; k++)
-        if (k0 + k < width) {
-          codes_at[k] = code_out[k];
-          q_at[k] = v[k];
-          if (D) {
-            const bf16 high = from_float<bf16>(w0[k]), low = from_float<bf16>(w0[k] - to_float(high));
-            bf16* out = D + e * d_batch + n * d_row + k0 + k;
-            out[0] = high, out[d_part] = low, out[2 * d_part] = high;
-            bf16* inner = D_inner + (e * rows + n) * 3 * BLOCK + k0 + k;
-            inner[0] = high, inner[width] = low, inner[2 * width] = high;
-          }
-        }
     }
     __syncthreads();
     float mine[MICRO];
 #pragma unroll
     for (int k = 0; k < MICRO; k++) mine[k] = d[k][local];
-    for (int j = k0 + MICRO + part; j < width; j += SWEEP_THREADS / SWEEP_ROWS) {
-      float sum = x[local][j];
+    for (int j = k0 + MICRO + part * 4; j < BLOCK; j += 4 * SWEEP_THREADS / SWEEP_ROWS) {
+      float sum[4];
 #pragma unroll
-      for (int k = 0; k < MICRO; k++) sum = fmaf(mine[k], U[k0 + k][j], sum);
-      x[local][j] = sum;
+      for (int i = 0; i < 4; i++) sum[i] = x[local][j + i];
+#pragma unroll
+      for (int k = 0; k < MICRO; k++) {
+        const float4 u = *reinterpret_cast<const float4*>(&U[k0 + k][j]);
+        sum[0] = fmaf(mine[k], u.x, sum[0]), sum[1] = fmaf(mine[k], u.y, sum[1]), sum[2] = fmaf(mine[k], u.z, sum[2]), sum[3] = fmaf(mine[k], u.w, sum[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[local][j + i] = sum[i];
     }
     __syncthreads();
+  }
+  // Everything out, neighbouring threads to neighbouring memory.
+  for (int i = threadIdx.x; i < SWEEP_ROWS * BLOCK; i += SWEEP_THREADS) {
+    const int a = i / BLOCK, b = i % BLOCK;
+    const int64_t r1 = row0 + a;
+    if (r1 >= rows || b >= width) continue;
+    const float value = x[a][b];
+    static_cast<int8_t*>(codes.data)[codes.at(e, r1) + j0 + b] = code_tile[a][b];
+    q[Q.at(e, r1) + j0 + b] = value;
+    if (D) {
+      const float difference = w[W.at(e, r1) + j0 + b] - value;
+      const bf16 high = from_float<bf16>(difference), low = from_float<bf16>(difference - to_float(high));
+      bf16* out = D + e * d_batch + r1 * d_row + b;
+      out[0] = high, out[d_part] = low, out[2 * d_part] = high;
+      bf16* inner = D_inner + (e * rows + r1) * 3 * BLOCK + b;
+      inner[0] = high, inner[width] = low, inner[2 * width] = high;
+    }
   }
   if (part == 0 && n < rows && error) {
     float* out = error + e * error_batch + n * error_row;
@@ -327,7 +334,7 @@ extern "C" int dc_cuda_ldlq(dc_context* c, const dc_call* call) {
     for (int64_t e = 0; e < E; e++)  // pending sums start at zero
       DC_CUDA(cudaMemset2DAsync(data<float>(Q) + e * rq.batch, size_t(rq.row) * 4, 0, size_t(K) * 4, size_t(N), c->stream));
   }
-  const size_t shared = (size_t(BLOCK) * BLOCK + SWEEP_ROWS * (BLOCK + 1) + BLOCK + MICRO * SWEEP_ROWS) * 4;
+  const size_t shared = (size_t(BLOCK) * BLOCK + SWEEP_ROWS * (BLOCK + 1) + BLOCK + MICRO * SWEEP_ROWS) * 4 + SWEEP_ROWS * (BLOCK + 4);
   DC_CUDA(cudaFuncSetAttribute(sweep_block, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   const int64_t d_row = 3 * panel, d_batch = N * d_row;
   // pending[:, from..to] += D R: the `height` columns of D that were swept last (`inner`: one block, else the panel),

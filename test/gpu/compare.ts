@@ -17,7 +17,7 @@ interface Output {
 async function outputs(device: Device, test: Case, seed: number): Promise<Output[]> {
   using s = new Scope(device);
   const tensors = await test.run(new Inputs(s, seed));
-  return Promise.all(
+  return await Promise.all(
     tensors.map(async (t: Tensor) => ({
       values: await cast(s, t, 'f32').float32(),
       bytes: await t.bytesOut(),
