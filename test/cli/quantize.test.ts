@@ -18,7 +18,7 @@ interface Done {
 
 describe('quantize', () => {
   it('makes a folder that other tools load, and says what it did', async () => {
-    const run = await cli(['quantize', v1, '-o', out('int4'), ...small]);
+    const run = await cli(['quantize', v1, '-o', out('int4'), ...small, '--quiet']);
     expect(run.stderr).toBe('');
     expect(run.code).toBe(0);
     expect(run.stdout).toMatch(/28 linears at 4\.13 bits a weight, 1 left in high precision/);
