@@ -27,7 +27,7 @@ export function decoder(
   sizes: Sizes,
   rope: RopeSpec,
   layer: (i: number, name: string) => LayerParts,
-  { carried = [] }: { carried?: readonly string[] } = {},
+  { carried = [], ragged = true }: { carried?: readonly string[]; ragged?: boolean } = {},
 ): Model {
   const { hidden, eps } = sizes;
   const vocab = c.int('vocab_size', { max: limits.vocab });
@@ -52,7 +52,8 @@ export function decoder(
     kvHeads: sizes.kvHeads,
     headDim: sizes.headDim,
     blocks,
-    ragged: !['dynamic', 'longrope'].includes(rope.scaling.type) && !blocks.some((b) => b.window !== undefined),
+    ragged:
+      ragged && !['dynamic', 'longrope'].includes(rope.scaling.type) && !blocks.some((b) => b.window !== undefined),
     outer: [
       { name: embedding, shape },
       normTensor(norm),

@@ -20,11 +20,13 @@ export function deepseekMlp(
   const denseWidth = c.int('intermediate_size', { max: limits.width });
   const sharedCount = c.int('n_shared_experts', { min: 0, max: limits.experts, default: 0 });
   const dense = c.int('first_k_dense_replace', { min: 0, default: 0 });
+  const types = c.words('mlp_layer_types', ['dense', 'sparse'], layers);
+  const isDense = (i: number) => (types ? types[i] === 'dense' : i < dense);
   c.only('moe_layer_freq', 1);
   const routing = { topK: active, ...route(c, experts) };
   return (i, layer) => {
     const name = `${layer}.mlp`;
-    if (i < dense) return gatedMlp(ffnSpec(name, { hidden, width: denseWidth }, activation));
+    if (isDense(i)) return gatedMlp(ffnSpec(name, { hidden, width: denseWidth }, activation));
     return moeLayer({
       layer: i,
       router: linearSpec(`${name}.gate`, hidden, experts, 'router'),

@@ -1,4 +1,5 @@
 import { linearSpec, type Layer } from '../nn/layer.js';
+import type { IndexerSpec } from '../nn/indexer.js';
 import { latentAttention } from '../nn/mla.js';
 import type { RopeSpec } from '../nn/rope.js';
 import type { RouteOptions } from '../tensor/ops.js';
@@ -48,10 +49,25 @@ export function deepseekV3(c: Config): Model {
   return latentModel(c, sigmoidRouting, { bias: true, interleaved, carried: (n) => mtpLayers(c, n) });
 }
 
+/** DeepSeek-V3.2 (2025): V3 with sparse attention. */
+export function deepseekV32(c: Config): Model {
+  c.only('mlp_bias', false);
+  const carried = (n: number) => mtpLayers(c, n);
+  return latentModel(c, sigmoidRouting, { bias: true, interleaved: true, carried, sparse: true });
+}
+
+interface Variant {
+  /** The router has a bias for the selection. */
+  readonly bias: boolean;
+  readonly interleaved: boolean;
+  readonly carried: (layers: number) => string[];
+  readonly sparse?: boolean;
+}
+
 function latentModel(
   c: Config,
   routing: (c: Config, experts: number) => Omit<RouteOptions, 'bias' | 'topK'>,
-  variant: { bias: boolean; interleaved: boolean; carried: (layers: number) => string[] },
+  variant: Variant,
 ): Model {
   const nope = c.int('qk_nope_head_dim', { max: limits.hidden });
   const turned = c.int('qk_rope_head_dim', { max: limits.hidden });
@@ -66,17 +82,27 @@ function latentModel(
   });
   const mscale = factor !== undefined && mscaleAllDim ? yarnScale(factor, mscaleAllDim) : 1;
   const scale = (nope + turned) ** -0.5 * mscale * mscale;
-  const attention = latentParts(c, sizes, { nope, rope, scale });
+  if (variant.sparse) c.words('layer_types', ['indexed_attention'], sizes.layers);
+  const indexer = variant.sparse ? indexerParts(c, sizes, rope) : undefined;
+  const attention = latentParts(c, sizes, { nope, rope, scale, indexer });
   const mlp = deepseekMlp(c, sizes, routing, { bias: variant.bias });
   return decoder(c, sizes, rope, (i, name) => ({ attention: attention(i, `${name}.self_attn`), mlp: mlp(i, name) }), {
     carried: variant.carried(sizes.layers),
+    ragged: !variant.sparse,
   });
+}
+
+interface LatentParts {
+  readonly nope: number;
+  readonly rope: RopeSpec;
+  readonly scale: number;
+  readonly indexer: ((name: string) => IndexerSpec) | undefined;
 }
 
 function latentParts(
   c: Config,
   { hidden, heads }: Sizes,
-  { nope, rope, scale }: { nope: number; rope: RopeSpec; scale: number },
+  { nope, rope, scale, indexer }: LatentParts,
 ): (i: number, name: string) => Layer {
   const rank = c.int('kv_lora_rank', { max: limits.hidden });
   const qRank = c.optionalInt('q_lora_rank', { max: limits.hidden });
@@ -107,6 +133,25 @@ function latentParts(
       o: of('o_proj', heads * value, hidden, bias),
       rope,
       scale,
+      indexer: indexer?.(`${name}.indexer`),
     });
   };
+}
+
+function indexerParts(c: Config, { hidden }: Sizes, main: RopeSpec): (name: string) => IndexerSpec {
+  const heads = c.int('index_n_heads', { max: limits.heads });
+  const width = c.int('index_head_dim', { min: main.dim, max: limits.hidden });
+  const topK = c.int('index_topk');
+  const latent = c.int('q_lora_rank', { max: limits.hidden });
+  const rope = { ...main, interleaved: false, fromEnd: false };
+  return (name) => ({
+    q: linearSpec(`${name}.wq_b`, latent, heads * width, 'attention'),
+    k: linearSpec(`${name}.wk`, hidden, width, 'attention'),
+    weights: linearSpec(`${name}.weights_proj`, hidden, heads, 'router'),
+    norm: `${name}.k_norm`,
+    heads,
+    width,
+    topK,
+    rope,
+  });
 }

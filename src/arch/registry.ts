@@ -1,6 +1,6 @@
 import { badInput, didYouMean } from '../base/errors.js';
 import { Config } from './config.js';
-import { deepseek, deepseekV2, deepseekV3 } from './deepseek.js';
+import { deepseek, deepseekV2, deepseekV3, deepseekV32 } from './deepseek.js';
 import { glm4Moe } from './glm4-moe.js';
 import { llama } from './llama.js';
 import { mistral } from './mistral.js';
@@ -15,6 +15,7 @@ const architectures: Readonly<Record<string, (c: Config) => Model>> = {
   deepseek,
   deepseek_v2: deepseekV2,
   deepseek_v3: deepseekV3,
+  deepseek_v32: deepseekV32,
   glm4_moe: glm4Moe,
   llama,
   mistral,

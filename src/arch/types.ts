@@ -38,7 +38,7 @@ export interface Model {
   readonly kvHeads: number;
   readonly headDim: number;
   readonly blocks: readonly Block[];
-  /** Rows of a batch may end at different positions: false with sliding windows and length-dependent rope. */
+  /** Rows of a batch may stand at different positions: not with sliding windows, sparse attention, length-dependent rope. */
   readonly ragged: boolean;
   /** Tensors outside the blocks: embedding, final norm, head. */
   readonly outer: readonly TensorSpec[];
