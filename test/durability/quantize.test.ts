@@ -5,7 +5,7 @@ import { describe, expect, it } from 'vitest';
 import { cli, fixture, listing, v1, workFolder, type Finished } from '../cli/support.js';
 
 // npm run test:durability kills 50 times; the ordinary suite a few.
-const kills = Number(process.env.DURABILITY_KILLS ?? 4);
+const kills = Number(process.env.DURABILITY_KILLS ?? 3);
 const seed = Number(process.env.DEEPSEEK_CONVERT_TEST_SEED ?? Date.now() % 1_000_000);
 const folder = workFolder();
 const args = (name: string, ...more: string[]): string[] => [
