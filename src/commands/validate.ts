@@ -89,7 +89,7 @@ function summary(report: ValidateReport, { paint }: Pick<Io, 'paint'>, written: 
     const sign = gate.direction === 'max' ? '<=' : '>=';
     return [
       word,
-      gate.metric,
+      gate.name,
       number(gate.value),
       gate.bound === null ? '' : `${sign} ${gate.bound}`,
       gate.where ?? '',
@@ -109,7 +109,7 @@ function summary(report: ValidateReport, { paint }: Pick<Io, 'paint'>, written: 
     ...report.diagnosis,
     ...report.skipped.map(({ part, reason }) => paint.dim(`left out: ${part} (${reason})`)),
     ...report.notes.map((note) => paint.dim(note)),
-    `${settings.tokens} tokens: KL ${number(logits.kl.mean)} (95%: ${number(kl.low)} to ${number(kl.high)}), perplexity ${number(logits.perplexity.reference)} -> ${number(logits.perplexity.candidate)} (x ${number(logits.perplexity.ratio)}, 95%: ${number(ratio.low)} to ${number(ratio.high)}), same first choice ${number(logits.top1 * 100)}%`,
+    `${settings.tokens} tokens: KL ${number(logits.kl.mean)} (95%: ${number(kl.low)} to ${number(kl.high)}), perplexity ${number(logits.perplexity.reference)} -> ${number(logits.perplexity.candidate)} (x ${number(logits.perplexity.ratio)}, 95%: ${number(ratio.low)} to ${number(ratio.high)}: ${number(100 / logits.perplexity.ratio)}% of the quality), same first choice ${number(logits.top1 * 100)}%`,
     `${paint.bold('Verdict:')} ${verdict} ${report.candidate.path} against ${report.reference.path}, bounds for ${report.profile} models`,
     ...(files.length > 0 ? [`Written: ${files.join(', ')}`] : []),
   ].join('\n');

@@ -17,6 +17,9 @@ interface Measured {
 export interface Gate {
   /** Key of the bound in options: `maxKl` is the flag `--max-kl`. */
   readonly id: string;
+  /** For tables. */
+  readonly name: string;
+  /** What is measured, in words. */
   readonly metric: string;
   /** max: value <= bound passes; min: value >= bound passes. */
   readonly direction: 'max' | 'min';
@@ -63,17 +66,21 @@ const requantize =
   'Quantize again with a better method (gptq or autoround instead of rtn), smaller groups (--group-size 32), or more bits for the layer named here';
 
 /**
- * The gates, as data. Why these defaults (README of the numbers: docs/validation.md):
- * - `quantized` must pass an honest INT4 g128 of a model with 6 million parameters, which loses far more than one of
- *   8 billion, and fail when any one layer is broken. So logit bounds (KL, perplexity, top-1) are about twice what
- *   GPTQ loses on the smallest models, and the bounds that find a broken layer are relative to what the layer itself
- *   does, which is about the same at every size (4 bits: 0.08 to 0.15; 2 bits or a zeroed matrix: 0.4 to 1).
- * - `restructured` follows what dense -> MoE conversion without training reaches at half of the FFN neurons.
+ * The gates, as data. How the defaults were found:
+ * - `quantized` must pass an honest INT4 g128 of a model of 6 million parameters, which loses far more than one of 8
+ *   billion, fail 3 bits there, and fail when one layer is broken in a model of any size. Measured on English, Chinese
+ *   and WikiText (dense-6m GPTQ | dense-6m RTN | dense-32m RTN | dense-6m RTN 3 bits): KL 0.051 | 0.065 | 0.040 | 0.32,
+ *   perplexity ratio 1.040 | 1.066 | 1.031 | 1.29, top-1 0.84 | 0.81 | 0.85 | 0.61, largest layer error 0.15 | 0.16 |
+ *   0.16 | 0.34, worst heads 0.003 | 0.004 | 0.004 | 0.018. Published INT4 of 8B models has ratios of 1.03 to 1.10.
+ *   The layer's error is against what the layer itself adds, and so about the same at every size; it finds the broken
+ *   layer that a deep model makes up for. Whoever wants 98% of the quality asks for it: --max-ppl-ratio 1.02.
+ * - `restructured` is what dense -> MoE conversion without training reaches at half of the FFN neurons, and some room.
  * - `exact` is for conversions between containers: rounding of the arithmetic is all that is allowed.
  */
 export const gates: readonly Gate[] = [
   {
     id: 'maxTokenMismatch',
+    name: 'token ids',
     metric: 'texts that the two tokenizers encode differently',
     direction: 'max',
     bounds: { exact: 0, quantized: 0, restructured: 0 },
@@ -89,6 +96,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxBpeDropout',
+    name: 'BPE dropout',
     metric: 'BPE dropout of the tokenizers',
     direction: 'max',
     bounds: { exact: 0, quantized: 0, restructured: 0 },
@@ -104,6 +112,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxNonFinite',
+    name: 'non-finite logits',
     metric: 'positions with non-finite logits in the candidate',
     direction: 'max',
     bounds: { exact: 0, quantized: 0, restructured: 0 },
@@ -114,6 +123,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxKl',
+    name: 'KL, mean',
     metric: 'mean KL divergence of next-token distributions, nats',
     direction: 'max',
     bounds: { exact: 1e-5, quantized: 0.1, restructured: 0.5 },
@@ -127,6 +137,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxKlP99',
+    name: 'KL, 99th percentile',
     metric: '99th percentile of KL divergence, nats',
     direction: 'max',
     bounds: { exact: 1e-3, quantized: 1, restructured: 5 },
@@ -140,9 +151,10 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxPplRatio',
+    name: 'perplexity ratio',
     metric: 'perplexity, candidate / reference',
     direction: 'max',
-    bounds: { exact: 1.0001, quantized: 1.05, restructured: 1.45 },
+    bounds: { exact: 1.0001, quantized: 1.1, restructured: 1.45 },
     meaning: 'How much worse the candidate predicts the texts. 1.02 keeps 98% of the quality.',
     remedy: requantize,
     measure: (m) =>
@@ -153,9 +165,10 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'minTop1',
+    name: 'same first choice',
     metric: 'share of positions where both models prefer the same token',
     direction: 'min',
-    bounds: { exact: 0.999, quantized: 0.8, restructured: 0.6 },
+    bounds: { exact: 0.999, quantized: 0.75, restructured: 0.6 },
     meaning: 'How often greedy decoding would take another way.',
     remedy: requantize,
     measure: (m) =>
@@ -166,6 +179,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxLayerError',
+    name: "worst layer's own error",
     metric: "largest error of a layer on the reference's input, against what the layer adds",
     direction: 'max',
     bounds: { exact: 1e-2, quantized: 0.3, restructured: 0.7 },
@@ -176,6 +190,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxWeightError',
+    name: 'weight that stands out',
     metric: 'relative error of the worst weight, of those that are 2.5 x the median of their kind, or all zero',
     direction: 'max',
     bounds: { exact: 1e-2, quantized: 0.35, restructured: 0.35 },
@@ -192,9 +207,10 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxAttentionJs',
+    name: 'attention, worst 5% of heads',
     metric: 'Jensen-Shannon divergence of attention patterns, worst 5% of heads, nats',
     direction: 'max',
-    bounds: { exact: 1e-4, quantized: 0.03, restructured: 0.03 },
+    bounds: { exact: 1e-4, quantized: 0.05, restructured: 0.05 },
     meaning: "Whether each head still looks where it looked, on the reference's input, the first position left out.",
     remedy:
       'The q_proj and k_proj of this layer are off: give them more bits or leave them out; when their weights are intact, compare rope and norm settings in both config.json',
@@ -209,7 +225,23 @@ export const gates: readonly Gate[] = [
     },
   },
   {
+    id: 'maxHeadJs',
+    name: 'attention, worst head',
+    metric: 'Jensen-Shannon divergence of the worst single head, nats',
+    direction: 'max',
+    bounds: { exact: 1e-3, quantized: 0.15, restructured: 0.15 },
+    meaning: 'One head that looks elsewhere, among hundreds that do not: heads out of order, a damaged slice.',
+    remedy:
+      'Look at the rows of this head in q_proj and k_proj, and at num_key_value_heads and head_dim in both config.json',
+    measure: ({ attention: a }) => {
+      const worst = a?.teacherForced.worst.heads[0];
+      if (!worst) return 'the attention heads of the two models do not correspond';
+      return { value: worst.divergence, where: `layer ${worst.layer}, head ${worst.head}`, layer: worst.layer };
+    },
+  },
+  {
     id: 'maxLayer0Change',
+    name: 'equal layer 0, equal patterns',
     metric: "largest difference of layer 0's queries and keys where its weights are equal",
     direction: 'max',
     bounds: { exact: 0, quantized: 0, restructured: 0 },
@@ -223,6 +255,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'minRoutingAgreement',
+    name: 'same experts chosen',
     metric: "share of the reference's experts that the candidate chooses too, worst layer",
     direction: 'min',
     bounds: { exact: 0.999, quantized: 0.75, restructured: 0.75 },
@@ -237,6 +270,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxDeadExperts',
+    name: 'dead experts',
     metric: 'share of experts with less than a tenth of their even share of tokens',
     direction: 'max',
     bounds: { exact: null, quantized: null, restructured: 0.25 },
@@ -255,6 +289,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxLoadViolation',
+    name: 'load violation (MaxVio)',
     metric: 'MaxVio: load of the busiest expert over the mean, minus 1, worst layer',
     direction: 'max',
     bounds: { exact: null, quantized: null, restructured: null },
@@ -268,6 +303,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'minDistinctRatio',
+    name: 'distinct-2 ratio',
     metric: 'distinct-2 of the generations, candidate / reference (upper end of its interval)',
     direction: 'min',
     bounds: { exact: 0.99, quantized: 0.9, restructured: 0.8 },
@@ -278,6 +314,7 @@ export const gates: readonly Gate[] = [
   },
   {
     id: 'maxRepIncrease',
+    name: 'rep-4 increase',
     metric: 'increase of rep-4 in the generations (lower end of its interval)',
     direction: 'max',
     bounds: { exact: 0.01, quantized: 0.1, restructured: 0.2 },
@@ -296,10 +333,10 @@ export type GateBounds = Readonly<Partial<Record<string, number | null>>>;
 /** Every gate's verdict. A value that is not finite fails. */
 export function judge(m: Measurements, overrides: GateBounds): GateResult[] {
   return gates.map((gate): GateResult => {
-    const { id, metric, direction, meaning } = gate;
+    const { id, name, metric, direction, meaning } = gate;
     const override = overrides[id];
     const bound = override === undefined ? gate.bounds[m.profile] : override;
-    const common = { id, metric, flag: gateFlag(id), direction, bound, meaning };
+    const common = { id, name, metric, flag: gateFlag(id), direction, bound, meaning };
     const measured = gate.measure(m);
     if (typeof measured === 'string') return { ...common, status: 'skipped', value: null, reason: measured };
     const { value, ofModel: model, ...rest } = measured;

@@ -80,6 +80,7 @@ export type GateStatus = 'pass' | 'fail' | 'off' | 'skipped';
 
 export interface GateResult {
   readonly id: string;
+  readonly name: string;
   /** What is measured, in words. */
   readonly metric: string;
   readonly flag: string;

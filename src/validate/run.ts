@@ -108,7 +108,7 @@ export async function validateModels(
           reference,
           candidate,
           own,
-          await readPrompts(own, windows, { count: plan.prompts, file: options.prompts }),
+          await readPrompts(own, windows, { count: plan.prompts, file: options.prompts, bosId: reference.model.bosId }),
           {
             newTokens: plan.newTokens,
             temperature: options.temperature ?? defaults.temperature,
@@ -160,7 +160,7 @@ export function gateFailure(report: ValidateReport): ConvertError | undefined {
     const value = gate.value === null ? 'not a finite number' : String(Number(gate.value.toPrecision(4)));
     const sign = gate.direction === 'max' ? 'at most' : 'at least';
     const where = gate.where === undefined ? '' : `; ${gate.where}`;
-    return `\n  ${gate.metric}: ${value}, ${sign} ${gate.bound} (${gate.flag})${where}\n    ${gate.remedy}.`;
+    return `\n  ${gate.name}: ${value}, ${sign} ${gate.bound} (${gate.flag})${where}\n    ${gate.remedy}.`;
   });
   const found = report.diagnosis.map((line) => `\n  ${line}`);
   const what = `${failed.length} of ${gateTable.length} quality gates failed:${lines.join('')}${found.join('')}`;

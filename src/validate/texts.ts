@@ -109,8 +109,8 @@ export interface Prompt {
 }
 
 /**
- * Prompts for generations: the lines of a .txt file, "prompt" or "text" of a .jsonl file; by default the first tokens
- * of windows spread over the texts.
+ * Prompts for generations: the lines of a .txt file, "prompt" or "text" of a .jsonl file; by default stretches of
+ * the windows.
  */
 export async function readPrompts(
   tokenizer: Tokenizer,
@@ -118,8 +118,14 @@ export async function readPrompts(
   {
     count,
     file,
+    bosId,
     length = 16,
-  }: { readonly count: number; readonly file?: string | undefined; readonly length?: number },
+  }: {
+    readonly count: number;
+    readonly file?: string | undefined;
+    readonly bosId: number | undefined;
+    readonly length?: number;
+  },
 ): Promise<Prompt[]> {
   if (file !== undefined) {
     const lines = await promptLines(file);
@@ -127,12 +133,25 @@ export async function readPrompts(
       lines.slice(0, count).map(async (text) => ({ text, ids: await tokenizer.encode(text, { special: true }) })),
     );
   }
-  const all = windows.flatMap(({ tokens, n, length: width }) =>
-    Array.from({ length: n }, (_, i) => tokens.slice(i * width, i * width + Math.min(length, width))),
+  const rows = windows.flatMap(({ tokens, n, length: width }) =>
+    Array.from({ length: n }, (_, i) => tokens.subarray(i * width, (i + 1) * width)),
   );
+  const each = Math.ceil(count / rows.length);
+  const all = rows.flatMap((row) => beginnings(row, each, length, bosId));
   const wanted = Math.min(count, all.length);
   const chosen = Array.from({ length: wanted }, (_, i) => all[Math.floor((i * all.length) / wanted)]!);
   return Promise.all(chosen.map(async (ids) => ({ ids, text: await tokenizer.decode(ids) })));
+}
+
+/** `count` stretches of a window, spread over it; BOS stands before each where it stands before the window. */
+function beginnings(row: Int32Array, count: number, length: number, bosId: number | undefined): Int32Array[] {
+  const lead = row[0] === bosId ? 1 : 0;
+  const body = row.subarray(lead);
+  const room = Math.min(count, Math.max(1, Math.floor(body.length / length)));
+  return Array.from({ length: room }, (_, i) => {
+    const at = Math.floor((i * body.length) / room);
+    return Int32Array.from([...row.subarray(0, lead), ...body.subarray(at, at + length - lead)]);
+  });
 }
 
 async function promptLines(file: string): Promise<string[]> {

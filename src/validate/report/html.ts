@@ -111,10 +111,10 @@ function tiles(report: ValidateReport): Markup {
   const layer = report.gates.find(({ id }) => id === 'maxLayerError');
   return markup`<div class="tiles">
     ${tile(['maxKl', 'maxKlP99'], show(logits.kl.mean), 'mean KL, nats', interval(logits.intervals.kl))}
-    ${tile(['maxPplRatio'], show(ratio.ratio, 4), 'perplexity ratio', `${show(ratio.reference)} to ${show(ratio.candidate)}; ${interval(logits.intervals.ratio)}`)}
+    ${tile(['maxPplRatio'], show(ratio.ratio, 4), 'perplexity ratio', `keeps ${percent(Math.min(1, 1 / ratio.ratio))}; ${show(ratio.reference)} to ${show(ratio.candidate)}; ${interval(logits.intervals.ratio)}`)}
     ${tile(['minTop1'], percent(logits.top1), 'same first choice', `${show(logits.tokens)} positions`)}
     ${layer && layer.value !== null && tile(['maxLayerError'], show(layer.value), 'worst layer error', layer.where ?? '')}
-    ${attention && tile(['maxAttentionJs', 'maxLayer0Change'], show(attention.teacherForced.worst.divergence), 'attention divergence', `worst 5% of heads; mean ${show(attention.teacherForced.mean.divergence)}`)}
+    ${attention && tile(['maxAttentionJs', 'maxHeadJs', 'maxLayer0Change'], show(attention.teacherForced.worst.divergence), 'attention divergence', `worst 5% of heads; mean ${show(attention.teacherForced.mean.divergence)}`)}
     ${diversity && tile(['minDistinctRatio', 'maxRepIncrease'], show(diversity.distinctRatio.value), 'distinct-2 ratio', interval(diversity.distinctRatio.interval))}
   </div>`;
 }
@@ -131,7 +131,7 @@ function gatesTable(gates: readonly GateResult[]): Markup {
     return markup`<tr class="${g.status}">
       <td><span class="status ${g.status}">${words[g.status]}</span></td>
       <td>
-        ${g.metric}<br /><small>${g.meaning} <code>${g.flag}</code></small
+        <b>${g.name}</b>: ${g.metric}<br /><small>${g.meaning} <code>${g.flag}</code></small
         >${remedy}
       </td>
       <td class="num" data-name="value">${g.value === null && g.status !== 'fail' ? '' : show(g.value ?? NaN)}</td>

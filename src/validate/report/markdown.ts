@@ -99,7 +99,7 @@ function gateRow(gate: GateResult): string[] {
   const sign = gate.direction === 'max' ? '<=' : '>=';
   return [
     words[gate.status],
-    gate.metric,
+    `${gate.name}: ${gate.metric}`,
     gate.value === null ? 'not finite' : show(gate.value, 4),
     gate.bound === null ? '' : `${sign} ${show(gate.bound)}`,
     gate.where ?? '',

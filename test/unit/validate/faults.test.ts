@@ -139,7 +139,7 @@ describe('planted faults are caught and named', () => {
       'model.layers.1.self_attn.q_proj.weight': swapRows(0, 1, 64),
     });
     const report = await validate(dense, candidate);
-    expect(failed(report)).toEqual(expect.arrayContaining(['maxAttentionJs', 'maxWeightError']));
+    expect(failed(report)).toEqual(expect.arrayContaining(['maxAttentionJs', 'maxHeadJs', 'maxWeightError']));
     expect(gate(report, 'maxAttentionJs')).toMatchObject({ layer: 1 });
     const row = report.attention!.teacherForced.divergence[1]!;
     expect(Math.min(row[0]!, row[1]!)).toBeGreaterThan(0.03);
