@@ -39,9 +39,13 @@ export class Config {
   /** File, and key path within it: `config.json`, `config.json: rope_parameters`. */
   readonly where: string;
 
-  constructor(values: Readonly<Record<string, unknown>>, where: string) {
+  /** What the tensor names of embedding, layers and norm start with. */
+  readonly root: string;
+
+  constructor(values: Readonly<Record<string, unknown>>, where: string, root = 'model') {
     this.values = values;
     this.where = where;
+    this.root = root;
   }
 
   /** The value as it stands; absent keys and null are undefined. */

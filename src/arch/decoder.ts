@@ -32,12 +32,12 @@ export function decoder(
   const { hidden, eps } = sizes;
   const vocab = c.int('vocab_size', { max: limits.vocab });
   const tied = c.bool('tie_word_embeddings', false);
-  const embedding = 'model.embed_tokens.weight';
-  const norm = normSpec('model.norm', hidden, eps);
-  const head = linearSpec(tied ? 'model.embed_tokens' : 'lm_head', hidden, vocab, 'head');
+  const embedding = `${c.root}.embed_tokens.weight`;
+  const norm = normSpec(`${c.root}.norm`, hidden, eps);
+  const head = linearSpec(tied ? `${c.root}.embed_tokens` : 'lm_head', hidden, vocab, 'head');
   const shape = [vocab, hidden];
   const blocks = Array.from({ length: sizes.layers }, (_, i) => {
-    const name = `model.layers.${i}`;
+    const name = `${c.root}.layers.${i}`;
     return block(i, name, sizes, layer(i, name));
   });
   const bosIds = c.ids('bos_token_id');

@@ -64,5 +64,5 @@ export const sigmoidRouting = (c: Config, experts: number): Omit<RouteOptions, '
 /** Multi-token-prediction layers behind the last: carried through, never computed with. */
 export function mtpLayers(c: Config, layers: number): string[] {
   const count = c.int(c.oneOf('num_nextn_predict_layers', 'num_mtp_layers'), { min: 0, max: 64, default: 1 });
-  return Array.from({ length: count }, (_, j) => `model.layers.${layers + j}.`);
+  return Array.from({ length: count }, (_, j) => `${c.root}.layers.${layers + j}.`);
 }

@@ -12,11 +12,13 @@ import { readSizes, type Sizes } from './sizes.js';
 import type { Model } from './types.js';
 
 /** DeepSeekMoE 16B (Dai et al. 2024): Llama's attention, fine-grained experts beside shared ones. */
-export function deepseek(c: Config): Model {
+export const deepseek = (c: Config): Model => groupedModel(c, softmaxRouting);
+
+function groupedModel(c: Config, routing: (c: Config, experts: number) => Omit<RouteOptions, 'bias' | 'topK'>): Model {
   const sizes = readSizes(c);
   const { rope } = readRope(c, { headDim: sizes.headDim });
   const bias = c.bool('attention_bias', false);
-  const mlp = deepseekMlp(c, sizes, softmaxRouting, { bias: false });
+  const mlp = deepseekMlp(c, sizes, routing, { bias: false });
   return decoder(c, sizes, rope, (i, name) => ({
     attention: groupedAttention(i, name, sizes, { rope, qkvBias: bias, outBias: bias }),
     mlp: mlp(i, name),
@@ -28,19 +30,27 @@ const softmaxRouting = (c: Config): Omit<RouteOptions, 'bias' | 'topK'> => {
   return { scoring: 'softmax', normalize: c.bool('norm_topk_prob', false) };
 };
 
+/** Softmax routing, optionally limited to groups scored by their best expert (DeepSeek-V2, section 2.2). */
+const limitedRouting = (c: Config, experts: number): Omit<RouteOptions, 'bias' | 'topK'> => {
+  c.only('scoring_func', 'softmax');
+  // The original divides by the sum and leaves the factor out then; transformers does neither. No model uses it.
+  c.only('norm_topk_prob', false);
+  const limited = c.choice('topk_method', ['greedy', 'group_limited_greedy'], 'greedy') !== 'greedy';
+  const groups = readGroups(c, experts);
+  const scale = c.float('routed_scaling_factor', { default: 1 });
+  return { scoring: 'softmax', scale, ...(limited && { ...groups, groupScore: 'max' }) };
+};
+
 /** DeepSeek-V2 and V2-Lite (Liu et al. 2024): latent attention, softmax routing, optionally limited to groups. */
 export function deepseekV2(c: Config): Model {
   c.only('mlp_bias', false);
-  const routing = (config: Config, experts: number): Omit<RouteOptions, 'bias' | 'topK'> => {
-    config.only('scoring_func', 'softmax');
-    // The original divides by the sum and leaves the factor out then; transformers does neither. No model uses it.
-    config.only('norm_topk_prob', false);
-    const limited = config.choice('topk_method', ['greedy', 'group_limited_greedy'], 'greedy') !== 'greedy';
-    const groups = readGroups(config, experts);
-    const scale = config.float('routed_scaling_factor', { default: 1 });
-    return { scoring: 'softmax', scale, ...(limited && { ...groups, groupScore: 'max' }) };
-  };
-  return latentModel(c, routing, { bias: false, interleaved: true, carried: () => [] });
+  return latentModel(c, limitedRouting, { bias: false, interleaved: true, carried: () => [] });
+}
+
+/** DeepSeek-V2's experts on Llama's attention, as in DeepSeek-OCR 2. */
+export function deepseekOcrText(c: Config): Model {
+  c.only('mlp_bias', false);
+  return groupedModel(c, limitedRouting);
 }
 
 /** DeepSeek-V3, V3.1 and R1 (Liu et al. 2025): sigmoid routing with a selection bias, a layer that predicts further. */

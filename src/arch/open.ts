@@ -47,7 +47,7 @@ export async function openModel(path: string, { config }: OpenModelOptions = {})
   const where = checkpoint.configPath ?? checkpoint.path;
   const layout = detectLayout(checkpoint.config, where);
   const tensors = storedWeights(checkpoint.tensors, layout);
-  const built = buildModel(await tiedAsStored(checkpoint, tensors), where);
+  const built = await modelAsStored(checkpoint.config, where, tensors);
   const companion = (name: string) => checkpoint.companions.find((file) => companionName(file) === name);
   const model = { ...built, config: checkpoint.config, ...(await generationIds(companion('generation_config.json'))) };
   const specs = new Map([...model.outer, ...model.blocks.flatMap((b) => b.tensors)].map((s) => [s.name, s]));
@@ -82,21 +82,18 @@ async function loadTokenizerOf(checkpoint: Checkpoint, file: string | undefined)
   });
 }
 
-const head = 'lm_head.weight';
-const embedding = 'model.embed_tokens.weight';
-
 /**
- * The config with tie_word_embeddings as the checkpoint has it, by transformers' rule: where embedding and head are
- * both stored and differ, they are not tied.
+ * By transformers' rule, embedding and head are not tied where both are stored and differ, whatever the config says.
  */
-async function tiedAsStored(
-  checkpoint: Checkpoint,
+async function modelAsStored(
+  config: Readonly<Record<string, unknown>>,
+  where: string,
   tensors: ReadonlyMap<string, StoredWeight>,
-): Promise<Readonly<Record<string, unknown>>> {
-  const [a, b] = [tensors.get(embedding), tensors.get(head)];
-  if (checkpoint.config.tie_word_embeddings !== true || !a || !b) return checkpoint.config;
-  const same = a.linear === b.linear && (await sameBytes(a.entry, b.entry));
-  return same ? checkpoint.config : { ...checkpoint.config, tie_word_embeddings: false };
+): Promise<Model> {
+  const model = buildModel(config, where);
+  const [a, b] = [tensors.get(model.embedding), tensors.get('lm_head.weight')];
+  if (!model.tied || !a || !b || (a.linear === b.linear && (await sameBytes(a.entry, b.entry)))) return model;
+  return buildModel({ ...config, tie_word_embeddings: false }, where);
 }
 
 /** Token ids that end a text, where generation_config.json knows better than config.json. */

@@ -1,6 +1,7 @@
 import { badInput, didYouMean } from '../base/errors.js';
 import { Config } from './config.js';
 import { deepseek, deepseekV2, deepseekV3, deepseekV32 } from './deepseek.js';
+import { deepseekOcr2, deepseekVl } from './deepseek-vl.js';
 import { glm4Moe } from './glm4-moe.js';
 import { llama } from './llama.js';
 import { mistral } from './mistral.js';
@@ -13,9 +14,12 @@ import type { Model } from './types.js';
 /** model_type -> its architecture. A new one is a file and a line here (docs/adding-an-architecture.md). */
 const architectures: Readonly<Record<string, (c: Config) => Model>> = {
   deepseek,
+  deepseek_ocr2: deepseekOcr2,
   deepseek_v2: deepseekV2,
   deepseek_v3: deepseekV3,
   deepseek_v32: deepseekV32,
+  deepseek_vl: deepseekVl,
+  deepseek_vl_hybrid: deepseekVl,
   glm4_moe: glm4Moe,
   llama,
   mistral,
