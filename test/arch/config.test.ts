@@ -3,6 +3,7 @@ import { describe, expect, test } from 'vitest';
 import { Config } from '../../src/arch/config.js';
 import { readRope } from '../../src/arch/rope-config.js';
 import { buildModel, modelTypes } from '../../src/arch/registry.js';
+import { inverseFrequencies, ropeAmplitude, ropeTable } from '../../src/nn/rope.js';
 import { badInputMessage } from '../support/refusal.js';
 import { fixture } from './support.js';
 
@@ -101,6 +102,33 @@ describe('rope parameters of transformers 4 mean the same as those of 5', () => 
       scaling: { type: 'default' },
     });
   });
+});
+
+describe('rope frequencies of real models are those of transformers', () => {
+  interface Case {
+    dim: number;
+    context: number;
+    parameters: Json;
+    length: number;
+    amplitude: number;
+    inverse: number[];
+  }
+  const cases = JSON.parse(readFileSync(fixture('arch', 'rope.json'), 'utf8')) as Case[];
+  test.each(cases.map((c) => [`${String(c.parameters.rope_type)}, ${c.dim} channels, ${c.length} tokens`, c] as const))(
+    '%s',
+    (_, { dim, context, parameters, length, amplitude, inverse }) => {
+      const json = { max_position_embeddings: context, rope_parameters: parameters };
+      const { rope } = readRope(new Config(json, 'config.json'), { headDim: dim });
+      const got = inverseFrequencies(rope, length);
+      expect(got).toHaveLength(inverse.length);
+      inverse.forEach((f, i) => expect(Math.abs(got[i]! / f - 1), `channel ${i}`).toBeLessThan(1e-6));
+      expect(ropeAmplitude(rope)).toBeCloseTo(amplitude, 12);
+      const { cos, sin } = ropeTable(rope, 64);
+      const angle = Math.fround(inverseFrequencies(rope, 64)[1]! * 50);
+      expect(cos[50 * (dim / 2) + 1]).toBeCloseTo(Math.cos(angle) * amplitude, 6);
+      expect(sin[50 * (dim / 2) + 1]).toBeCloseTo(Math.sin(angle) * amplitude, 6);
+    },
+  );
 });
 
 test('every supported model_type has a case that is compared with another implementation', () => {
