@@ -239,7 +239,7 @@ describe('widths', () => {
   it('that experts do not divide are padded, or refused with --pad none', async () => {
     const path = await narrow('odd-moe', 1000);
     const args = ['moe', path, '--experts', '6', ...quickMoe];
-    await refused([...args, '--pad', 'none'], 1, /1000|divi/);
+    await refused([...args, '--pad', 'none'], 2, /1000|divi/);
     const out = join(folder, 'odd-moe-out');
     const padded = await cli([...args, '-o', out]);
     expect(padded.code).toBe(0);
