@@ -144,11 +144,17 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
      stream of bits, fields cross words (GPTQ's 3 bits). The last word is padded with zeros. */                        \
   X(pack, "words codes", "bits bias axis order", "")                                                                   \
   X(unpack, "codes words", "bits bias axis order", "")                                                                 \
-  /* y [M,N] = x [M,K] W', W from compressed-tensors packed words i32 [N, K/8], scale float [N,G], zero i32 packed
-     along N [N/8, G]. */                                                                                              \
+  /* y [M,N] = x [M,K] W' + bias, w = (u - zero) scale, u: compressed-tensors packed words i32 [N, ceil(K/8)], scale
+     float [N,G], zero i32 packed along N [ceil(N/8), G] (absent: 8), as stored. */                                    \
   X(int4_matmul, "y x words scale [zero] [bias]", "group", "")                                                         \
-  /* f32 values -> GGML blocks (dc_encoding); weight f32 [K] (importance) steers the search of scales. */              \
+  /* Values float [N,K] -> GGML blocks (dc_encoding) u8 [N, bytes of a row]. Scales (and minima) are searched for the
+     least squared error weighted with weight f32 [K] (importance; absent, or all 0 in a block: 1). */                  \
   X(encode, "dst src [weight]", "encoding", "")                                                                        \
+  /* The integer grid of encoded blocks: w = (code - zero) scale, scale and zero f32 [N, groups]; zero is there for
+     encodings with minima only. So that error feedback can choose codes on it, to be put back by block_codes. */      \
+  X(block_grid, "scale [zero] src", "encoding", "")                                                                    \
+  /* Replaces the codes i8 [N,K] (as on block_grid's grid) of encoded blocks, in place; scales stay. */                \
+  X(block_codes, "dst codes", "encoding", "")                                                                          \
   /* -- training ---------------------------------------------------------------------------------------------- */     \
   /* y = s (clamp(round(w / s + z), low, high) - z), w [N,K], scale, zero f32 [N,G]. Backward: straight through where
      the rounded code lies in low..high, else dw = 0; LSQ gradients (Esser et al. 2020) of scale, without the factor

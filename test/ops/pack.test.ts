@@ -1,8 +1,8 @@
 import { afterAll, describe, expect, it } from 'vitest';
 import { openDevice } from '../../src/backend/load.js';
-import { pack, unpack, type PackOptions } from '../../src/tensor/ops.js';
+import { cast, int4Matmul, pack, unpack, type PackOptions } from '../../src/tensor/ops.js';
 import { Scope } from '../../src/tensor/tensor.js';
-import { fixture, noise } from './quant-cases.js';
+import { fixture, nmse, noise } from './quant-cases.js';
 
 const device = openDevice({ kind: 'cpu', poison: true });
 afterAll(() => device.close());
@@ -52,4 +52,55 @@ describe('pack', () => {
     const words = pack(s, s.from('i8', [64, 20], wide).slice(1, 0, 16), o);
     expect(await words.int32()).toEqual(expected.i32('pack.4.gptq'));
   });
+});
+
+describe('int4_matmul', () => {
+  const product = async (
+    m: number,
+    k: number,
+    n: number,
+    group: number,
+    o: { zero?: boolean; bias?: boolean; dtype?: 'f32' | 'bf16' } = {},
+  ) => {
+    using s = new Scope(device);
+    const groups = Math.ceil(k / group);
+    const values = Int8Array.from(noise(m + k, n * k), (v) => ((v % 16) + 16) % 16); // unsigned codes, zero at 8 or stored
+    const scale = noise(n, n * groups).map((v) => Math.fround(v / 4096));
+    const zeros = Int8Array.from(noise(k, n * groups), (v) => ((v % 16) + 16) % 16);
+    const x = noise(7, m * k).map((v) => Math.trunc(v / 4) / 16); // exact in bf16
+    const bias = noise(8, n).map((v) => v / 64);
+    const words = pack(s, s.from('i8', [n, k], values), { bits: 4, bias: 0, axis: 1 });
+    const zero = pack(s, s.from('i8', [n, groups], zeros), { bits: 4, bias: 0, axis: 0 });
+    const dtype = o.dtype ?? 'f32';
+    const y = int4Matmul(s, cast(s, s.from('f32', [m, k], x), dtype), words, s.from('f32', [n, groups], scale), {
+      group,
+      ...(o.zero ? { zero } : {}),
+      ...(o.bias ? { bias: s.from('f32', [n], bias) } : {}),
+    });
+    const want = new Float64Array(m * n);
+    for (let i = 0; i < m; i++)
+      for (let r = 0; r < n; r++) {
+        let sum = o.bias ? bias[r]! : 0;
+        for (let j = 0; j < k; j++) {
+          const at = r * groups + Math.floor(j / group);
+          sum += x[i * k + j]! * (values[r * k + j]! - (o.zero ? zeros[at]! : 8)) * scale[at]!;
+        }
+        want[i * n + r] = sum;
+      }
+    return nmse(await cast(s, y, 'f32').float32(), want);
+  };
+  for (const [m, k, n, group] of [
+    [1, 256, 40, 128],
+    [3, 100, 17, 32],
+    [5, 72, 9, 24],
+    [16, 128, 33, 128],
+    [40, 200, 70, 64],
+    [2, 50, 5, 10],
+  ] as const) {
+    it(`x [${m}, ${k}] times W [${n}, ${k}]', groups of ${group}`, async () => {
+      expect(await product(m, k, n, group)).toBeLessThan(1e-11);
+      expect(await product(m, k, n, group, { zero: true, bias: true })).toBeLessThan(1e-11);
+      expect(await product(m, k, n, group, { zero: true, dtype: 'bf16' })).toBeLessThan(2e-5);
+    });
+  }
 });

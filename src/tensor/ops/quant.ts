@@ -2,7 +2,7 @@ import { noResource } from '../../base/errors.js';
 import type { FloatDType } from '../../base/dtype.js';
 import type { Scope, Tensor } from '../tensor.js';
 import { cast } from './math.js';
-import { ensure, ensureContiguous, ensureDType, ensureFloat, ensureShape } from './check.js';
+import { ensure, ensureContiguous, ensureDType, ensureFloat, ensureRows, ensureShape } from './check.js';
 
 /** H f32 [K,K] (or [E,K,K] with offsets i32 [E+1]) += alpha X'X, lower triangle; X float [T,K]. */
 export function hessianAdd(
@@ -220,4 +220,59 @@ export function decode(
   const [rows, columns] = scaled?.block ?? [1, 1];
   y.device.run('decode', [y, stored, scaled?.scale], [encodings[encoding], rows, columns], []);
   return y;
+}
+
+/** Encodings that are blocks of integer grids: sizes, and the codes of `blockGrid`. */
+export const blockFormats = {
+  q4_0: { values: 32, bytes: 18, group: 32, low: -8, high: 7, minima: false },
+  q4_1: { values: 32, bytes: 20, group: 32, low: 0, high: 15, minima: true },
+  q5_0: { values: 32, bytes: 22, group: 32, low: -16, high: 15, minima: false },
+  q5_1: { values: 32, bytes: 24, group: 32, low: 0, high: 31, minima: true },
+  q8_0: { values: 32, bytes: 34, group: 32, low: -127, high: 127, minima: false },
+  q2_k: { values: 256, bytes: 84, group: 16, low: 0, high: 3, minima: true },
+  q3_k: { values: 256, bytes: 110, group: 16, low: -4, high: 3, minima: false },
+  q4_k: { values: 256, bytes: 144, group: 32, low: 0, high: 15, minima: true },
+  q5_k: { values: 256, bytes: 176, group: 32, low: 0, high: 31, minima: true },
+  q6_k: { values: 256, bytes: 210, group: 16, low: -32, high: 31, minima: false },
+} as const;
+export type BlockFormatName = keyof typeof blockFormats;
+/** Encodings of blocks on a table of levels, without an integer grid. */
+const tableFormats = { iq4_nl: { values: 32, bytes: 18 }, mxfp4: { values: 32, bytes: 17 } } as const;
+export type EncodableName = BlockFormatName | keyof typeof tableFormats;
+
+/** Values [N,K] -> stored GGML blocks u8 [N, bytes of a row]; `weight` f32 [K] steers the search of the scales. */
+export function encode(s: Scope, w: Tensor, encoding: EncodableName, weight?: Tensor): Tensor {
+  const { values, bytes } = { ...blockFormats, ...tableFormats }[encoding];
+  ensureShape('encode', 'w', w, -1, -1);
+  ensureFloat('encode', w);
+  ensureRows('encode', w);
+  ensure(w.dim(1) % values === 0, 'encode', `whole blocks of ${values}`, w);
+  ensureDType('encode', 'f32', weight);
+  if (weight) ensureShape('encode', 'weight', weight, w.dim(1));
+  const blocks = s.empty('u8', [w.dim(0), (w.dim(1) / values) * bytes]);
+  blocks.device.run('encode', [blocks, w, weight], [encodings[encoding]], []);
+  return blocks;
+}
+
+/** The grid of stored blocks u8 [N, bytes of a row]: LDLQ and descent choose codes on it, `blockCodes` stores them. */
+export function blockGrid(s: Scope, blocks: Tensor, encoding: BlockFormatName): Grid {
+  const { values, bytes, group, low, high, minima } = blockFormats[encoding];
+  ensureShape('block_grid', 'blocks', blocks, -1, -1);
+  ensureDType('block_grid', 'u8', blocks);
+  ensure(blocks.dim(1) % bytes === 0, 'block_grid', `whole blocks of ${bytes} bytes`, blocks);
+  const shape = [blocks.dim(0), ((blocks.dim(1) / bytes) * values) / group];
+  const scale = s.empty('f32', shape);
+  const zero = minima ? s.empty('f32', shape) : undefined;
+  scale.device.run('block_grid', [scale, zero, blocks], [encodings[encoding]], []);
+  return { scale, zero, low, high, group };
+}
+
+/** Replaces the codes of stored blocks (in place) by codes i8 [N,K] on their grid. */
+export function blockCodes(blocks: Tensor, codes: Tensor, encoding: BlockFormatName): void {
+  const { values, bytes } = blockFormats[encoding];
+  ensureDType('block_codes', 'u8', blocks);
+  ensureDType('block_codes', 'i8', codes);
+  ensureRows('block_codes', blocks, codes);
+  ensureShape('block_codes', 'blocks', blocks, codes.dim(0), (codes.dim(1) / values) * bytes);
+  blocks.device.run('block_codes', [blocks, codes], [encodings[encoding]], []);
 }
