@@ -45,15 +45,17 @@ export interface FoundConfig {
 
 /**
  * The config of a checkpoint: the one given explicitly, else `<stem>.config.json` and then `config.json` beside a lone
- * file, else `config.json` of the folder. Undefined when there is none; `tried` lists the places.
+ * file, else `config.json` of the folder. Undefined when there is none; `tried` lists the places. `ownOnly` leaves out
+ * `config.json`: GGUF files have their config inside, and what lies beside may be another model's.
  */
 export async function findConfig(
   folder: string,
   file: string | undefined,
   given: string | undefined,
+  ownOnly = false,
 ): Promise<{ found: FoundConfig | undefined; tried: string[] }> {
   if (given !== undefined) return { found: readConfig(given), tried: [given] };
-  const tried = [...(file === undefined ? [] : [`${stemOf(file)}.config.json`]), 'config.json'];
+  const tried = [...(file === undefined ? [] : [`${stemOf(file)}.config.json`]), ...(ownOnly ? [] : ['config.json'])];
   for (const name of tried) {
     const path = join(folder, name);
     if (await exists(path)) return { found: readConfig(path), tried };

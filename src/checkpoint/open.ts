@@ -5,8 +5,9 @@ import { badInput } from '../base/errors.js';
 import { ioError } from '../base/files.js';
 import { closeFiles } from '../base/io.js';
 import type { TensorEntry } from '../formats/types.js';
-import { findCompanions, findConfig, missingConfig } from './config.js';
+import { companionName, findCompanions, findConfig, missingConfig } from './config.js';
 import { fromNative } from './deepseek-native.js';
+import { fromGguf } from './gguf-model.js';
 import { isNativeShard, locate } from './locate.js';
 import { collectTensors, parseFiles } from './parse.js';
 import type { OpenedFile } from './parse.js';
@@ -29,16 +30,26 @@ export interface OpenOptions {
 export async function openCheckpoint(path: string, options: OpenOptions = {}): Promise<Checkpoint> {
   const located = await locate(path);
   const files = parseFiles(located.files, path);
-  const { found, tried } = await findConfig(located.folder, located.file, options.config);
-  if (found === undefined && !options.configOptional) throw missingConfig(path, tried);
-  const config = found?.config ?? {};
+  const isGguf = files[0]!.format === 'gguf';
   const isNative = isNativeShard(located.files[0]!);
+  const { found, tried } = await findConfig(located.folder, located.file, options.config, isGguf);
+  if (found === undefined && !isGguf && !options.configOptional) throw missingConfig(path, tried);
+  let config: Readonly<Record<string, unknown>> = found?.config ?? {};
+  let companions = await findCompanions(located.folder, located.file);
+  let extraFiles = new Map<string, string>();
+  const notes = [...located.notes, ...new Set(files.flatMap((file) => file.notes))];
   let tensors: Map<string, TensorEntry>;
   if (isNative) {
     tensors = fromNative(files.map((file) => new Map(file.tensors.map((tensor) => [tensor.name, tensor]))), config); // prettier-ignore
   } else {
     tensors = collectTensors(files, located);
-    if (!options.keepScales) tensors = joinScales(tensors, config);
+    if (isGguf) {
+      const model = await fromGguf(files[0]!.gguf!, tensors, path, found?.config);
+      ({ config, tensors, extraFiles } = model);
+      notes.push(...model.notes);
+      // The file's own tokenizer, not one that happens to lie in the same folder.
+      companions = companions.filter((file) => !extraFiles.has(companionName(file)));
+    } else if (!options.keepScales) tensors = joinScales(tensors, config);
   }
   const hash = createHash('sha256');
   for (const file of files) hash.update(`${basename(file.path)}\0${file.headerHash}\n`);
@@ -51,8 +62,9 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
     configPath: found?.path,
     tensors,
     files: located.files,
-    companions: await findCompanions(located.folder, located.file),
-    notes: [...located.notes, ...new Set(files.flatMap((file) => file.notes))],
+    companions,
+    extraFiles,
+    notes,
     fingerprint: hash.digest('hex'),
     assertUnchanged: () => assertUnchanged(files),
     close: () => closeFiles(located.files),

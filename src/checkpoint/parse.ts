@@ -1,6 +1,7 @@
 import { basename } from 'node:path';
 import { badInput } from '../base/errors.js';
 import { readGguf } from '../formats/gguf.js';
+import type { GgufFile, GgufValue } from '../formats/gguf.js';
 import { readSafetensors } from '../formats/safetensors.js';
 import { OpenFile } from '../formats/source.js';
 import type { RandomAccess } from '../formats/source.js';
@@ -17,6 +18,8 @@ export interface OpenedFile extends ParsedFile {
   readonly size: number;
   /** Time of the last change, ms since 1970. */
   readonly modified: number;
+  /** Metadata of a GGUF file. */
+  readonly gguf?: ReadonlyMap<string, GgufValue>;
 }
 
 const parsers: Record<FileFormat, (source: RandomAccess) => ParsedFile> = {
@@ -36,7 +39,9 @@ export function parseFile(path: string): OpenedFile {
   const parsed = parsers[format](source);
   const note = extensionNote(path, format);
   const notes = note === undefined ? parsed.notes : [note, ...parsed.notes];
-  return { ...parsed, notes, path, format, size: source.size, modified: source.modified };
+  const gguf = format === 'gguf' ? { gguf: (parsed as GgufFile).metadata } : {};
+  const { tensors, headerHash } = parsed;
+  return { tensors, headerHash, notes, path, format, size: source.size, modified: source.modified, ...gguf };
 }
 
 /** Reads the headers of all files; they must be of one format. */

@@ -19,6 +19,8 @@ export interface Checkpoint {
   readonly files: readonly string[];
   /** Tokenizer and generation files beside the weights, carried along by writers. */
   readonly companions: readonly string[];
+  /** Tokenizer files that the checkpoint carries inside (GGUF), rebuilt: content by name. */
+  readonly extraFiles: ReadonlyMap<string, string>;
   /** What was ignored or assumed, one sentence each (optimizer state, nested dicts ...). */
   readonly notes: readonly string[];
   /** SHA-256 over headers and config: identifies the input without reading the weights. */

@@ -1,0 +1,127 @@
+import { readFile } from 'node:fs/promises';
+import { badInput } from '../base/errors.js';
+import { readSpan } from '../base/io.js';
+import type { GgufValue } from '../formats/gguf.js';
+import { isJsonObject, parseJson } from '../formats/json.js';
+import type { JsonObject } from '../formats/json.js';
+import type { TensorEntry } from '../formats/types.js';
+import { companionName } from './config.js';
+import { archOfGguf, archOfModel } from './gguf-arch.js';
+import { configFromGguf, configToGguf, ropeOf } from './gguf-config.js';
+import type { GgufFileType, GgufMetadata } from './gguf-config.js';
+import { tensorsFromGguf, tensorsToGguf } from './gguf-tensors.js';
+import type { GgufTensor } from './gguf-tensors.js';
+import { tokenizerFromGguf, tokenizerToGguf } from './gguf-tokenizer.js';
+import type { Checkpoint } from './types.js';
+
+export interface GgufModel {
+  readonly config: Record<string, unknown>;
+  readonly tensors: Map<string, TensorEntry>;
+  readonly extraFiles: Map<string, string>;
+  readonly notes: string[];
+}
+
+/** A GGUF file as a Hugging Face checkpoint: names, shapes, config and tokenizer. `config` replaces the rebuilt one. */
+export async function fromGguf(
+  metadata: ReadonlyMap<string, GgufValue>,
+  tensors: ReadonlyMap<string, TensorEntry>,
+  path: string,
+  given: JsonObject | undefined,
+): Promise<GgufModel> {
+  const arch = archOfGguf(metadata.get('general.architecture')?.value, path);
+  const rebuilt = configFromGguf(metadata, tensors, arch, path);
+  const factors = tensors.get('rope_freqs.weight');
+  if (factors !== undefined) rebuilt['rope_scaling'] = await recognizeFactors(factors, rebuilt);
+  const config = given ?? rebuilt;
+  const { files, notes } = tokenizerFromGguf(metadata);
+  return { config, tensors: tensorsFromGguf(tensors, config, arch), extraFiles: files, notes };
+}
+
+/** Llama 3's scaling of rotary frequencies, as the factors that GGUF stores (its parameters are not in the file). */
+export function llama3Factors(rope: Readonly<Record<string, unknown>>, dim: number): Float32Array {
+  const number = (key: string, otherwise: number): number => (typeof rope[key] === 'number' ? rope[key] : otherwise);
+  const [base, factor] = [number('rope_theta', 10000), number('factor', 8)];
+  const [low, high] = [number('low_freq_factor', 1), number('high_freq_factor', 4)];
+  const context = number('original_max_position_embeddings', 8192);
+  return Float32Array.from({ length: dim / 2 }, (_, i) => {
+    const length = 2 * Math.PI * base ** ((2 * i) / dim);
+    if (length < context / high) return 1;
+    if (length > context / low) return factor;
+    const smooth = (context / length - low) / (high - low);
+    return 1 / ((1 - smooth) / factor + smooth);
+  });
+}
+
+async function recognizeFactors(entry: TensorEntry, config: Readonly<Record<string, unknown>>): Promise<object> {
+  const count = entry.shape[0] ?? 0;
+  const where = `${entry.span.path}, tensor rope_freqs.weight`;
+  const isPlain = entry.encoding.kind === 'plain' && entry.encoding.dtype === 'f32' && entry.shape.length === 1;
+  if (!isPlain || count > 4096) throw badInput('Unexpected rope factors', { where, expected: 'a vector of f32' });
+  const bytes = await readSpan(entry.span);
+  const found = Array.from({ length: count }, (_, i) => bytes.readFloatLE(4 * i));
+  const rope = {
+    rope_type: 'llama3',
+    factor: Math.max(...found),
+    low_freq_factor: 1,
+    high_freq_factor: 4,
+    original_max_position_embeddings: 8192,
+  };
+  const expected = llama3Factors({ ...rope, rope_theta: config['rope_theta'] }, 2 * count);
+  if (found.every((value, i) => Math.abs(value - expected[i]!) <= 1e-4 * expected[i]!)) return rope;
+  throw badInput('Rope factors that are not those of Llama 3', {
+    where,
+    got: found.slice(0, 6).join(', '),
+    hint: 'Give the config of the original model with --config.',
+  });
+}
+
+export interface GgufPlan {
+  readonly metadata: GgufMetadata;
+  readonly tensors: readonly GgufTensor[];
+  /** Tensors whose values follow from the config: f32 by name. */
+  readonly computed: ReadonlyMap<string, Float32Array>;
+  readonly notes: readonly string[];
+}
+
+/**
+ * Everything of a GGUF file but the element types of its tensors, which the caller chooses (`staysF32` tensors are f32).
+ * Errors (kind 'input'): architectures, settings, tokenizers that llama.cpp has no place for.
+ */
+export async function planGguf(checkpoint: Checkpoint, fileType: GgufFileType): Promise<GgufPlan> {
+  const { config } = checkpoint;
+  const arch = archOfModel(config['model_type']);
+  const metadata = configToGguf(config, arch, fileType);
+  const { tensors, notes } = tensorsToGguf(checkpoint.tensors, config, arch);
+  const computed = new Map<string, Float32Array>();
+  const rope = ropeOf(config);
+  if (rope['rope_type'] === 'llama3') {
+    const head = Number(config['head_dim'] ?? Number(config['hidden_size']) / Number(config['num_attention_heads']));
+    computed.set('rope_freqs.weight', llama3Factors(rope, head));
+  }
+  const tokenizer = await readTokenizer(checkpoint);
+  const more = [...notes];
+  if (tokenizer === undefined) more.push('The model has no tokenizer.json: the GGUF file gets no tokenizer.');
+  else for (const [key, value] of tokenizerToGguf(tokenizer, Number(config['vocab_size']))) metadata.set(key, value);
+  return { metadata, tensors, computed, notes: more };
+}
+
+async function readTokenizer(checkpoint: Checkpoint): Promise<Parameters<typeof tokenizerToGguf>[0] | undefined> {
+  const read = async (name: string): Promise<string | undefined> => {
+    const path = checkpoint.companions.find((file) => companionName(file) === name);
+    return checkpoint.extraFiles.get(name) ?? (path === undefined ? undefined : await readFile(path, 'utf8'));
+  };
+  const parse = (text: string, where: string): JsonObject => {
+    const value = parseJson(text, { where, lenient: true });
+    if (isJsonObject(value)) return value;
+    throw badInput('A tokenizer file is no JSON object', { where });
+  };
+  const text = await read('tokenizer.json');
+  if (text === undefined) return undefined;
+  const config = await read('tokenizer_config.json');
+  return {
+    text,
+    tokenizer: parse(text, 'tokenizer.json'),
+    config: config === undefined ? {} : parse(config, 'tokenizer_config.json'),
+    chatTemplate: await read('chat_template.jinja'),
+  };
+}
