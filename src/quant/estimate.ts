@@ -30,9 +30,9 @@ export function estimate(model: Model, plan: QuantPlan, recipe: Recipe, tokens: 
       largestCall = Math.max(largestCall, 4 * (4 * rows * k + 4 * k * k));
       if (tokens === 0) continue;
       capture += seen * k * k;
-      // Measuring takes three products with H, the sweep one, each round of refinement three; the factor K^3 / 3.
+      // Measuring takes five products with H, the sweep one, each refit and descent one; the factor K^3 / 3.
       if (recipe.method === 'gptq')
-        solve += (2 * (4 + 3 * recipe.refine) * rows * k * k) + k ** 3 / 3; // prettier-ignore
+        solve += (2 * (6 + recipe.refine.rounds * (1 + recipe.refine.passes)) * rows * k * k) + k ** 3 / 3; // prettier-ignore
       else solve += 6 * rows * k * k;
     }
     largestBlock = Math.max(largestBlock, weights * size);

@@ -8,9 +8,10 @@ import {
   gather,
   ldlq,
   scaleRefit,
+  unary,
   type Grid,
 } from '../tensor/ops.js';
-import { Scope, type Tensor } from '../tensor/tensor.js';
+import { Scope, Tensor } from '../tensor/tensor.js';
 import { rowErrors, type Statistics } from './capture.js';
 import { roundScales, searchGrid, type Coded } from './rtn.js';
 import { groupWidth, type Recipe, type Scheme } from './scheme.js';
@@ -25,11 +26,12 @@ export interface Solved extends Coded {
 /**
  * GPTQ (Frantar et al. 2023) in its LDLQ form (Chee et al. 2023): with H + damp mean(diag H) I = R R', R upper
  * triangular, column j is rounded after the errors of columns i < j are fed back with weights R_ij / R_jj. Columns come
- * in the order of falling activation energy while groups stay where they are ("static act-order"), on grids that are
- * fixed beforehand by a search weighted with that energy; then least-squares scales under the full H and coordinate
- * descent over the codes take turns as long as they pay.
+ * in the order of falling activation energy while groups stay where they are ("static act-order"). Grids are fixed
+ * beforehand by a search weighted with R_jj^2, which is what an error in column j costs once the columns behind it have
+ * made up for it. Then least-squares scales under the damped H and coordinate descent over the codes take turns.
  *
  * W f32 [N, K]; linears that share an input are stacked along N. Results live in `scope`, columns in W's own order.
+ * Errors: `resource` where no damping makes H positive definite.
  */
 export async function gptq(
   scope: Scope,
@@ -40,17 +42,58 @@ export async function gptq(
   stored: FloatDType,
 ): Promise<Solved> {
   const k = w.dim(1);
+  const group = groupWidth(scheme, k);
   using work = new Scope(w.device);
-  const searched = searchGrid(work, w, scheme, recipe.search, stored, statistics.diagonal);
-  const order = recipe.order ? byFallingEnergy(statistics.energy) : Int32Array.from({ length: k }, (_, j) => j);
-  const swept = await sweep(work, w, searched, statistics, order, recipe, stored, groupWidth(scheme, k));
+  const natural = Int32Array.from({ length: k }, (_, j) => j);
+  const order = recipe.order ? byFallingEnergy(statistics.energy) : natural;
+  const columns = work.from('i32', [k], order);
   const back = work.from('i32', [k], inverse(order));
-  const grid: Grid = {
-    ...searched,
-    scale: copyTo(scope, swept.grid.scale),
-    zero: searched.zero && copyTo(scope, searched.zero),
+  const wp = gather(work, w, columns, 1);
+  const hp = permuted(work, statistics.h, columns);
+  const { factor, damp } = await choleskyRetry(work, hp, recipe.damp, true);
+
+  const searched = searchGrid(
+    work,
+    w,
+    scheme,
+    recipe.search,
+    stored,
+    gather(work, pivots(work, factor), back, 1).view(k),
+  );
+  const columnGroup = work.from('i32', [k], order.map((j) => Math.floor(j / group))); // prettier-ignore
+  const swept = ldlq(work, wp, factor, { ...searched, columnGroup });
+  work.free(factor, swept.error);
+  const start = { codes: swept.codes, grid: { ...searched, columnGroup } };
+  const errorsOf = async (coded: Coded, q: Tensor): Promise<Solved> => {
+    const d = binary(work, 'sub', wp, q, { out: q });
+    const errors = await rowErrors(d, hp);
+    work.free(d);
+    return { ...coded, errors, damp };
   };
-  return { codes: gather(scope, swept.codes, back, 1), grid, errors: swept.errors, damp: swept.damp };
+  let best = await errorsOf(start, swept.q);
+  if (recipe.refine.rounds > 0) {
+    const refined = refine(work, wp, hp, start, damp * mean(statistics.energy), recipe.refine, stored);
+    best = mergeRows(work, best, await errorsOf(refined, dequantize(work, refined.codes, refined.grid)));
+  }
+  const { codes, grid } = best;
+  const own: Grid = { ...searched, scale: copyTo(scope, grid.scale), zero: grid.zero && copyTo(scope, grid.zero) };
+  return { codes: gather(scope, codes, back, 1), grid: own, errors: best.errors, damp };
+}
+
+/** H with rows and columns in the order of `columns`. */
+function permuted(scope: Scope, h: Tensor, columns: Tensor): Tensor {
+  const rows = gather(scope, h, columns, 0);
+  const both = gather(scope, rows, columns, 1);
+  scope.free(rows);
+  return both;
+}
+
+const diagonalOf = (x: Tensor): Tensor => new Tensor(x.storage, x.byteOffset, x.dtype, [x.dim(0)], [x.dim(0) + 1]);
+
+/** R_jj^2 as a row [1, K]. */
+function pivots(scope: Scope, factor: Tensor): Tensor {
+  const k = factor.dim(0);
+  return unary(scope, 'square', diagonalOf(factor), 0, 0, scope.empty('f32', [k])).view(1, k);
 }
 
 function copyTo(scope: Scope, x: Tensor): Tensor {
@@ -70,69 +113,34 @@ function inverse(order: Int32Array): Int32Array {
   return back;
 }
 
-/** The sweep and its refinement in swept order; everything it returns lives in `scope`. */
-async function sweep(
-  scope: Scope,
-  w: Tensor,
-  searched: Grid,
-  { h }: Statistics,
-  order: Int32Array,
-  recipe: Recipe,
-  stored: FloatDType,
-  group: number,
-): Promise<Solved> {
-  const columns = scope.from('i32', [order.length], order);
-  const columnGroup = scope.from('i32', [order.length], order.map((j) => Math.floor(j / group))); // prettier-ignore
-  const wp = gather(scope, w, columns, 1);
-  const half = gather(scope, h, columns, 0);
-  const hp = gather(scope, half, columns, 1);
-  scope.free(half);
-  const grid: Grid = { ...searched, columnGroup };
-
-  const { factor, damp } = await choleskyRetry(scope, hp, recipe.damp, true);
-  const first = ldlq(scope, wp, factor, grid);
-  scope.free(factor, first.error);
-  const errors = await errorsOf(scope, wp, first.q, hp);
-  scope.free(first.q);
-  const start: Solved = { codes: first.codes, grid, errors, damp };
-  return await refine(scope, wp, hp, start, recipe.refine, stored);
-}
-
-async function errorsOf(scope: Scope, w: Tensor, q: Tensor, h: Tensor): Promise<Float32Array> {
-  const d = binary(scope, 'sub', w, q);
-  const errors = await rowErrors(d, h);
-  scope.free(d);
-  return errors;
-}
-
-/** Rounds of scale refit and code descent; a row takes a round's result only where its error falls. */
-async function refine(
+/** Scale refit and code descent in turn under H + extra I, from a sweep's codes. Nothing of `start` is changed. */
+function refine(
   scope: Scope,
   w: Tensor,
   h: Tensor,
-  start: Solved,
-  rounds: number,
+  start: Coded,
+  extra: number,
+  { rounds, passes }: Recipe['refine'],
   stored: FloatDType,
-): Promise<Solved> {
-  let best = start;
+): Coded {
+  const damped = copyTo(scope, h);
+  unary(scope, 'affine', diagonalOf(damped), 1, extra, diagonalOf(damped));
+  const codes = copyTo(scope, start.codes);
+  let grid = start.grid;
   for (let round = 0; round < rounds; round++) {
-    using work = new Scope(w.device);
-    const scale = roundScales(work, scaleRefit(work, best.codes, w, h, best.grid), stored);
-    const codes = copyTo(work, best.codes);
-    const grid = { ...best.grid, scale };
-    codeDescent(work, codes, w, h, grid);
-    const errors = await errorsOf(work, w, dequantize(work, codes, grid), h);
-    const before = total(best.errors);
-    best = mergeRows(scope, best, { codes, grid, errors, damp: best.damp });
-    if (total(best.errors) > (1 - leastGain) * before) break;
+    const refitted = scaleRefit(scope, codes, w, damped, grid);
+    const scale = roundScales(scope, refitted, stored);
+    if (scale !== refitted) scope.free(refitted);
+    if (grid !== start.grid) scope.free(grid.scale);
+    grid = { ...grid, scale };
+    for (let pass = 0; pass < passes; pass++) scope.free(codeDescent(scope, codes, w, damped, grid));
   }
-  return best;
+  scope.free(damped);
+  return { codes, grid };
 }
 
-/** A round that gains less is the last. */
-const leastGain = 0.001;
-
 export const total = (values: Float32Array): number => values.reduce((sum, value) => sum + value, 0);
+const mean = (values: Float32Array): number => total(values) / values.length;
 
 /** Row by row the one with the smaller error. */
 export function mergeRows(scope: Scope, a: Solved, b: Solved): Solved {

@@ -130,7 +130,7 @@ function fingerprint(
     command: 'quantize',
     tool: options.tool.version,
     input: open.checkpoint.fingerprint,
-    recipe: { ...recipe, search: { ...recipe.search } },
+    recipe: { ...recipe, search: { ...recipe.search }, refine: { ...recipe.refine } },
     selection: { scope, keep: options.keep ?? [] },
     format: options.format,
     calibration: set === undefined ? null : { text: set.hash, description: set.description },

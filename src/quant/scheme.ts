@@ -17,8 +17,8 @@ export interface Recipe {
   readonly order: boolean;
   /** Share of the Hessian's mean diagonal added to it; raised when a pivot is not positive. */
   readonly damp: number;
-  /** Rounds of {least-squares scales under the full Hessian, one coordinate descent over the codes} after the sweep. */
-  readonly refine: number;
+  /** After the sweep: `rounds` of {least-squares scales under H, `passes` of coordinate descent over the codes}. */
+  readonly refine: { readonly rounds: number; readonly passes: number };
 }
 
 export const methods = ['gptq', 'rtn'] as const;
@@ -32,7 +32,7 @@ export const defaultRecipe: Recipe = {
   search: { points: 28, from: 0.55, to: 1.06, freeSign: true },
   order: true,
   damp: 0.01,
-  refine: 3,
+  refine: { rounds: 4, passes: 2 },
 };
 
 /** Integer codes are stored around zero: 4 bits are -8..7. */

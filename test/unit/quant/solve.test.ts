@@ -11,7 +11,7 @@ const { device } = testEnv();
 const given = expected(fixture('quant', 'gptq.safetensors'));
 const [n, k, t] = [24, 96, 256];
 const g32: Scheme = { bits: 4, group: 32, symmetric: true };
-const unrefined: Recipe = { ...defaultRecipe, refine: 0 };
+const unrefined: Recipe = { ...defaultRecipe, refine: { rounds: 0, passes: 0 } };
 
 const uniform = (seed: number) => () => {
   seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
