@@ -56,6 +56,12 @@ std::string dc_blas_describe(const dc_blas* blas) {
   return json + "]}";
 }
 
+#if defined(__x86_64__)
+namespace dc {
+bool avx512_agrees();  // selfcheck.cc
+}
+#endif
+
 const char* dc_isa() {
 #if defined(__x86_64__)
   static const char* isa = [] {
@@ -65,7 +71,7 @@ const char* dc_isa() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && (any || !strcmp(wish, "avx512"))) return "avx512";
+    if (avx512 && (any || !strcmp(wish, "avx512")) && dc::avx512_agrees()) return "avx512";
     if (avx2 && (any || strcmp(wish, "base") != 0)) return "avx2";
     return "base";
   }();

@@ -2,6 +2,7 @@
 #include "kernels/gemm.h"
 
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <new>
@@ -30,15 +31,15 @@ const GemmKernels& gemm_kernels() {
 
 Scratch::~Scratch() { free(data_); }
 float* Scratch::take(size_t floats) {
-  if (floats > size_) {
-    free(data_);
-    size_ = floats + floats / 4;
-    data_ = static_cast<float*>(aligned_alloc(64, (size_ * 4 + 63) / 64 * 64));
-    if (!data_) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-  }
+  if (floats <= size_) return data_;
+  free(data_);
+  const size_t page = floats >= (1 << 19) ? 1 << 21 : 64;  // large pages: packed panels are read in long strides
+  size_ = 0;
+  const size_t bytes = (floats * 4 + floats + page - 1) / page * page;
+  data_ = static_cast<float*>(aligned_alloc(page, bytes));
+  if (!data_) throw std::bad_alloc();
+  if (page > 64) madvise(data_, bytes, MADV_HUGEPAGE);
+  size_ = bytes / 4;
   return data_;
 }
 
@@ -47,6 +48,13 @@ namespace {
 constexpr int64_t kDepth = 320;    // k positions of a block: a micro-panel of each operand stays in L1
 constexpr int64_t kRows = 1024;    // rows of A packed at a time
 constexpr int64_t kColumns = 4096;  // columns of B packed at a time
+
+constexpr int64_t kTileRows = 140;  // rows of A whose block fits L2
+
+Scratch& panel_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -68,12 +76,54 @@ void finish(const Product& x, float* sum, int64_t ld, int64_t i0, int64_t j0, in
   }
 }
 
+// Few rows of A times lines of B that lie along k (weights as checkpoints store them): B is read once, unpacked.
+void multiply_few(dc_context* c, const Product& x) {
+  static thread_local Scratch scratch;
+  float* a = scratch.take(size_t(x.m * (x.k + x.n)));
+  float* sum = a + x.m * x.k;
+  for (int64_t i = 0; i < x.m; i++) load_strided(a + i * x.k, x.a, i * x.a.stride[0], x.a.stride[1], x.k);
+  auto part = [&](int64_t begin, int64_t end) {
+    gemm_kernels().dots(sum + begin, x.n, a, x.m, element(x.b, begin * x.b.stride[1]), x.b.dtype, x.b.stride[1],
+                        end - begin, x.k);
+    finish(x, sum + begin, x.n, 0, begin, x.m, end - begin, false);
+  };
+  if (c)
+    parallel_for(c, x.n, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, x.k)), part);
+  else
+    part(0, x.n);
+}
+
+// The product by OpenBLAS: large, fp32, every operand with one stride of 1. False: not of that kind.
+bool multiply_blas(dc_context* c, const Product& x) {
+  if (!c || !c->blas || x.m * x.n * x.k < 128 * 128 * 128) return false;
+  constexpr int64_t most = INT32_MAX;
+  auto transpose = [](const dc_tensor& t) { return t.stride[1] == 1 ? 111 : 112; };
+  auto leading = [](const dc_tensor& t) { return t.stride[1] == 1 ? t.stride[0] : t.stride[1]; };
+  for (const dc_tensor* t : {&x.a, &x.b, &x.c}) {
+    if (t->dtype != DC_F32 || (t->stride[0] != 1 && t->stride[1] != 1)) return false;
+    const int64_t line = t->stride[1] == 1 ? t->dim[1] : t->dim[0];
+    if (leading(*t) < line || leading(*t) > most) return false;
+  }
+  if (x.c.stride[1] != 1 || x.m > most || x.n > most || x.k > most) return false;
+  c->blas->sgemm(101, transpose(x.a), transpose(x.b), int(x.m), int(x.n), int(x.k), float(x.alpha), data<float>(x.a),
+                 int(leading(x.a)), data<float>(x.b), int(leading(x.b)), float(x.beta), data<float>(x.c),
+                 int(x.c.stride[0]));
+  if (x.bias)
+    parallel_for(c, x.m, row_grain(x.n), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        element_kernels().axpy(data<float>(x.c) + i * x.c.stride[0], 1, x.bias, x.n);
+    });
+  return true;
+}
+
 }  // namespace
 
 void multiply(dc_context* c, const Product& x) {
   if (x.m == 0 || x.n == 0) return;
+  if (x.m <= 8 && x.b.stride[0] == 1 && x.k > 0) return multiply_few(c, x);
+  if (multiply_blas(c, x)) return;
   const GemmKernels& kernel = gemm_kernels();
-  static thread_local Scratch pack_a, pack_b, sums;
+  static thread_local Scratch a_memory, b_memory, sums;
   auto each = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     if (c)
       parallel_for(c, n, 1, body);
@@ -84,8 +134,8 @@ void multiply(dc_context* c, const Product& x) {
   // C itself takes the sums where it can.
   const bool direct = x.c.dtype == DC_F32 && x.c.stride[1] == 1 && x.alpha == 1 && (x.beta == 0 || x.beta == 1);
   const int64_t m_block = std::min(kRows, x.m), n_block = std::min(kColumns, x.n);
-  float* a = pack_a.take(size_t(up(m_block, mr) * depth));
-  float* b = pack_b.take(size_t(up(n_block, nr) * depth));
+  float* a = a_memory.take(size_t(up(m_block, mr) * depth));
+  float* b = x.m <= kTileRows ? nullptr : b_memory.take(size_t(up(n_block, nr) * depth));
   float* sum = direct ? nullptr : sums.take(size_t(m_block * n_block));
   const int threads = c ? c->threads : 1;
 
@@ -99,30 +149,48 @@ void multiply(dc_context* c, const Product& x) {
         for (int64_t i = 0; i < m; i++) std::fill(out + i * ldc, out + i * ldc + n, 0.0f);
       for (int64_t k0 = 0; k0 < x.k; k0 += depth) {
         const int64_t k = std::min(depth, x.k - k0);
+        const bool last = k0 + k == x.k, accumulate = k0 > 0 || (direct && x.beta == 1);
+        auto pack_a = [&](int64_t from, int64_t to) {
+          kernel.pack(a + from * k, element(x.a, (m0 + from) * x.a.stride[0] + k0 * x.a.stride[1]), x.a.dtype,
+                      x.a.stride[0], x.a.stride[1], to - from, k, int(mr));
+        };
+        auto pack_b = [&](float* to, int64_t from, int64_t columns) {
+          kernel.pack(to, element(x.b, k0 * x.b.stride[0] + (n0 + from) * x.b.stride[1]), x.b.dtype, x.b.stride[1],
+                      x.b.stride[0], columns, k, int(nr));
+        };
+        auto compute = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, const float* panels) {
+          float* at = out + i0 * ldc + j0;
+          kernel.block(at, ldc, a + i0 * k, panels, rows, columns, k, accumulate);
+          if (last) finish(x, at, ldc, m0 + i0, n0 + j0, rows, columns, direct);
+        };
         const int64_t a_panels = (m + mr - 1) / mr, b_panels = (n + nr - 1) / nr;
+        if (m <= kTileRows) {  // one tile of rows: every panel of B is used where it was packed, in L1
+          pack_a(0, m);
+          each(b_panels, [&](int64_t begin, int64_t end) {
+            float* panel = panel_scratch().take(size_t(nr * depth));
+            for (int64_t j = begin * nr; j < std::min(end * nr, n); j += nr) {
+              const int64_t columns = std::min(nr, n - j);
+              pack_b(panel, j, columns);
+              compute(0, m, j, columns, panel);
+            }
+          });
+          continue;
+        }
         each(a_panels + b_panels, [&](int64_t begin, int64_t end) {
-          if (begin < a_panels) {
-            const int64_t from = begin * mr, to = std::min(std::min(end, a_panels) * mr, m);
-            kernel.pack(a + from * k, element(x.a, (m0 + from) * x.a.stride[0] + k0 * x.a.stride[1]), x.a.dtype,
-                        x.a.stride[0], x.a.stride[1], to - from, k, int(mr));
-          }
+          if (begin < a_panels) pack_a(begin * mr, std::min(std::min(end, a_panels) * mr, m));
           if (end > a_panels) {
-            const int64_t from = (std::max(begin, a_panels) - a_panels) * nr, to = std::min((end - a_panels) * nr, n);
-            kernel.pack(b + from * k, element(x.b, k0 * x.b.stride[0] + (n0 + from) * x.b.stride[1]), x.b.dtype,
-                        x.b.stride[1], x.b.stride[0], to - from, k, int(nr));
+            const int64_t from = (std::max(begin, a_panels) - a_panels) * nr;
+            pack_b(b + from * k, from, std::min((end - a_panels) * nr, n) - from);
           }
         });
         // Tiles: rows that fit L2 once packed, by enough columns; more of them when there are many threads.
-        const int64_t m_tile = up(std::min<int64_t>(144, m), mr), m_tiles = (m + m_tile - 1) / m_tile;
-        const int64_t split = std::max<int64_t>(1, std::min((n + nr - 1) / nr, (threads * 4 + m_tiles - 1) / m_tiles));
+        const int64_t m_tile = up(kTileRows, mr), m_tiles = (m + m_tile - 1) / m_tile;
+        const int64_t split = std::max<int64_t>(1, std::min(b_panels, (threads * 4 + m_tiles - 1) / m_tiles));
         const int64_t n_tile = up((n + split - 1) / split, nr), n_tiles = (n + n_tile - 1) / n_tile;
-        const bool last = k0 + k == x.k, accumulate = k0 > 0 || (direct && x.beta == 1);
         each(m_tiles * n_tiles, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; t++) {
             const int64_t i0 = t / n_tiles * m_tile, j0 = t % n_tiles * n_tile;
-            const int64_t rows = std::min(m_tile, m - i0), columns = std::min(n_tile, n - j0);
-            kernel.block(out + i0 * ldc + j0, ldc, a + i0 * k, b + j0 * k, rows, columns, k, accumulate);
-            if (last) finish(x, out + i0 * ldc + j0, ldc, m0 + i0, n0 + j0, rows, columns, direct);
+            compute(i0, std::min(m_tile, m - i0), j0, std::min(n_tile, n - j0), b + j0 * k);
           }
         });
       }

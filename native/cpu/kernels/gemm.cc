@@ -166,9 +166,73 @@ void block(float* c, int64_t ldc, const float* a, const float* b, int64_t m, int
   }
 }
 
+// W consecutive elements as fp32.
+template <int kDtype>
+inline __attribute__((always_inline)) vf load_wide(const char* src, int64_t i) {
+  if (kDtype == DC_F32) return loadf(reinterpret_cast<const float*>(src) + i);
+  const uint16_t* h = reinterpret_cast<const uint16_t*>(src) + i;
+  if (kDtype == DC_BF16) return (vf)(__builtin_convertvector(vload<vh>(h), vu) << 16);
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(h)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h)));
+#else
+  return vf{f16_to_float(h[0]), f16_to_float(h[1]), f16_to_float(h[2]), f16_to_float(h[3])};
+#endif
+}
+
+template <int kDtype, int M>
+inline __attribute__((always_inline)) void dot_rows(float* out, int64_t ldo, const float* a, const char* b, int64_t k) {
+  vf even[M], odd[M];
+  for (int i = 0; i < M; i++) even[i] = odd[i] = vf{};
+  int64_t p = 0;
+  for (; p + 2 * W <= k; p += 2 * W) {
+    const vf x = load_wide<kDtype>(b, p), y = load_wide<kDtype>(b, p + W);
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) {
+      even[i] = madd(loadf(a + i * k + p), x, even[i]);
+      odd[i] = madd(loadf(a + i * k + p + W), y, odd[i]);
+    }
+  }
+  for (; p + W <= k; p += W) {
+    const vf x = load_wide<kDtype>(b, p);
+    for (int i = 0; i < M; i++) even[i] = madd(loadf(a + i * k + p), x, even[i]);
+  }
+  for (int i = 0; i < M; i++) {
+    float sum = hsum(even[i] + odd[i]);
+    for (int64_t q = p; q < k; q++) sum += a[i * k + q] * read_one(b, kDtype, q);
+    out[i * ldo] = sum;
+  }
+}
+template <int kDtype>
+void dot_lines(float* out, int64_t ldo, const float* a, int64_t m, const char* b, int64_t line_bytes, int64_t lines,
+               int64_t k) {
+  for (int64_t j = 0; j < lines; j++) {
+    const char* line = b + j * line_bytes;
+    for (int64_t i = 0; i < m; i += 4) {  // the second time a line comes from L1
+      switch (m - i) {
+        case 1: dot_rows<kDtype, 1>(out + i * ldo + j, ldo, a + i * k, line, k); break;
+        case 2: dot_rows<kDtype, 2>(out + i * ldo + j, ldo, a + i * k, line, k); break;
+        case 3: dot_rows<kDtype, 3>(out + i * ldo + j, ldo, a + i * k, line, k); break;
+        default: dot_rows<kDtype, 4>(out + i * ldo + j, ldo, a + i * k, line, k); break;
+      }
+    }
+  }
+}
+void dots(float* out, int64_t ldo, const float* a, int64_t m, const void* b, int dtype, int64_t line_stride,
+          int64_t lines, int64_t k) {
+  const char* from = static_cast<const char*>(b);
+  if (dtype == DC_F32)
+    dot_lines<DC_F32>(out, ldo, a, m, from, line_stride * 4, lines, k);
+  else if (dtype == DC_BF16)
+    dot_lines<DC_BF16>(out, ldo, a, m, from, line_stride * 2, lines, k);
+  else
+    dot_lines<DC_F16>(out, ldo, a, m, from, line_stride * 2, lines, k);
+}
+
 }  // namespace
 
 extern const GemmKernels DC_FOR_ISA(gemm_kernels);
-const GemmKernels DC_FOR_ISA(gemm_kernels) = {MR, NR, pack, block};
+const GemmKernels DC_FOR_ISA(gemm_kernels) = {MR, NR, pack, block, dots};
 
 }  // namespace dc

@@ -14,6 +14,10 @@ struct GemmKernels {
   // C [m, n] (row stride ldc) = or += A B of packed panels with k positions each.
   void (*block)(float* c, int64_t ldc, const float* a, const float* b, int64_t m, int64_t n, int64_t k,
                 bool accumulate);
+  // out[i * ldo + j] = dot product of row i of a (fp32, contiguous, i < m <= 8) and line j of b (any float dtype,
+  // positions contiguous): for few rows, where packing b would cost more than the product.
+  void (*dots)(float* out, int64_t ldo, const float* a, int64_t m, const void* b, int dtype, int64_t line_stride,
+               int64_t lines, int64_t k);
 };
 
 const GemmKernels& gemm_kernels();
