@@ -1,0 +1,81 @@
+import { existsSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { describe, expect, it, vi } from 'vitest';
+import { cli, fixture, v1, workFolder } from './support.js';
+
+vi.setConfig({ testTimeout: 300_000 });
+const folder = workFolder();
+const out = (name: string): string => join(folder, name);
+const quick = ['--samples', '8', '--seq-len', '128', '--rounds', '1', '--router-steps', '2', '--threads', '1', '-q', '--device', 'cpu']; // prettier-ignore
+const json = (text: string) => JSON.parse(text) as Record<string, never>;
+
+describe('the documents’ own form', () => {
+  it('makes a .bin with its config beside it that equals the dense model with all experts on', async () => {
+    const form = ['--input-model', v1, '--output-model', out('v2.0_converted.bin'), '--target-arch', 'moe', '--expert-num', '8']; // prettier-ignore
+    const { code, stdout, stderr } = await cli([...form, ...quick, '--json']);
+    expect(stderr).toBe('warning: 1024 calibration tokens are few for routers over 256 channels: 4096 (16 x the 256 channels) or more give better ones.\n'); // prettier-ignore
+    expect(code).toBe(0);
+    const data = json(stdout) as unknown as {
+      shape: Record<string, number>;
+      refit: boolean;
+      exactness: { output: { relative: number } };
+    };
+    expect(data.shape).toMatchObject({ routed: 8, active: 2, shared: 1, width: 128, ffn: 1024 });
+    expect(data.refit).toBe(false);
+    expect(data.exactness.output.relative).toBeLessThan(5e-5);
+    const config = json(readFileSync(out('v2.0_converted.config.json'), 'utf8'));
+    expect(config).toMatchObject({
+      model_type: 'glm4_moe',
+      architectures: ['Glm4MoeForCausalLM'],
+      n_routed_experts: 8,
+      n_shared_experts: 1,
+      num_experts_per_tok: 2,
+      norm_topk_prob: false,
+      routed_scaling_factor: 2,
+      num_nextn_predict_layers: 0,
+      partial_rotary_factor: 1,
+      rope_parameters: { rope_type: 'default', rope_theta: 10000, partial_rotary_factor: 1 },
+      head_dim: 64,
+      tie_word_embeddings: true,
+    });
+    expect(readFileSync(out('v2.0_converted.bin')).subarray(0, 2).toString()).toBe('PK');
+    expect(existsSync(out('v2.0_converted.bin.part'))).toBe(false);
+    expect(existsSync(out('config.json'))).toBe(false);
+  });
+
+  it('refits when the number of active experts is asked for', async () => {
+    const given = ['moe', v1, '-o', out('asked'), '--active', '4', ...quick, '--json'];
+    const { code, stdout } = await cli(given);
+    expect(code).toBe(0);
+    expect(json(stdout)).toMatchObject({ refit: true, shape: { active: 4 } });
+  });
+});
+
+describe('refusals', () => {
+  it.each<[string, string[], number, string]>([
+    ['more active than experts', [v1, '--active', '9'], 2, 'More active experts than there are'],
+    ['a mixture', [fixture('moe-6m')], 1, 'is a mixture of experts already'],
+    ['shared experts in mixtral', [v1, '--container', 'mixtral', '--shared', '1'], 2, 'cannot have 1 shared experts'],
+    ['a width that does not divide', [v1, '--pad', 'none'], 2, 'does not divide by the number of experts'],
+    ['an unknown container', [v1, '--container', 'mixtrall'], 2, 'Did you mean mixtral?'],
+    ['.gguf', [v1, '-o', out('x.gguf')], 2, 'cannot be written as .gguf'],
+  ])('%s', async (_, given, exit, message) => {
+    const { code, stderr, stdout } = await cli(['moe', '-o', out('refused'), ...quick, ...given]);
+    expect(stderr).toContain(message);
+    expect(code).toBe(exit);
+    expect(stdout).toBe('');
+    expect(existsSync(out('refused'))).toBe(false);
+  });
+});
+
+it('--dry-run shows what would be made, and makes nothing', async () => {
+  const { code, stdout } = await cli(['moe', v1, '-o', out('plan'), '--container', 'qwen2_moe', '--dry-run', '--json']);
+  expect(code).toBe(0);
+  const data = json(stdout) as unknown as { tensors: { name: string; from: string; shape: number[] }[] };
+  const of = (name: string) => data.tensors.find((tensor) => tensor.name === name);
+  expect(of('model.layers.3.mlp.experts.7.down_proj.weight')).toMatchObject({ from: 'made', shape: [256, 128] });
+  expect(of('model.layers.3.self_attn.q_proj.bias')).toMatchObject({ from: 'constant', shape: [256] });
+  expect(of('model.layers.3.self_attn.q_proj.weight')).toMatchObject({ from: 'copy' });
+  expect(of('model.layers.3.mlp.gate_proj.weight')).toBeUndefined();
+  expect(existsSync(out('plan'))).toBe(false);
+});
