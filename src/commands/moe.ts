@@ -71,7 +71,7 @@ const options = {
   routerSteps: integer({
     min: 0,
     max: 100_000,
-    default: 60,
+    default: 30,
     section: fineSection,
     help: 'Training steps of the router a round, 5 times as many at the end; 0: ridge regression alone.',
   }),

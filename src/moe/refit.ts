@@ -8,7 +8,7 @@ import type { FfnWeights } from './sample.js';
 import { capacity, pieces, type MoeShape } from './shape.js';
 
 /** Ridge penalties that are tried, relative to the mean of the diagonal; the one that judges best is taken. */
-const penalties = [1e-3, 1e-2, 1e-1];
+const penalties = [1e-3, 1e-2, 1e-1, 1];
 /** Fewer tokens than this cannot judge. */
 const fewest = 64;
 

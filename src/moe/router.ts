@@ -21,8 +21,8 @@ export interface RouterOptions {
 }
 
 /** Steps, batch and step size of `train`. */
-const batchTokens = 4096;
-const learningRate = 0.03;
+const batchTokens = 1024;
+const learningRate = 0.05;
 /** Temperature of the soft choice at start and end, in standard deviations of the scores. */
 const [warm, cool] = [1, 0.25];
 
@@ -88,13 +88,13 @@ export class RouterFitter {
 
   /**
    * Adam on the energy that a soft choice of K experts loses: per token sum_e p_e c_e is raised, where p = sigmoid((s -
-   * tau) / temperature), tau set so that sum p = K, c f32 [T, R] the experts' energies. Starts from `start`, whose
+   * tau) / temperature), tau such that about sum p = K, c f32 [T, R] the experts' energies. Starts from `start`, whose
    * scores have deviation 1.
    */
   async train(scope: Scope, start: Router, c: Tensor, steps: number): Promise<Router> {
     const { active, seed, intercept } = this.#options;
     const [tokens, experts] = c.shape as [number, number];
-    if (active >= experts || steps === 0) return start;
+    if (active >= experts || steps === 0) return { weight: cast(scope, start.weight, 'f32'), bias: cast(scope, start.bias, 'f32') }; // prettier-ignore
     using state = new Scope(scope.device);
     const x = this.#x;
     const { weight, bias, unit } = await this.#centred(scope, state, start);
@@ -144,29 +144,31 @@ function lossGradient(s: Scope, scores: Tensor, c: Tensor, active: number, tempe
   const [tokens, experts] = scores.shape as [number, number];
   const row = (v: Tensor) => v.view(tokens, 1);
   const tau = startThreshold(s, scores, active);
-  let p: Tensor | undefined;
-  let q: Tensor | undefined;
-  const u = s.empty('f32', scores.shape);
-  const square = s.empty('f32', scores.shape);
-  for (let i = 0; i <= 4; i++) {
-    binary(s, 'sub', scores, row(tau), { out: u });
-    unary(s, 'affine', u, 1 / temperature, 0, u);
-    p = unary(s, 'sigmoid', u, 0, 0, u);
-    unary(s, 'square', p, 0, 0, square);
-    q = binary(s, 'sub', p, square, { out: square });
-    if (i === 4) break;
-    // Newton on sum p(tau) = K: d(sum p)/d tau = -sum q / temperature.
-    const excess = unary(s, 'affine', reduce(s, 'sum', p, 1), temperature, -temperature * active);
-    const slope = unary(s, 'clamp', reduce(s, 'sum', q, 1), 1e-2, Infinity);
-    const move = binary(s, 'div', excess, slope);
-    binary(s, 'add', tau, unary(s, 'clamp', move, -temperature, temperature), { out: tau });
-  }
-  const weighted = binary(s, 'mul', q!, c);
-  const total = unary(s, 'clamp', reduce(s, 'sum', q!, 1), 1e-9, Infinity);
+  const p = softChoice(s, scores, row(tau), temperature);
+  // One Newton step on sum p(tau) = K: d(sum p)/d tau = -sum p (1 - p) / temperature.
+  const excess = unary(s, 'affine', reduce(s, 'sum', p, 1), temperature, -temperature * active);
+  const slope = unary(s, 'clamp', reduce(s, 'sum', bell(s, p), 1), 1e-2, Infinity);
+  const move = unary(s, 'clamp', binary(s, 'div', excess, slope), -temperature, temperature);
+  const q = bell(s, softChoice(s, scores, row(binary(s, 'add', tau, move)), temperature));
+  const weighted = binary(s, 'mul', q, c);
+  const total = unary(s, 'clamp', reduce(s, 'sum', q, 1), 1e-9, Infinity);
   const mean = binary(s, 'div', reduce(s, 'sum', weighted, 1), total);
   const gradient = binary(s, 'sub', c, row(mean), { out: weighted });
-  binary(s, 'mul', gradient, q!, { out: gradient });
+  binary(s, 'mul', gradient, q, { out: gradient });
   return unary(s, 'affine', gradient, -gain / (temperature * tokens), 0, gradient).view(tokens, experts);
+}
+
+/** sigmoid((s - tau) / temperature) */
+function softChoice(s: Scope, scores: Tensor, tau: Tensor, temperature: number): Tensor {
+  const u = binary(s, 'sub', scores, tau);
+  unary(s, 'affine', u, 1 / temperature, 0, u);
+  return unary(s, 'sigmoid', u, 0, 0, u);
+}
+
+/** p (1 - p) */
+function bell(s: Scope, p: Tensor): Tensor {
+  const square = unary(s, 'square', p);
+  return binary(s, 'sub', p, square, { out: square });
 }
 
 /** Where the threshold of the K best would be if a token's scores were normally distributed. f32 [B]. */

@@ -19,7 +19,9 @@ import { SplitVisitor } from './visitor.js';
 import { writeThrough } from './output.js';
 
 /** Router fitting: found on dense-32m at 8 and 64 experts (docs/moe.md). */
-const tuning = { rounds: 10, steps: 60, finalSteps: 300, lambda: 1e-3 } as const;
+const tuning = { rounds: 10, steps: 30, lambda: 1e-3 } as const;
+/** The last fit has so many times the steps of one round's. */
+const finalFactor = 5;
 /** A router has one weight a channel and expert: fewer tokens than this many times the channels cannot hold them. */
 const [leastTokens, goodTokens] = [2, 16] as const;
 /** Larger than this the standing test has failed: something is wrong with the split itself. */
@@ -137,7 +139,7 @@ const splitOptions = (o: MoeOptions) => ({
   lambda: o.lambda ?? tuning.lambda,
   rounds: o.rounds ?? tuning.rounds,
   steps: o.steps ?? tuning.steps,
-  finalSteps: o.steps === 0 ? 0 : tuning.finalSteps,
+  finalSteps: finalFactor * (o.steps ?? tuning.steps),
   seed: o.seed ?? 0,
 });
 
@@ -200,7 +202,7 @@ async function convertBlocks(context: Context, writer: CheckpointWriter): Promis
     const copies = { env, plan, writer, reader, check, seed: options.seed ?? 0 };
     await eachBlock(common, (block, weights) => convertCopies(block, weights, copies));
   } else {
-    const visitor = new SplitVisitor({
+    using visitor = new SplitVisitor({
       env,
       plan,
       split: splitOptions(options),

@@ -36,15 +36,16 @@ export interface VisitorOptions {
 
 /** What later tokens of a block see in place of its feed-forward part. */
 interface Converted {
-  readonly scope: Scope;
   readonly ffn: FfnSpec;
   readonly router: Router;
   readonly experts: Experts;
 }
 
 /** Divides the feed-forward part of each block as the calibration stream comes by, and writes the block out. */
-export class SplitVisitor implements BlockVisitor {
+export class SplitVisitor implements BlockVisitor, Disposable {
   readonly #options: VisitorOptions;
+  /** Holds what was made of the current block. */
+  #scope: Scope | undefined;
   #converted: Converted | undefined;
   #store: LayerStore | undefined;
   #report: LayerReport | undefined;
@@ -68,7 +69,7 @@ export class SplitVisitor implements BlockVisitor {
     const { shape, container } = plan;
     const timer = new Timer();
     const ffn = ffnOf(site.block);
-    const scope = new Scope(env.device);
+    const scope = (this.#scope = new Scope(env.device));
     using work = new Scope(env.device);
     const w = ffnWeights(site.weights, ffn);
     const sample = await captureSample(site, w, ffn, sampleTokens, work);
@@ -92,7 +93,7 @@ export class SplitVisitor implements BlockVisitor {
     const dtype = reader.dtype;
     const plain = { ...arranged, down: refitted ? refitted.down : arranged.down };
     const experts = cut(scope, shape, plain, { routedDown: 1, sharedDown: 1, normalized: false }, dtype);
-    this.#converted = { scope, ffn, router: made.router, experts };
+    this.#converted = { ffn, router: made.router, experts };
     await timer.mark('cut', env);
     this.#report = await this.#judge(site, sample, w, made, arranged, held, refitted, timer);
   }
@@ -179,9 +180,13 @@ export class SplitVisitor implements BlockVisitor {
     await check.advance(block.index, this.#store, weights);
     await writer.flush();
     const report = this.#report;
-    this.#converted?.scope[Symbol.dispose]();
-    [this.#converted, this.#store, this.#report] = [undefined, undefined, undefined];
+    this[Symbol.dispose]();
     return { data: toJson(report ?? null), detail: detailOf(report) };
+  }
+
+  [Symbol.dispose](): void {
+    this.#scope?.[Symbol.dispose]();
+    [this.#scope, this.#converted, this.#store, this.#report] = [undefined, undefined, undefined, undefined];
   }
 }
 

@@ -1,0 +1,132 @@
+import { readFileSync } from 'node:fs';
+import { describe, expect, it } from 'vitest';
+import { Random } from '../../../src/base/rng.js';
+import type { Site } from '../../../src/arch/stream.js';
+import { clusterNeurons } from '../../../src/moe/cluster.js';
+import { judgeRouter } from '../../../src/moe/judge.js';
+import { applyMask, refitDown, routingMask } from '../../../src/moe/refit.js';
+import { RouterFitter } from '../../../src/moe/router.js';
+import { heldOut, neurons } from '../../../src/moe/sample.js';
+import { Scope } from '../../../src/tensor/tensor.js';
+import { fixture, testEnv } from '../../arch/support.js';
+
+const env = testEnv();
+
+interface Ridge {
+  readonly x: number[][];
+  readonly t: number[][];
+  readonly lambda: number;
+  readonly weight: number[][];
+  readonly bias: number[];
+}
+interface Refit extends Record<'x' | 'gate' | 'up' | 'down' | 'router' | 'refit', number[][]> {
+  readonly lambda: number;
+  readonly before: number;
+  readonly after: number;
+}
+const expected = JSON.parse(readFileSync(fixture('moe/expected.json'), 'utf8')) as {
+  ridge: Record<'intercept' | 'plain', Ridge>;
+  refit: Refit;
+};
+
+const matrix = (s: Scope, rows: readonly (readonly number[])[]) =>
+  s.from('f32', [rows.length, rows[0]!.length], Float32Array.from(rows.flat()));
+
+const worst = (got: Float32Array, want: readonly number[]): number =>
+  got.reduce((max, value, i) => Math.max(max, Math.abs(value - want[i]!)), 0);
+
+describe('ridge router', () => {
+  it.each(['intercept', 'plain'] as const)('equals numpy, %s', async (kind) => {
+    const { x, t, lambda, weight, bias } = expected.ridge[kind];
+    using s = new Scope(env.device);
+    const options = { intercept: kind === 'intercept', lambda, active: 2, seed: 0 };
+    const fitter = await RouterFitter.make(s, matrix(s, x), options);
+    const router = await fitter.ridge(s, matrix(s, t));
+    expect(worst(await router.weight.float32(), weight.flat())).toBeLessThan(2e-5);
+    expect(worst(await router.bias.float32(), bias)).toBeLessThan(2e-5);
+  });
+});
+
+describe('trained router', () => {
+  it.each([true, false])(
+    'keeps more energy of unseen tokens than the ridge router (intercept %s)',
+    async (intercept) => {
+      const [tokens, c, experts, active] = [3072, 16, 8, 3];
+      const random = new Random(5);
+      const normal = () => Math.sqrt(-2 * Math.log(1 - random.uniform())) * Math.cos(2 * Math.PI * random.uniform());
+      const directions = Array.from({ length: experts * c }, normal);
+      const [x, energy] = [new Float32Array(2 * tokens * c), new Float32Array(2 * tokens * experts)];
+      for (let t = 0; t < 2 * tokens; t++) {
+        for (let j = 0; j < c; j++) x[t * c + j] = normal();
+        for (let e = 0; e < experts; e++) {
+          let dot = 0;
+          for (let j = 0; j < c; j++) dot += x[t * c + j]! * directions[e * c + j]!;
+          // Like act(gate) up: grows on one side only, and with the square.
+          energy[t * experts + e] = (e + 1) * Math.max(dot, 0) ** 4 + 0.1 * normal() ** 2;
+        }
+      }
+      using s = new Scope(env.device);
+      const all = { x: s.from('f32', [2 * tokens, c], x), energy: s.from('f32', [2 * tokens, experts], energy) };
+      const fit = { x: all.x.slice(0, 0, tokens), energy: all.energy.slice(0, 0, tokens) };
+      const seen = { x: all.x.slice(0, tokens, 2 * tokens), energy: all.energy.slice(0, tokens, 2 * tokens) };
+      const fitter = await RouterFitter.make(s, fit.x, { intercept, lambda: 1e-3, active, seed: 1 });
+      const ridge = await fitter.ridge(s, fit.energy);
+      const trained = await fitter.train(s, ridge, fit.energy, 120);
+      const before = await judgeRouter(seen.x, seen.energy, ridge, active);
+      const after = await judgeRouter(seen.x, seen.energy, trained, active);
+      expect(after.kept).toBeGreaterThan(before.kept + 0.002);
+      expect(after.kept).toBeLessThan(after.oracleKept);
+      if (!intercept) expect([...(await trained.bias.float32())].every((b) => b === 0)).toBe(true);
+    },
+  );
+});
+
+describe('clusters', () => {
+  it('finds groups of neurons that fire together', async () => {
+    const [tokens, groups, each] = [400, 5, 6];
+    const random = new Random(2);
+    const z = new Float32Array(tokens * groups * each);
+    for (let t = 0; t < tokens; t++) {
+      const firing = random.below(groups);
+      for (let n = 0; n < groups * each; n++) {
+        z[t * groups * each + n] = (n % groups === firing ? 1 : 0.02) * random.uniform() * (1 + n);
+      }
+    }
+    using s = new Scope(env.device);
+    const capacities = new Int32Array(groups).fill(each);
+    const found = await clusterNeurons(env.device, s.from('f32', [tokens, groups * each], z), capacities, 0);
+    const names = new Set<string>();
+    found.forEach((expert, n) => names.add(`${expert}:${n % groups}`));
+    expect(names.size).toBe(groups);
+  });
+});
+
+describe('refit of down_proj', () => {
+  it('equals numpy, with the penalty that judges best', async () => {
+    const r = expected.refit;
+    using s = new Scope(env.device);
+    const spec = { name: '', inFeatures: 5, outFeatures: 8, role: 'mlp' } as const;
+    const ffn = { gate: spec, up: spec, down: spec, activation: 'silu' } as const;
+    const x = matrix(s, r.x);
+    const w = { gate: matrix(s, r.gate), up: matrix(s, r.up), down: matrix(s, r.down) };
+    const router = { weight: matrix(s, r.router), bias: s.zeros('f32', [4]) };
+    const shape = { routed: 4, active: 2, shared: 0, width: 2, ffn: 8 };
+    const batch = 160;
+    const site = {
+      tokens: r.x.length,
+      each: async (handle: (call: { x: typeof x }, batch: number) => void | Promise<void>) => {
+        for (let b = 0; b * batch < r.x.length; b++) await handle({ x: x.slice(0, b * batch, (b + 1) * batch) }, b);
+      },
+    } as unknown as Site;
+    const kept = Int32Array.from(r.x.keys()).filter(heldOut);
+    const rows = s.from('i32', [kept.length], kept);
+    const held = s.empty('f32', [rows.dim(0), 5]);
+    env.device.run('gather', [held, x, rows], [0], []);
+    const whole = neurons(s, held, w, ffn);
+    const masked = applyMask(s, whole, await routingMask(s, held, router, shape), shape);
+    const refit = await refitDown(s, site, w, ffn, router, shape, { whole, masked }, heldOut);
+    expect(refit?.lambda).toBe(r.lambda);
+    expect(worst(await refit!.down.float32(), r.refit.flat())).toBeLessThan(1e-4);
+    expect(r.after).toBeLessThan(r.before);
+  });
+});

@@ -1,0 +1,223 @@
+import { createHash } from 'node:crypto';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  readdirSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, describe, expect, it, vi } from 'vitest';
+import { openModel } from '../../../src/arch/open.js';
+import { ResidentModel } from '../../../src/arch/resident.js';
+import { silentLog } from '../../../src/base/log.js';
+import type { JobEnv } from '../../../src/backend/env.js';
+import { openDevice } from '../../../src/backend/load.js';
+import type { ContainerName } from '../../../src/moe/containers/types.js';
+import type { MoeOptions } from '../../../src/moe/options.js';
+import { previewMoe, runMoe } from '../../../src/moe/run.js';
+import { totalsOf } from '../../../src/moe/report.js';
+import { Scope } from '../../../src/tensor/tensor.js';
+import { fixture, relativeError } from '../../arch/support.js';
+
+vi.setConfig({ testTimeout: 300_000 });
+// One thread: many small ops on a busy machine otherwise wait for their partner thread.
+const device = openDevice({ kind: 'cpu', threads: 1, poison: true });
+afterAll(() => device.close());
+const env: JobEnv = { device, log: silentLog, signal: new AbortController().signal };
+const folder = mkdtempSync(join(tmpdir(), 'deepseek-convert-'));
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+const v1 = fixture('v1.0/v1.0_checkpoint.bin');
+
+const job = (name: string, more: Partial<MoeOptions> = {}): MoeOptions => ({
+  input: v1,
+  out: join(folder, name),
+  method: 'split',
+  container: 'glm4_moe',
+  experts: 8,
+  active: 2,
+  calibration: { source: [fixture('samples.jsonl')], samples: 16, seqLen: 64, seed: 0 },
+  rounds: 1,
+  steps: 4,
+  tool: { name: 'deepseek-convert', version: '0.0.0' },
+  commandLine: 'deepseek-convert moe',
+  ...more,
+});
+
+/** A folder of links to a finished output, with another config. */
+function withConfig(name: string, change: Record<string, unknown>): string {
+  const to = mkdtempSync(join(folder, 'edited-'));
+  const from = join(folder, name);
+  for (const file of readdirSync(from)) if (file !== 'config.json') symlinkSync(join(from, file), join(to, file));
+  const config = JSON.parse(readFileSync(join(from, 'config.json'), 'utf8')) as Record<string, unknown>;
+  writeFileSync(join(to, 'config.json'), JSON.stringify({ ...config, ...change }));
+  return to;
+}
+
+const tokens = Int32Array.from({ length: 64 }, (_, i) => (i * 1237 + 11) % 8192);
+async function logitsOf(path: string, ids = tokens): Promise<Float32Array> {
+  const open = await openModel(path);
+  using model = await ResidentModel.load(open, env, 'f32');
+  using scope = new Scope(env.device);
+  const logits = await model.logits(scope, model.hidden(scope, ids, 1)).float32();
+  await open.close();
+  return logits;
+}
+const dense = logitsOf(v1);
+
+describe('all experts on', () => {
+  it('is the dense model when num_experts_per_tok is raised to all (glm4_moe, qwen2_moe)', async () => {
+    for (const container of ['glm4_moe', 'qwen2_moe'] as const) {
+      const report = await runMoe(job(`on-${container}`, { container, refit: false }), env);
+      expect(report.exactness!.output.relative).toBeLessThan(5e-5);
+      const logits = await logitsOf(withConfig(`on-${container}`, { num_experts_per_tok: 8 }));
+      expect(relativeError(logits, await dense), container).toBeLessThan(5e-5);
+      // And with two of them it is something else: the mask is really there.
+      expect(relativeError(await logitsOf(report.out), await dense)).toBeGreaterThan(0.05);
+    }
+  });
+
+  it('is the dense model where all are active (mixtral)', async () => {
+    await runMoe(job('on-mixtral', { container: 'mixtral', active: 8 }), env);
+    expect(relativeError(await logitsOf(join(folder, 'on-mixtral')), await dense)).toBeLessThan(5e-5);
+  });
+
+  it('keeps first layers dense, pads odd widths, shares several experts', async () => {
+    const options = { experts: 5, shared: 2, dense: 2, refit: false } as const;
+    for (const container of ['glm4_moe', 'qwen2_moe'] as const) {
+      const report = await runMoe(job(`odd-${container}`, { ...options, container, active: 4 }), env);
+      expect(report.plan.shape.width).toBe(160); // 7 parts of 1024: 147 and some
+      expect(report.layers.map(({ block }) => block)).toEqual([2, 3]);
+      const on = container === 'glm4_moe' ? { num_experts_per_tok: 5 } : {};
+      // Five times a bf16 weight is rounded: qwen2_moe divides by the four that are active instead.
+      const error = relativeError(await logitsOf(withConfig(`odd-${container}`, on)), await dense);
+      expect(error).toBeLessThan(container === 'glm4_moe' ? 5e-5 : 0.5);
+      expect(report.exactness!.split.relative).toBeLessThan(5e-3);
+    }
+  });
+
+  it('holds for copies with any number of active experts', async () => {
+    for (const container of ['glm4_moe', 'qwen2_moe', 'mixtral'] satisfies ContainerName[]) {
+      const report = await runMoe(job(`copies-${container}`, { method: 'upcycle', container, experts: 3 }), env);
+      expect(report.exactness!.output.relative).toBeLessThan(1e-5);
+      expect(relativeError(await logitsOf(report.out), await dense), container).toBeLessThan(1e-5);
+    }
+  });
+});
+
+describe('at the asked budget', () => {
+  it('beats the static mask and a random split, and the refit lowers the error further', async () => {
+    const calibration = { source: [fixture('samples.jsonl')], samples: 32, seqLen: 128, seed: 0 };
+    const report = await runMoe(job('budget', { active: 4, rounds: 2, steps: 8, calibration }), env);
+    const totals = totalsOf(report.layers);
+    expect(totals.routed).toBeLessThan(totals.staticBias);
+    expect(totals.routed).toBeLessThan(totals.randomSplit);
+    expect(totals.output).toBeLessThan(totals.routed);
+    expect(totals.output).toBeLessThan(totals.staticRefit);
+    expect(totals.kept).toBeLessThanOrEqual(totals.oracleKept);
+    expect(report.exactness!.split.relative).toBeLessThan(5e-5);
+    expect(report.exactness!.output.relative).toBeGreaterThan(1e-3);
+    // The file holds what the report was measured on: on unseen text it is nearer to the dense model than a plain split.
+    const plain = await runMoe(job('ridge', { active: 4, rounds: 0, steps: 0, refit: false }), env);
+    const text = await unseen();
+    const [want, better, worse] = await Promise.all([v1, report.out, plain.out].map((path) => logitsOf(path, text)));
+    expect(divergence(want!, better!)).toBeLessThan(0.9 * divergence(want!, worse!));
+  });
+});
+
+/** Tokens of the sampled text's last lines, which calibration does not reach. */
+async function unseen(): Promise<Int32Array> {
+  const open = await openModel(v1);
+  const lines = readFileSync(fixture('samples.jsonl'), 'utf8').trim().split('\n').slice(-4);
+  const text = lines.map((line) => (JSON.parse(line) as { text: string }).text).join('\n');
+  const ids = (await (await open.tokenizer()).encode(text)).slice(0, 256);
+  await open.close();
+  return ids;
+}
+
+/** Mean KL divergence of the next-token distributions, rows of 8,192 logits. */
+function divergence(want: Float32Array, got: Float32Array): number {
+  const vocab = 8192;
+  const rows = want.length / vocab;
+  let sum = 0;
+  for (let r = 0; r < rows; r++) {
+    const [p, q] = [want, got].map((all) => {
+      const row = all.subarray(r * vocab, (r + 1) * vocab);
+      const top = row.reduce((a, b) => Math.max(a, b), -Infinity);
+      const log = Math.log(row.reduce((total, x) => total + Math.exp(x - top), 0)) + top;
+      return row.map((x) => x - log);
+    });
+    p!.forEach((x, i) => (sum += Math.exp(x) * (x - q![i]!)));
+  }
+  return sum / rows;
+}
+
+describe('durability', () => {
+  const hash = (path: string) => createHash('sha256').update(readFileSync(path)).digest('hex');
+
+  it('goes on after an interruption and ends with the same bytes, as .bin with its config beside it', async () => {
+    await runMoe(job('whole.bin', { active: 4 }), env);
+    const stop = new AbortController();
+    const log = { ...env.log, progress: ({ done }: { done: number }) => done === 2 && stop.abort() };
+    const interrupted: JobEnv = { ...env, log, signal: stop.signal };
+    await expect(runMoe(job('parts.bin', { active: 4 }), interrupted)).rejects.toThrow('finished blocks are saved');
+    expect(existsSync(join(folder, 'parts.bin'))).toBe(false);
+    const report = await runMoe(job('parts.bin', { active: 4 }), env);
+    expect(report.resumed).toBe(true);
+    expect(report.layers).toHaveLength(4);
+    expect(hash(join(folder, 'parts.config.json'))).toBe(hash(join(folder, 'whole.config.json')));
+    // The archive's inner folder carries the file's name: compare what is read.
+    const [a, b] = [await logitsOf(join(folder, 'parts.bin')), await logitsOf(join(folder, 'whole.bin'))];
+    expect(Buffer.from(a.buffer).equals(Buffer.from(b.buffer))).toBe(true);
+    expect(report.exactness).toEqual((await readProvenance('whole')).allExpertsOn);
+  });
+
+  const readProvenance = (stem: string) =>
+    JSON.parse(readFileSync(join(folder, `${stem}.deepseek-convert.json`), 'utf8')) as { allExpertsOn: unknown };
+});
+
+describe('refusals', () => {
+  const refused = async (more: Partial<MoeOptions>) => {
+    const name = `refused-${Math.random()}`;
+    const error = await previewMoe(job(name, more)).then(() => undefined, (e: unknown) => e as Error); // prettier-ignore
+    expect(existsSync(join(folder, name))).toBe(false);
+    return error?.message ?? 'accepted';
+  };
+
+  it('names what does not fit', async () => {
+    expect(await refused({ active: 9 })).toContain('More active experts than there are');
+    expect(await refused({ pad: 'none' })).toContain('does not divide');
+    expect(await refused({ shared: 0 })).toContain('--container mixtral');
+    expect(await refused({ container: 'mixtral', shared: 1 })).toContain('glm4_moe or qwen2_moe');
+    expect(await refused({ container: 'mixtral', dense: 1 })).toContain('experts in every layer');
+    expect(await refused({ dense: 4 })).toContain('leaves no layer');
+    expect(await refused({ input: fixture('moe-6m') })).toContain('mixture of experts already');
+    expect(await refused({ method: 'upcycle', active: 8 })).toContain('only multiplies');
+    expect(await refused({ experts: 2000 })).toContain('More experts than neurons');
+  });
+
+  it('says how much calibration text a router needs', async () => {
+    const calibration = { source: [fixture('samples.jsonl')], samples: 3, seqLen: 128, seed: 0 };
+    await expect(runMoe(job('little', { calibration }), env)).rejects.toThrow(
+      /at least 1024, better 4096[^]*got 384 tokens[^]*--samples to 32/,
+    );
+    expect(existsSync(join(folder, 'little'))).toBe(false);
+  });
+
+  it('refuses to go on with another recipe in the same work folder', async () => {
+    const stop = new AbortController();
+    const log = { ...env.log, progress: () => stop.abort() };
+    await expect(runMoe(job('other'), { ...env, log, signal: stop.signal })).rejects.toThrow('saved');
+    await expect(runMoe(job('other', { active: 3 }), env)).rejects.toThrow('recipe.shape.active: 2 -> 3');
+  });
+
+  it('does not write over what is there', async () => {
+    mkdirSync(join(folder, 'there'));
+    writeFileSync(join(folder, 'there', 'config.json'), '{}');
+    await expect(runMoe(job('there'), env)).rejects.toThrow('exists already');
+  });
+});
