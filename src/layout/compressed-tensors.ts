@@ -104,10 +104,17 @@ function weightArgs(group: Readonly<Record<string, unknown>>, at: string): Weigh
   };
 }
 
+function pattern(source: string): RegExp {
+  try {
+    return new RegExp(`^(?:${source})`);
+  } catch (cause) {
+    throw badInput('A target of the quantization config is no regular expression', { got: `re:${source}`, cause });
+  }
+}
+
 /** The scheme of module `name`: a target that names it (or matches: `re:`) goes before one that names its class. */
 function schemeOf(name: string, groups: readonly WeightArgs[]): WeightArgs | undefined {
-  const named = (target: string) =>
-    target.startsWith('re:') ? new RegExp(`^(?:${target.slice(3)})`).test(name) : target === name;
+  const named = (target: string) => (target.startsWith('re:') ? pattern(target.slice(3)).test(name) : target === name);
   return (
     groups.find((g) => g.targets.some(named)) ??
     groups.find((g) => g.targets.includes('Linear')) ??

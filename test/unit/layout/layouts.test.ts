@@ -160,6 +160,19 @@ describe('hostile or foreign settings', () => {
     });
   });
 
+  test('targets pick the scheme of each module: a name or pattern goes before the class', async () => {
+    const config = ct();
+    const { group_0: rule } = config.config_groups;
+    const other = (targets: string[]) => ({ ...rule, targets, weights: { ...rule.weights, num_bits: 8 } });
+    const bits = (targets: string[]) => {
+      const quantization_config = { ...config, config_groups: { group_0: rule, group_1: other(targets) } };
+      const layout = detectLayout({ quantization_config }, 'config.json')!;
+      return layout.linears(stored('ct')).get('ct.linear.weight')!.bits;
+    };
+    expect([bits(['ct.linear']), bits(['re:.*lin']), bits(['ct.line']), bits(['re:lin'])]).toEqual([8, 8, 4, 4]);
+    expect(await badInputMessage(() => bits(['re:(']))).toMatch(/no regular expression.*re:\(/s);
+  });
+
   test('a missing part is named', async () => {
     const parts = stored('ct');
     parts.delete('ct.linear.weight_scale');
