@@ -9,7 +9,7 @@ import { fitWidths } from '../../../src/quant/widths.js';
 import { fixture, shared } from '../../arch/support.js';
 import { existsSync } from 'node:fs';
 
-const layout = layoutWriters['compressed-tensors']!;
+const layout = layoutWriters['compressed-tensors'];
 const opened: OpenModel[] = [];
 afterAll(async () => {
   for (const open of opened) await open.close();
