@@ -258,7 +258,7 @@ export const gates: readonly Gate[] = [
     name: 'same experts chosen',
     metric: "share of the reference's experts that the candidate chooses too, worst layer",
     direction: 'min',
-    bounds: { exact: 0.999, quantized: 0.75, restructured: 0.75 },
+    bounds: { exact: 0.999, quantized: 0.85, restructured: 0.85 },
     meaning: 'On the same input the router must send a token to the same experts.',
     remedy: 'Keep the router in high precision; if it is, its rows or its bias are out of order with the experts',
     measure: ({ routing }) => {

@@ -6,7 +6,7 @@ import type { JobEnv } from '../backend/env.js';
 import { openModel, type OpenModel } from '../arch/open.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import { diagnose } from './diagnose.js';
-import { gates as gateTable, judge, type GateBounds, type Measurements } from './gates.js';
+import { judge, type GateBounds, type Measurements } from './gates.js';
 import { compareGenerations } from './generations.js';
 import { toHtml } from './report/html.js';
 import { toJson } from './report/json.js';
@@ -156,15 +156,17 @@ export async function validateModels(
 export function gateFailure(report: ValidateReport): ConvertError | undefined {
   const failed = report.gates.filter(({ status }) => status === 'fail');
   if (failed.length === 0) return undefined;
-  const lines = failed.map((gate) => {
+  const checked = report.gates.filter(({ status }) => status === 'pass' || status === 'fail').length;
+  const lines = failed.flatMap((gate) => {
     const value = gate.value === null ? 'not a finite number' : String(Number(gate.value.toPrecision(4)));
     const sign = gate.direction === 'max' ? 'at most' : 'at least';
     const where = gate.where === undefined ? '' : `; ${gate.where}`;
-    return `\n  ${gate.name}: ${value}, ${sign} ${gate.bound} (${gate.flag})${where}\n    ${gate.remedy}.`;
+    return [`${gate.name}: ${value}, ${sign} ${gate.bound} (${gate.flag})${where}`, `  ${gate.remedy}.`];
   });
-  const found = report.diagnosis.map((line) => `\n  ${line}`);
-  const what = `${failed.length} of ${gateTable.length} quality gates failed:${lines.join('')}${found.join('')}`;
-  return new ConvertError('gate', what, { where: report.candidate.path });
+  return new ConvertError('gate', `${failed.length} of ${checked} quality gates failed`, {
+    where: report.candidate.path,
+    hint: [...lines, ...report.diagnosis].join('\n  '),
+  });
 }
 
 export async function writeReports(

@@ -1,3 +1,4 @@
+import { dtypeSize, elementCount } from '../base/dtype.js';
 import { stopIfAborted, type JobEnv } from '../backend/env.js';
 import type { AttentionCall, Weights } from '../nn/calls.js';
 import { run } from '../nn/run.js';
@@ -36,11 +37,18 @@ export interface SidesResult {
 
 const resume = 'Run the same command again.';
 
+/** The weights of one block of both models, being read. */
+interface Loading {
+  readonly scope: Scope;
+  readonly weights: Promise<readonly [Weights, Weights]>;
+}
+
 /**
  * Both models, block by block on the same tokens. Each block of the candidate runs twice: on the reference's input
  * (teacher-forced: what this block does wrong) and on its own stream (free-running: what adds up). The three forward
  * passes are stepped from attention call to attention call side by side, so that patterns are compared where they
- * arise and nothing is kept. Resident: one block of each model, and two sets of hidden states.
+ * arise and nothing is kept. Resident: one block of each model (and the next, being read, where they are small), and
+ * two sets of hidden states.
  */
 export async function compareModels(
   reference: OpenModel,
@@ -100,7 +108,7 @@ class Comparison implements Disposable {
     const [a, b] = this.#models;
     await this.#embed();
     if (a.hidden === b.hidden && a.blocks.length === b.blocks.length) {
-      for (let i = 0; i < a.blocks.length; i++) await this.#pair(i);
+      await this.#pairs(a.blocks.length);
     } else {
       const reason = `the models differ in shape: ${a.blocks.length} layers of width ${a.hidden} against ${b.blocks.length} of ${b.hidden}`;
       for (const part of ['layers', 'attention']) this.#skipped.push({ part, reason });
@@ -130,10 +138,7 @@ class Comparison implements Disposable {
 
   async #embed(): Promise<void> {
     using outer = new Scope(this.#env.device);
-    const weights = await Promise.all([
-      this.#readers[0].outer(outer, 'embedding'),
-      this.#readers[1].outer(outer, 'embedding'),
-    ]);
+    const weights = await this.#both((reader) => reader.outer(outer, 'embedding'));
     await this.#compareOuter(weights, (model, name) => name === model.embedding);
     for (const side of [0, 1] as const) {
       const model = this.#models[side];
@@ -165,12 +170,57 @@ class Comparison implements Disposable {
     if (before) this.#states[side].free(before);
   }
 
+  async #pairs(count: number): Promise<void> {
+    const ahead = this.#readsAhead();
+    let next: Loading | undefined;
+    try {
+      for (let i = 0; i < count; i++) {
+        stopIfAborted(this.#env, resume);
+        const { scope, weights } = next ?? this.#load(i);
+        using _resident = scope;
+        next = undefined;
+        const loaded = await weights;
+        if (ahead && i + 1 < count) next = this.#load(i + 1);
+        await this.#pair(i, loaded);
+      }
+    } finally {
+      // A read under way when something fails must end before its memory goes.
+      await next?.weights.catch(() => undefined);
+      next?.scope[Symbol.dispose]();
+    }
+  }
+
+  /** Begins to read block `i` of both models. */
+  #load(i: number): Loading {
+    const scope = new Scope(this.#env.device);
+    const weights = this.#both((reader) => reader.block(i, scope));
+    weights.catch(() => undefined); // reported where it is awaited
+    return { scope, weights };
+  }
+
+  /** Reads something of both models. Ends when both reads have, so that no memory is freed under a transfer. */
+  async #both(read: (reader: WeightReader) => Promise<Weights>): Promise<readonly [Weights, Weights]> {
+    const [a, b] = await Promise.allSettled([read(this.#readers[0]), read(this.#readers[1])]);
+    if (a.status === 'rejected') throw a.reason;
+    if (b.status === 'rejected') throw b.reason;
+    return [a.value, b.value];
+  }
+
+  /** The next block is read while one computes, where the blocks of both models are small beside the memory. */
+  #readsAhead(): boolean {
+    const { device } = this.#env;
+    const { memory } = device.info() as { memory?: { free?: number } };
+    const limit = device.memory().limit;
+    const free = Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
+    const blocks = this.#models.map(({ blocks }) =>
+      Math.max(...blocks.map(({ tensors }) => tensors.reduce((n, { shape }) => n + elementCount(shape), 0))),
+    );
+    return 2 * (blocks[0]! + blocks[1]!) * dtypeSize(this.#options.dtype) < free / 4;
+  }
+
   /** Block `i` of both models, side by side. */
-  async #pair(i: number): Promise<void> {
-    const { device, log } = this.#env;
-    stopIfAborted(this.#env, resume);
-    using resident = new Scope(device);
-    const weights = await Promise.all([this.#readers[0].block(i, resident), this.#readers[1].block(i, resident)]);
+  async #pair(i: number, weights: readonly [Weights, Weights]): Promise<void> {
+    const { log } = this.#env;
     const blocks = [this.#models[0].blocks[i]!, this.#models[1].blocks[i]!] as const;
     const identical = await this.#weights.compare(
       { specs: blocks[0].tensors, weights: weights[0] },
@@ -290,7 +340,7 @@ class Comparison implements Disposable {
   async #logits(): Promise<LogitsMeter> {
     const { device } = this.#env;
     using outer = new Scope(device);
-    const weights = await Promise.all([this.#readers[0].outer(outer, 'head'), this.#readers[1].outer(outer, 'head')]);
+    const weights = await this.#both((reader) => reader.outer(outer, 'head'));
     await this.#compareOuter(weights, (model, name) => name !== model.embedding);
     const meter = new LogitsMeter(this.#names);
     const vocab = Math.min(this.#models[0].vocab, this.#models[1].vocab);

@@ -98,10 +98,14 @@ export function weightsSection({ weights }: ValidateReport): Section | undefined
   return { id: 'weights', title: 'Weights', body };
 }
 
+/** Spaces stay outside the mark: at the end of a line it would stick out. */
 const marked = (spans: readonly Span[]): Markup[] =>
-  spans.map((span) =>
-    span.same || span.text.trim() === '' ? markup`${span.text}` : markup`<mark>${span.text}</mark>`,
-  );
+  spans.map(({ text, same }) => {
+    const words = text.trim();
+    if (same || words === '') return markup`${text}`;
+    const at = text.indexOf(words);
+    return markup`${text.slice(0, at)}<mark>${words}</mark>${text.slice(at + words.length)}`;
+  });
 
 export function diversitySection({ diversity: d }: ValidateReport): Section | undefined {
   if (!d) return undefined;
