@@ -223,15 +223,21 @@ int32_t factor_lapack(const dc_blas* blas, float* m, int64_t ld, int64_t n) {
 
 // dst [n,n] lower = h in reverse order of rows and columns: dst(i,j) = h(n-1-j, n-1-i), from h's lower triangle.
 void flip_lower(dc_context* c, const Matrix<float>& dst, const Matrix<float>& h) {
-  const int64_t n = h.columns, tile = 32, tiles = (n + tile - 1) / tile;
+  constexpr int64_t tile = 32;
+  const int64_t n = h.columns, tiles = (n + tile - 1) / tile;
   parallel_for(c, tiles, 1, [&](int64_t begin, int64_t end) {
+    float square[tile][tile + 1];
     for (int64_t t = begin; t < end; t++) {
       const int64_t i0 = t * tile, i1 = std::min(i0 + tile, n);
-      for (int64_t j0 = 0; j0 < i1; j0 += tile)
-        for (int64_t j = j0; j < std::min(j0 + tile, i1); j++) {
-          const float* row = h.row(n - 1 - j);
-          for (int64_t i = std::max(i0, j); i < i1; i++) dst.row(i)[j] = row[n - 1 - i];
+      for (int64_t j0 = 0; j0 < i1; j0 += tile) {
+        const int64_t j1 = std::min(j0 + tile, i1);
+        for (int64_t j = j0; j < j1; j++) {
+          const float* row = h.row(n - 1 - j) + n - 1;
+          for (int64_t i = std::max(i0, j); i < i1; i++) square[i - i0][j - j0] = row[-i];
         }
+        for (int64_t i = i0; i < i1; i++)
+          std::memcpy(dst.row(i) + j0, square[i - i0], size_t(std::max<int64_t>(0, std::min(j1, i + 1) - j0)) * 4);
+      }
     }
   });
 }

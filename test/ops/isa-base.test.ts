@@ -8,6 +8,11 @@ await import('./gemm.test.js');
 await import('./layers.test.js');
 await import('./attention.test.js');
 await import('./experts.test.js');
+await import('./linalg.test.js');
+await import('./quant.test.js');
+await import('./pack.test.js');
+await import('./encode.test.js');
+await import('./train.test.js');
 
 test('the plain kernels are in use', () => {
   const device = openDevice({ kind: 'cpu' });
