@@ -41,19 +41,23 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
 // X(name, tensors, integers, numbers). [x] may be absent. float = f32, bf16 or f16 in any mix; sums are kept in fp32.
 #define DC_OPS(X)                                                                                                      \
   /* -- movement ---------------------------------------------------------------------------------------------- */     \
-  /* Element-wise copy between any strides and any dtypes, round to nearest even, integers saturate. With
-     `counts` i64[2] += {finite values that became infinite or saturated, non-finite values met}. */                   \
+  /* Element-wise copy between any strides and any dtypes, one rounding to nearest even; integers saturate, NaN becomes
+     0 there; E4M3, which has no infinity, saturates finite values and makes NaN of infinities. With `counts` i64[2] +=
+     {finite values that became infinite or saturated, non-finite values met}. */                                      \
   X(copy, "dst src [counts]", "", "")                                                                                  \
-  /* Stored blocks -> values. src u8 [bytes]; encoding: dc_encoding; scale: the block scales of FP8/FP4
-     [ceil(N/rows), ceil(K/columns)] as f32, bf16 or u8 (E8M0). dst float [N, K], product in fp32, rounded once. */    \
+  /* Stored blocks -> values. src u8 [bytes], rows without gaps; encoding: dc_encoding; FP4 holds the even column in the
+     low half. scale: the block scales of FP8/FP4 [ceil(N/rows), ceil(K/columns)] as f32, bf16 or u8 (E8M0). dst float
+     [N, K], product in fp32, rounded once. */                                                                         \
   X(decode, "dst src [scale]", "encoding rows columns", "")                                                            \
   X(fill, "dst", "", "value")                                                                                          \
-  /* Philox4x32-10 by element index, so that every backend gives the same bits. kind 0: uniform [a, b) of 24 bits,
-     1: normal(mean a, deviation b) by Box-Muller (equal up to rounding). */                                           \
+  /* Philox4x32-10 with key (seed_low, seed_high): row-major elements 4i..4i+3 take the four words r of counter i, u =
+     (r >> 8) 2^-24. kind 0: a + (b - a) u, the same bits on every backend; 1: normal(mean a, deviation b) by
+     Box-Muller on (u + 2^-24, next u), cosine then sine (equal up to rounding). */                                    \
   X(random, "dst", "kind seed_low seed_high", "a b")                                                                   \
-  /* dst[j] = src[idx[j]] along `axis` of a matrix; idx i32, -1 gives zeros. */                                        \
+  /* dst[j] = src[idx[j]] along `axis` of a matrix; idx i32, -1 gives zeros. The CPU refuses indices out of range, here
+     and below; CUDA does not look. */                                                                                 \
   X(gather, "dst src idx", "axis", "")                                                                                 \
-  /* dst[idx[j]] += w[j] src[j], rows, in order of j: deterministic. idx -1 is skipped. */                             \
+  /* dst[idx[j]] += w[j] src[j], rows, in order of j, each row summed in fp32 and rounded once. idx -1 is skipped. */  \
   X(scatter_add, "dst src idx [w]", "", "")                                                                            \
   /* -- mathematics ------------------------------------------------------------------------------------------- */     \
   /* C = alpha A B + beta C + bias. A [M,K], B [K,N], C [M,N] float of any strides with one of the two equal 1
@@ -64,40 +68,49 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
      B [E,N,K], offsets i32 [E+1]. */                                                                                  \
   X(grouped_gemm, "C A B offsets", "", "")                                                                             \
   X(unary, "dst src", "kind", "a b")                    /* dc_unary; any strides */                                    \
-  X(binary, "dst a b", "kind", "alpha")                 /* dst = a (kind) alpha b; strides 0 broadcast */              \
-  /* Along the middle of src [outer, n, inner] -> dst [outer, inner]; dc_reduce; arg kinds give i32, others fp32. */   \
+  /* dst = a (kind) alpha b; strides 0 broadcast; in place is fine. MAX and MIN: a NaN on either side wins. */         \
+  X(binary, "dst a b", "kind", "alpha")                                                                                \
+  /* Along the middle of src [outer, n, inner] -> dst [outer, inner]; dc_reduce; arg kinds give i32, others fp32. Of
+     equal extremes the first counts, a NaN wins over all. */                                                          \
   X(reduce, "dst src", "kind", "")                                                                                     \
   /* -- layers ------------------------------------------------------------------------------------------------ */     \
   /* y = x rsqrt(mean(x^2) + eps) (w + offset), rows of [T,C]; rstd f32 [T]. */                                        \
   X(rmsnorm, "y x [w] [rstd]", "", "eps offset")                                                                       \
   X(rmsnorm_backward, "dx [dw+=] dy x [w] rstd", "", "offset")                                                         \
   X(layernorm, "y x [w] [b]", "", "eps")                                                                               \
-  X(swiglu, "y gate up", "activation", "limit")         /* y = act(gate) up; dc_unary; limit > 0 clamps both */        \
+  /* y = act(gate) up; dc_unary. limit > 0 clamps gate to at most limit and up to [-limit, limit] first; backward
+     nothing flows through a clamped value. */                                                                         \
+  X(swiglu, "y gate up", "activation", "limit")                                                                        \
   X(swiglu_backward, "dgate dup dy gate up", "activation", "limit")                                                    \
   X(softmax, "y x", "", "scale")                        /* rows of [T,C]: softmax(scale x) */                          \
   X(softmax_backward, "dx dy y", "", "scale")                                                                          \
   /* x [B,S,H,D]; cos, sin f32 [P, R/2], R <= D rotates the first R (from_end 1: the last R); positions i32 [B,S].
      interleaved 0: halves (i, i + R/2), 1: pairs (2i, 2i+1); inverse 1 rotates back (= its backward). */              \
   X(rope, "y x cos sin positions", "interleaved from_end inverse", "")                                                 \
-  /* Per row of logits [T,V]: lse f32 [T], loss[t] = lse - logits[target] (target -1: 0), top i32 [T] argmax. */       \
+  /* Per row of logits [T,V]: lse f32 [T], loss[t] = lse - logits[target] (target -1: 0), top i32 [T] argmax, the first
+     of equals. Backward: scale (softmax - onehot), zeros for target -1. */                                            \
   X(cross_entropy, "loss logits targets [lse] [top]", "", "")                                                          \
   X(cross_entropy_backward, "dlogits logits targets lse", "", "scale")                                                 \
-  /* kl[t] = KL(softmax(p[t]) || softmax(q[t])) in nats, same[t] = 1.0 where both have the same argmax. */             \
+  /* kl[t] = KL(softmax(p[t]) || softmax(q[t])) in nats, same[t] = 1.0 where both have the same argmax. Backward: scale
+     (softmax(q) - softmax(p)). */                                                                                     \
   X(kl, "kl p q [same]", "", "")                                                                                       \
   X(kl_backward, "dq p q", "", "scale")                                                                                \
   /* -- attention --------------------------------------------------------------------------------------------- */     \
   /* o [B,S,Hq,Dv], q [B,S,Hq,D], k [B,T,Hkv,D], v [B,T,Hkv,Dv]; query s stands at key position s + offset; keys
      >= lengths[b] (i32 [B]) are masked; causal 1; window > 0: only the last `window` keys; cap > 0: cap tanh(x / cap)
-     soft cap on scores; sinks f32 [Hq]: an extra score in the softmax's denominator; lse f32 [B,Hq,S]. */             \
+     soft cap on scores; sinks f32 [Hq]: an extra score in the softmax's denominator, also in lse f32 [B,Hq,S]. Without
+     causal the window bounds keys from below alone. A query that sees no key: o = 0, lse = -infinity (or its sink). */\
   X(attention, "o q k v [lengths] [sinks] [lse]", "causal window offset", "scale cap")                                 \
   X(attention_backward, "dq dk dv do o q k v lse [lengths]", "causal window offset", "scale")                          \
-  /* Two attentions on the same positions, maps never stored. out f32 [B,Hq,S,3]: Jensen-Shannon divergence (nats),
-     cosine, overlap of the top-8 keys (fraction), all without key position 0; NaN where a query has no other key. */  \
+  /* Two attentions on the same positions (Hkv and D may differ), maps never stored. out f32 [B,Hq,S,3]: Jensen-Shannon
+     divergence (nats), cosine, overlap of the top-8 keys (of min(8, keys); ties to the lower position), all of the rows
+     without key position 0 and renormalised; NaN where a query has no other key. */                                   \
   X(attention_compare, "out qa ka qb kb [lengths]", "causal window offset", "scale_a scale_b")                         \
   /* -- experts ----------------------------------------------------------------------------------------------- */     \
   /* Router: logits [T,E] -> idx i32 [T,k], w f32 [T,k]. scoring: 0 softmax, 1 sigmoid, 2 sqrt(softplus). Selection by
      score + bias[E]; weights from score alone. groups > 1: the best `top_groups` groups by (group_score 0: max,
-     1: sum of the two best). normalize: w /= sum(w). w *= scale. Ties go to the lower index. */                       \
+     1: sum of the two best). normalize: w /= sum(w) + 1e-20. w *= scale. Best first, ties to the lower index, NaN last:
+     an index is always valid. */                                                                                      \
   X(route, "w idx logits [bias]", "scoring groups top_groups group_score normalize", "scale")                          \
   /* idx i32 [T,k] -> slots i32 [T k] (t k + j, sorted by expert, stable), tokens i32 [T k] (slot / k), offsets i32
      [E+1], place i32 [T,k] (where slot t k + j went). */                                                              \
