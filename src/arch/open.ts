@@ -6,7 +6,7 @@ import { openCheckpoint } from '../checkpoint/open.js';
 import type { Checkpoint } from '../checkpoint/types.js';
 import { detectLayout } from '../layout/detect.js';
 import type { LayoutReader } from '../layout/types.js';
-import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.js';
+import { loadTokenizer, makeTokenizer, type Tokenizer } from '../tokenizer/tokenizer.js';
 import { coverage, sameBytes, type Coverage } from './coverage.js';
 import { OpenFiles } from './files.js';
 import { buildModel } from './registry.js';
@@ -73,6 +73,8 @@ export async function openModel(path: string, { config }: OpenModelOptions = {})
 
 async function loadTokenizerOf(checkpoint: Checkpoint, file: string | undefined): Promise<Tokenizer> {
   if (file !== undefined) return loadTokenizer(file);
+  const inside = checkpoint.extraFiles.get('tokenizer.json');
+  if (inside !== undefined) return makeTokenizer(inside, checkpoint.path);
   const old = checkpoint.companions.map(companionName).find((name) => /\.model$|^vocab\./.test(name));
   throw badInput('The model has no tokenizer.json', {
     where: checkpoint.path,

@@ -1,13 +1,16 @@
 import { basename, dirname, resolve } from 'node:path';
 import { badUsage, noResource } from '../base/errors.js';
 import { formatBytes, freeBytes } from '../base/files.js';
-import { byteSize, choice, flag } from '../base/options.js';
+import { byteSize, choice, flag, integer } from '../base/options.js';
 import { columns, count, duration } from '../base/text.js';
 import type { ConvertPlan } from '../export/convert-plan.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
-const formats = ['safetensors', 'torch'] as const;
+const formats = ['safetensors', 'torch', 'gguf', 'deepseek-native'] as const;
+const blocks = ['q8_0', 'q6_k', 'q4_k', 'q4_0'] as const;
+const isBlocks = (dtype: string | undefined): dtype is (typeof blocks)[number] =>
+  (blocks as readonly string[]).includes(dtype ?? '');
 
 export const command = defineCommand({
   name: 'convert',
@@ -19,12 +22,16 @@ export const command = defineCommand({
   options: {
     ...outputOptions,
     ...inputOptions,
-    dtype: choice(['bf16', 'f16', 'f32'], { defaultNote: 'as they are', help: 'What weights become.' }),
+    dtype: choice(['bf16', 'f16', 'f32', ...blocks], {
+      defaultNote: 'as they are',
+      help: 'What weights become; q8_0 to q4_0 are blocks of GGUF files (rounded, not calibrated: see quantize).',
+    }),
     format: choice(formats, {
       defaultNote: 'by the name of the output; a folder gets safetensors',
       help: 'File format of the output.',
     }),
     shardSize: byteSize({ default: 5e9, help: 'Largest file of a folder.' }),
+    modelParallel: integer({ min: 1, default: 1, help: "Shards of DeepSeek's native layout." }),
     allowSaturation: flag({ help: 'Accept values that become infinite (f16 ends at 65504).' }),
     ioBudget: byteSize({ default: 256e6, help: 'Memory for reads and writes under way.' }),
     ...deviceOptions,
@@ -33,13 +40,25 @@ export const command = defineCommand({
   examples: [
     ['convert fixtures/v1.0/v1.0_checkpoint.bin -o build/v1-folder', 'A PyTorch file as a Hugging Face folder.'],
     ['convert fixtures/moe-6m -o build/moe-6m.bin --dtype f16', 'A folder as one PyTorch file in fp16.'],
+    ['convert fixtures/moe-6m -o build/moe-6m.gguf --dtype q8_0', 'A GGUF file for llama.cpp, tokenizer inside.'],
     ['convert fixtures/moe-6m -o build/moe-f32 --dtype f32 --dry-run', 'What would be done, tensor by tensor.'],
   ],
   async run(given, io) {
     const { planConversion } = await import('../export/convert-plan.js');
-    const format = given.format ?? (/\.(bin|pt|pth)$/.test(given.out) ? 'torch' : 'safetensors');
+    const format = given.format ?? formatOf(given.out) ?? 'safetensors';
     checkName(given.out, format);
-    const options = { input: given.input, config: given.config, dtype: given.dtype, format };
+    const { dtype: wanted, modelParallel } = given;
+    if (isBlocks(wanted) && format !== 'gguf') {
+      throw badUsage(`--dtype ${wanted} is a block type of GGUF files`, { got: `--format ${format}`, expected: '--format gguf, or an output that ends in .gguf' }); // prettier-ignore
+    }
+    const options = {
+      input: given.input,
+      config: given.config,
+      dtype: isBlocks(wanted) ? undefined : wanted,
+      format,
+      ...(isBlocks(wanted) && { blocks: wanted }),
+      ...(format === 'deepseek-native' && { modelParallel }),
+    };
     const plan = await planConversion(options);
     try {
       for (const note of plan.notes) io.log.info(note);
@@ -72,20 +91,25 @@ export const command = defineCommand({
   },
 });
 
+/** The format that the name of an output says; undefined for a folder. */
+function formatOf(out: string): (typeof formats)[number] | undefined {
+  if (/\.(bin|pt|pth)$/.test(out)) return 'torch';
+  if (out.endsWith('.safetensors')) return 'safetensors';
+  return out.endsWith('.gguf') ? 'gguf' : undefined;
+}
+
 /** A name that says one format and a flag that says another would make a file that other tools refuse. */
 function checkName(out: string, format: (typeof formats)[number]): void {
-  const says = /\.(bin|pt|pth)$/.test(out) ? 'torch' : /\.safetensors$/.test(out) ? 'safetensors' : format;
-  if (says !== format) {
+  if ((formatOf(out) ?? format) !== format) {
     throw badUsage('The name of the output and --format disagree', {
       got: `${out} and --format ${format}`,
       hint: 'Leave --format out, or name the output otherwise.',
     });
   }
-  const other = /\.(gguf|onnx)$/.exec(out);
-  if (other) {
-    throw badUsage(`${other[1]!.toUpperCase()} is not written by convert`, {
+  if (out.endsWith('.onnx')) {
+    throw badUsage('ONNX is not written by convert', {
       got: out,
-      expected: 'a folder, or a name that ends in .safetensors, .bin, .pt or .pth',
+      expected: 'a folder, or a name that ends in .safetensors, .bin, .pt, .pth or .gguf',
     });
   }
 }
@@ -99,7 +123,7 @@ interface Given {
 async function dryRun(
   plan: ConvertPlan,
   given: Given,
-  format: 'safetensors' | 'torch',
+  format: (typeof formats)[number],
   io: Io,
 ): Promise<CommandResult> {
   const { planLayout } = await import('../checkpoint/layout.js');
@@ -111,10 +135,11 @@ async function dryRun(
     shardSize: given.shardSize,
     fileName: isFileOutput(given.out) ? basename(given.out) : undefined,
     metadata: { format: 'pt' },
+    gguf: plan.gguf,
   });
   const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
   const [reads, writes] = [sum('reads'), files.reduce((n, { size }) => n + size, 0)];
-  const whole = plan.tensors.filter(({ action }) => action === 'decode').map(({ reads, shape }) => reads + 8 * shape.reduce((a, b) => a * b, 1)); // prettier-ignore
+  const whole = plan.tensors.filter(({ action }) => action === 'decode' || action === 'encode').map(({ reads, shape }) => reads + 8 * shape.reduce((a, b) => a * b, 1)); // prettier-ignore
   const memory = given.ioBudget + 4 * Math.max(0, ...whole);
   const disk = await freeBytes(await firstFolder(given.out));
   const eta = (reads + writes) / 1e9;

@@ -1,12 +1,15 @@
-import { badInput } from '../base/errors.js';
-import { dtypeSize, elementCount, type DType, type FloatDType } from '../base/dtype.js';
+import { dtypeSize, elementCount, type FloatDType } from '../base/dtype.js';
 import { OpenFiles } from '../arch/files.js';
 import { openModel } from '../arch/open.js';
 import type { StoredWeight } from '../arch/stored.js';
 import { openCheckpoint } from '../checkpoint/open.js';
-import type { Checkpoint, PlannedTensor, TensorEntry } from '../checkpoint/types.js';
+import type { Checkpoint, PlannedTensor } from '../checkpoint/types.js';
 import type { OutputFormat } from '../checkpoint/layout.js';
-import { encodedBytes, encodingName } from '../formats/ggml.js';
+import type { GgufMetadata } from '../checkpoint/gguf-config.js';
+import { planTensor } from './convert-tensor.js';
+import type { PlannedConversion } from './convert-tensor.js';
+import { planGgufOutput, planNativeOutput } from './convert-formats.js';
+import type { BlockType, FormatPlan } from './convert-formats.js';
 
 export interface ConvertOptions {
   readonly input: string;
@@ -14,28 +17,23 @@ export interface ConvertOptions {
   /** What floating-point weights become; undefined: what they are. */
   readonly dtype?: FloatDType | undefined;
   readonly format: OutputFormat;
+  /** GGUF only: weights become blocks of this type. */
+  readonly blocks?: BlockType | undefined;
+  /** DeepSeek's native layout only: the number of shards. */
+  readonly modelParallel?: number | undefined;
 }
 
-/** What happens to one tensor. */
-export interface PlannedConversion {
-  readonly name: string;
-  readonly shape: readonly number[];
-  /** `copy`: the bytes as they are; `cast`: element by element; `decode`: from blocks, codes or a view. */
-  readonly action: 'copy' | 'cast' | 'decode';
-  readonly from: string;
-  readonly to: string;
-  /** Bytes read and written. */
-  readonly reads: number;
-  readonly writes: number;
-  readonly entry: TensorEntry;
-  readonly output: PlannedTensor;
-}
+export type { PlannedConversion } from './convert-tensor.js';
 
 export interface ConvertPlan {
   readonly checkpoint: Checkpoint;
   readonly tensors: readonly PlannedConversion[];
   /** Everything that is planned, tied tensors too. */
   readonly outputs: readonly PlannedTensor[];
+  /** Only for GGUF. */
+  readonly gguf?: GgufMetadata;
+  /** Tensors of the output whose values follow from the config. */
+  readonly computed: ReadonlyMap<string, Float32Array>;
   readonly config: Readonly<Record<string, unknown>>;
   readonly notes: readonly string[];
   /** What `TensorLoader` needs. */
@@ -46,11 +44,6 @@ export interface ConvertPlan {
   close(): Promise<void>;
 }
 
-const floats: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f16', 'f64', 'f8_e4m3', 'f8_e5m2']);
-
-/** Small tensors whose fp32 decides something: rounding the router's selection biases changes which experts are used. */
-const keepsPrecision = /\.e_score_correction_bias$/;
-
 const configName: Record<FloatDType, string> = { f32: 'float32', bf16: 'bfloat16', f16: 'float16' };
 
 /**
@@ -58,10 +51,34 @@ const configName: Record<FloatDType, string> = { f32: 'float32', bf16: 'bfloat16
  * Errors: what opening the checkpoint refuses; tensors that the output's format cannot hold.
  */
 export async function planConversion(options: ConvertOptions): Promise<ConvertPlan> {
-  const { input, dtype } = options;
-  const checkpoint = await openCheckpoint(input, { config: options.config });
+  const { input, dtype, format } = options;
+  const isNative = format === 'deepseek-native';
+  const checkpoint = await openCheckpoint(input, { config: options.config, keepScales: isNative });
+  if (format === 'gguf') return planFormat(checkpoint, await planGgufOutput(checkpoint, dtype, options.blocks));
+  if (isNative) return planFormat(checkpoint, planNativeOutput(checkpoint, options.modelParallel ?? 1));
   const quantized = checkpoint.config.quantization_config !== undefined && dtype !== undefined;
   return quantized ? planDequantization(checkpoint, options) : planPlain(checkpoint, options);
+}
+
+/** Formats that have names and arrangements of their own. */
+function planFormat(checkpoint: Checkpoint, plan: FormatPlan): ConvertPlan {
+  const files = new OpenFiles();
+  const weights = plan.tensors.map(({ name, shape, entry }): [string, StoredWeight] => [
+    name,
+    { name, shape, entry, sources: [name], files: [entry.span.path] },
+  ]);
+  return {
+    checkpoint,
+    computed: new Map(),
+    ...plan,
+    config: checkpoint.config,
+    notes: [...checkpoint.notes, ...plan.notes],
+    source: { tensors: new Map(weights), file: (path) => files.get(path) },
+    close: async () => {
+      await files.close();
+      await checkpoint.close();
+    },
+  };
 }
 
 /** The checkpoint's tensors one by one: no architecture needs to be known. */
@@ -82,6 +99,7 @@ function planPlain(checkpoint: Checkpoint, { dtype, format }: ConvertOptions): C
     checkpoint,
     tensors,
     outputs,
+    computed: new Map(),
     config: outputConfig(checkpoint.config, encoded ? (dtype ?? 'bf16') : dtype, encoded),
     notes,
     source: { tensors: weights, file: (path) => files.get(path) },
@@ -111,47 +129,12 @@ async function planDequantization(checkpoint: Checkpoint, options: ConvertOption
     checkpoint: open.checkpoint,
     tensors,
     outputs,
+    computed: new Map(),
     config: outputConfig(open.checkpoint.config, dtype, true),
     notes,
     source: open,
     close: () => open.close(),
   };
-}
-
-function planTensor(entry: TensorEntry, dtype: FloatDType | undefined): PlannedConversion {
-  const { name, shape, encoding, span, strides } = entry;
-  const from = encodingName(encoding);
-  const fixed = dtype === undefined || keepsPrecision.test(name);
-  const plan = (action: PlannedConversion['action'], to: DType): PlannedConversion => {
-    const writes = elementCount(shape) * dtypeSize(to);
-    return { name, shape, action, from, to, reads: span.bytes, writes, entry, output: { name, shape, dtype: to } };
-  };
-  switch (encoding.kind) {
-    case 'plain': {
-      const to = floats.has(encoding.dtype) && !fixed ? dtype : encoding.dtype;
-      if (strides) return plan('decode', to);
-      return plan(to === encoding.dtype ? 'copy' : 'cast', to);
-    }
-    case 'ggml':
-    case 'scaled':
-      return plan('decode', dtype ?? 'bf16');
-    case 'assembled': {
-      const { encoding: part } = encoding.parts[0]!.entry;
-      const own = part.kind === 'plain' ? part.dtype : 'bf16';
-      return plan('decode', floats.has(own) && !fixed ? dtype : own);
-    }
-    case 'opaque': {
-      if (strides) {
-        throw badInput('A tensor is a view of elements that cannot be computed with', {
-          where: `${span.path}, tensor ${name}`,
-          got: from,
-        });
-      }
-      const output = { name, shape, dtype: 'u8' as const, encoding };
-      const writes = encodedBytes(shape, encoding);
-      return { name, shape, action: 'copy', from, to: from, reads: span.bytes, writes, entry, output };
-    }
-  }
 }
 
 /**

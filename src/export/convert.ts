@@ -1,13 +1,14 @@
 import type { ByteSource } from '../base/bytes.js';
 import { ConvertError, badInput } from '../base/errors.js';
 import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
+import { bytesSource } from '../base/io.js';
 import { Job, type Json } from '../base/job.js';
 import { tool } from '../base/version.js';
 import { stopIfAborted, type JobEnv } from '../backend/env.js';
 import { TensorLoader } from '../arch/load.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
 import { createWriter } from '../checkpoint/writer.js';
-import { cast, normAdd } from '../tensor/ops.js';
+import { cast, encode, normAdd, type EncodableName } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
 import type { ConvertOptions, ConvertPlan, PlannedConversion } from './convert-plan.js';
 
@@ -63,6 +64,8 @@ export async function runConversion(plan: ConvertPlan, run: ConvertRun, env: Job
       dtype: run.dtype ?? null,
       format: run.format,
       shardSize: run.shardSize,
+      ...(run.blocks !== undefined && { blocks: run.blocks }),
+      ...(run.modelParallel !== undefined && { modelParallel: run.modelParallel }),
     },
   });
   try {
@@ -87,6 +90,10 @@ async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: Jo
     shardSize: run.shardSize,
     config: plan.config,
     companions: checkpoint.companions,
+    extraFiles: checkpoint.extraFiles,
+    ...(plan.gguf && { gguf: plan.gguf }),
+    // DeepSeek's own converter writes no metadata.
+    ...(run.format === 'deepseek-native' && { metadata: {} }),
     provenance: { tool, recipe: run.recipe, inputs: [...checkpoint.files] },
   });
   try {
@@ -95,6 +102,7 @@ async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: Jo
     if (resumed)
       env.log.info(`Going on: ${plan.tensors.length - left.length} of ${plan.tensors.length} tensors are done.`);
     const saturated = await new Converter(plan, run, env, writer).all(left);
+    for (const [name, values] of plan.computed) await writer.write(name, bytesSource(new Uint8Array(values.buffer)));
     await checkpoint.assertUnchanged();
     refuseSaturation(saturated, run);
     const report = { tensors: plan.tensors.length, saturated };
@@ -170,7 +178,12 @@ class Converter {
     using scope = new Scope(device);
     const counts = scope.from('i64', [2], new BigInt64Array(2));
     const finite = scope.zeros('f32', [2]);
-    const source = tensor.action === 'decode' ? this.#decoded(tensor, counts) : this.#streamed(tensor, counts, finite);
+    const source =
+      tensor.action === 'decode'
+        ? this.#decoded(tensor, counts)
+        : tensor.action === 'encode'
+          ? this.#encoded(tensor, finite)
+          : this.#streamed(tensor, counts, finite);
     await this.writer.write(tensor.name, source);
     const [saturated, nonFinite] = new BigInt64Array((await counts.bytesOut()).buffer);
     const odd = Number(nonFinite!) + (await finite.float32())[1]!;
@@ -231,6 +244,21 @@ class Converter {
         using scope = new Scope(this.env.device);
         const value = await this.#load(scope, tensor);
         await cast(scope, value, output.dtype, counts).source().writeTo(fd, position);
+      },
+    };
+  }
+
+  /** GGML blocks, row by row of the whole tensor. */
+  #encoded(tensor: PlannedConversion, finite: Tensor): ByteSource {
+    return {
+      byteLength: tensor.writes,
+      writeTo: async (fd, position) => {
+        using scope = new Scope(this.env.device);
+        const value = scope.empty('f32', tensor.shape);
+        await this.#loader.load([{ name: tensor.name, into: value }]);
+        normAdd(finite, value);
+        const blocks = encode(scope, value.view(-1, tensor.shape.at(-1)!), tensor.to as EncodableName);
+        await blocks.source().writeTo(fd, position);
       },
     };
   }

@@ -57,7 +57,12 @@ export class Tokenizer {
  */
 export async function loadTokenizer(folderOrFile: string): Promise<Tokenizer> {
   const path = tokenizerFile(folderOrFile);
-  const bytes = await readFile(path);
+  return makeTokenizer(await readFile(path), path);
+}
+
+/** The same from the text of a tokenizer.json that lies in no file of its own; `where` names it in errors. */
+export async function makeTokenizer(content: Buffer | string, where: string): Promise<Tokenizer> {
+  const [bytes, path] = [Buffer.from(content as string), where];
   const { Tokenizer: Native } = await import('@anush008/tokenizers').then((m) => m.default ?? m);
   let native: NativeTokenizer;
   try {

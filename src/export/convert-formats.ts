@@ -1,0 +1,93 @@
+import type { FloatDType } from '../base/dtype.js';
+import { badInput } from '../base/errors.js';
+import { planNative } from '../checkpoint/deepseek-native.js';
+import { planGguf } from '../checkpoint/gguf-model.js';
+import type { GgufMetadata, GgufFileType } from '../checkpoint/gguf-config.js';
+import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
+import { planKey } from '../checkpoint/types.js';
+import type { Checkpoint, PlannedTensor } from '../checkpoint/types.js';
+import { encodedBytes, encodingName, ggmlBlocks } from '../formats/ggml.js';
+import { planTensor } from './convert-tensor.js';
+import type { PlannedConversion } from './convert-tensor.js';
+
+/** Block types that `convert` writes into GGUF files. */
+export const blockTypes = ['q8_0', 'q6_k', 'q4_k', 'q4_0'] as const;
+export type BlockType = (typeof blockTypes)[number];
+
+export interface FormatPlan {
+  readonly tensors: readonly PlannedConversion[];
+  readonly outputs: readonly PlannedTensor[];
+  readonly notes: readonly string[];
+  readonly gguf?: GgufMetadata;
+  /** Tensors whose values follow from the config. */
+  readonly computed?: ReadonlyMap<string, Float32Array>;
+}
+
+/** A GGUF file in `dtype` (undefined: as it is) or in blocks; norms and routers are f32 as llama.cpp wants them. */
+export async function planGgufOutput(
+  checkpoint: Checkpoint,
+  dtype: FloatDType | undefined,
+  blocks: BlockType | undefined,
+): Promise<FormatPlan> {
+  requirePlain(checkpoint);
+  const type = blocks === 'q4_k' ? 'q4_k_s' : (blocks ?? dtype ?? ownType(checkpoint));
+  const { metadata, tensors, computed, notes } = await planGguf(checkpoint, type);
+  const tied = checkpoint.config['tie_word_embeddings'] === true;
+  const planned = tensors.map((tensor) => planGgufTensor(tensor, dtype, blocks, tied));
+  const wider = planned.filter(({ action, to }) => blocks !== undefined && action === 'encode' && to !== blocks);
+  const more = wider.map(({ name, to }) => `${name} is stored as ${to}.`);
+  const outputs = [
+    ...planned.map(({ output }) => output),
+    ...[...computed].map(([name, values]) => ({ name, shape: [values.length], dtype: 'f32' as const })),
+  ];
+  return { tensors: planned, outputs, notes: [...notes, ...more], gguf: metadata, computed };
+}
+
+/** INT4 layouts would have to be decoded first; FP8 is decoded on the way. */
+function requirePlain({ config, path }: Checkpoint): void {
+  const quantization = config['quantization_config'] as { quant_method?: unknown } | undefined;
+  if (quantization === undefined || quantization === null || quantization.quant_method === 'fp8') return;
+  throw badInput('A quantized checkpoint does not become GGUF in one step', {
+    where: path,
+    got: `quant_method ${JSON.stringify(quantization.quant_method)}`,
+    hint: 'Decode it first: deepseek-convert convert IN -o FOLDER --dtype bf16',
+  });
+}
+
+function ownType({ tensors }: Checkpoint): GgufFileType {
+  const encoding = tensors.get('model.embed_tokens.weight')?.encoding;
+  return encoding?.kind === 'plain' && (encoding.dtype === 'f16' || encoding.dtype === 'f32') ? encoding.dtype : 'bf16';
+}
+
+function planGgufTensor(
+  { name, shape, entry, staysF32 }: GgufTensor,
+  dtype: FloatDType | undefined,
+  blocks: BlockType | undefined,
+  tied: boolean,
+): PlannedConversion {
+  const stored = { ...entry, name, shape };
+  if (staysF32) return planTensor(stored, 'f32');
+  if (blocks === undefined) return planTensor(stored, dtype);
+  // The head decides the answers: llama.cpp, too, keeps it at 6 bits or more.
+  const isHead = name === (tied ? 'token_embd.weight' : 'output.weight');
+  const wanted = isHead && blocks !== 'q8_0' ? 'q6_k' : blocks;
+  const type = [wanted, 'q8_0' as const].find((candidate) => shape.at(-1)! % ggmlBlocks[candidate].values === 0);
+  if (type === undefined) return planTensor(stored, 'f16');
+  const encoding = { kind: 'ggml', type } as const;
+  return {
+    ...{ name, shape, action: 'encode', from: encodingName(entry.encoding), to: type, entry: stored },
+    reads: encodedBytes(entry.shape, entry.encoding),
+    writes: encodedBytes(shape, encoding),
+    output: { name, shape, dtype: 'u8', encoding },
+  };
+}
+
+/** DeepSeek's own shards: every tensor keeps its element type. The checkpoint must be open with `keepScales`. */
+export function planNativeOutput(checkpoint: Checkpoint, shards: number): FormatPlan {
+  const { tensors, notes } = planNative(checkpoint.tensors, checkpoint.config, shards);
+  const planned = tensors.map(({ planned: output, entry }): PlannedConversion => {
+    const tensor = planTensor({ ...entry, name: planKey(output) }, undefined);
+    return { ...tensor, output };
+  });
+  return { tensors: planned, outputs: planned.map(({ output }) => output), notes };
+}
