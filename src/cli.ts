@@ -224,7 +224,7 @@ async function warnOfUnknownVariables(log: ProgressLog): Promise<void> {
 
 function help(): string {
   const rows = Object.entries(commands).map(([name, { summary }]) => [`  ${name}`, summary]);
-  return `deepseek-convert turns language-model checkpoints (dense or MoE) into verified INT4 and MoE checkpoints.
+  return `deepseek-convert turns language-model checkpoints, dense or MoE, into verified INT4 and MoE ones.
 
 Usage: deepseek-convert <command> ...
        deepseek-convert --input-model <in> --output-model <out> --target-arch moe --expert-num 8
@@ -236,6 +236,6 @@ Options:
   -h, --help     Show this; deepseek-convert <command> --help shows a command's.
   -V, --version  Show the version.
 
-Exit codes: 0 done, 1 bad input, 2 usage, 3 a quality gate failed, 4 resources (disk, memory, device),
-70 a bug of ours, 75 interrupted: the same command goes on.`;
+Exit codes: 0 done, 1 bad input, 2 usage, 3 a quality gate failed, 4 resources (disk, memory,
+device), 70 a bug of ours, 75 interrupted: the same command goes on.`;
 }
