@@ -1,31 +1,36 @@
 import { choice, flagName, type OptionTable } from '../base/options.js';
-import { commands } from './index.js';
 import { commonOptions } from './shared.js';
-import { defineCommand } from './types.js';
+import { defineCommand, type Command } from './types.js';
 
 const shells = ['bash', 'zsh', 'fish'] as const;
 
-export const command = defineCommand({
-  name: 'completion',
-  description:
-    'Prints a script that completes commands, options and their values with Tab. To use it:\n' +
-    '  bash: eval "$(deepseek-convert completion bash)"      in ~/.bashrc\n' +
-    '  zsh:  eval "$(deepseek-convert completion zsh)"       in ~/.zshrc, after compinit\n' +
-    '  fish: deepseek-convert completion fish | source       in ~/.config/fish/config.fish',
-  arguments: { shell: choice(shells, { required: true, value: 'shell', help: 'bash, zsh or fish.' }) },
-  options: {},
-  examples: [['completion bash', 'The script for bash.']],
-  async run({ shell }) {
-    const tables = await Promise.all(
-      Object.entries(commands).map(async ([name, { summary, load }]): Promise<CommandTable> => {
-        const { options } = (await load()).command;
-        return { name, summary, flags: flagsOf({ ...options, ...commonOptions }) };
-      }),
-    );
-    const script = { bash, zsh, fish }[shell](tables);
-    return { data: { shell, script }, text: script };
-  },
-});
+type Registry = Readonly<
+  Record<string, { readonly summary: string; readonly load: () => Promise<{ command: Command }> }>
+>;
+
+/** The command, for the commands that there are. */
+export const completion = (commands: Registry): Command =>
+  defineCommand({
+    name: 'completion',
+    description:
+      'Prints a script that completes commands, options and their values with Tab. To use it:\n' +
+      '  bash: eval "$(deepseek-convert completion bash)"      in ~/.bashrc\n' +
+      '  zsh:  eval "$(deepseek-convert completion zsh)"       in ~/.zshrc, after compinit\n' +
+      '  fish: deepseek-convert completion fish | source       in ~/.config/fish/config.fish',
+    arguments: { shell: choice(shells, { required: true, value: 'shell', help: 'bash, zsh or fish.' }) },
+    options: {},
+    examples: [['completion bash', 'The script for bash.']],
+    async run({ shell }) {
+      const tables = await Promise.all(
+        Object.entries(commands).map(async ([name, { summary, load }]): Promise<CommandTable> => {
+          const { options } = (await load()).command;
+          return { name, summary, flags: flagsOf({ ...options, ...commonOptions }) };
+        }),
+      );
+      const script = { bash, zsh, fish }[shell](tables);
+      return { data: { shell, script }, text: script };
+    },
+  });
 
 interface Flag {
   readonly name: string;

@@ -21,5 +21,8 @@ export const commands: Readonly<Record<string, Entry>> = {
   generate: { summary: 'continue a text', load: () => import('./generate.js') },
   score: { summary: 'log-probability of each token of a text, and its perplexity', load: () => import('./score.js') },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
-  completion: { summary: 'print a completion script for bash, zsh or fish', load: () => import('./completion.js') },
+  completion: {
+    summary: 'print a completion script for bash, zsh or fish',
+    load: async () => ({ command: (await import('./completion.js')).completion(commands) }),
+  },
 };
