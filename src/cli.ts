@@ -210,7 +210,9 @@ async function warnOfUnknownVariables(log: ProgressLog): Promise<void> {
   const set = Object.keys(run.environment).filter((name) => name.startsWith(prefix));
   if (set.length === 0) return;
   const tables = await Promise.all(Object.values(commands).map(async ({ load }) => (await load()).command));
-  const known = new Set(['BUILD', 'BLAS', 'ISA', 'TARGET_ARCH'].map(environmentName));
+  const known = new Set(
+    ['BUILD', 'BLAS', 'CUDA_LIBRARIES', 'ISA', 'TARGET_ARCH', 'TEST_CUDA', 'TEST_SEED'].map(environmentName),
+  );
   for (const table of [commonOptions, ...tables.flatMap((t) => [t.arguments, t.options])]) {
     for (const [key, { aliases }] of Object.entries(table)) {
       for (const name of [key, ...aliases]) known.add(environmentName(name));

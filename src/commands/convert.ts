@@ -38,10 +38,10 @@ export const command = defineCommand({
     device: { ...deviceOptions.device, default: 'cpu', help: 'Where to compute; the CPU is as fast as the disk.' },
   },
   examples: [
-    ['convert fixtures/v1.0/v1.0_checkpoint.bin -o build/v1-folder', 'A PyTorch file as a Hugging Face folder.'],
-    ['convert fixtures/moe-6m -o build/moe-6m.bin --dtype f16', 'A folder as one PyTorch file in fp16.'],
-    ['convert fixtures/moe-6m -o build/moe-6m.gguf --dtype q8_0', 'A GGUF file for llama.cpp, tokenizer inside.'],
-    ['convert fixtures/moe-6m -o build/moe-f32 --dtype f32 --dry-run', 'What would be done, tensor by tensor.'],
+    ['convert fixtures/v1.0/v1.0_checkpoint.bin -o out/v1-folder', 'A PyTorch file as a Hugging Face folder.'],
+    ['convert fixtures/moe-6m -o out/moe-6m.bin --dtype f16', 'A folder as one PyTorch file in fp16.'],
+    ['convert fixtures/moe-6m -o out/moe-6m.gguf --dtype q8_0', 'A GGUF file for llama.cpp, tokenizer inside.'],
+    ['convert fixtures/moe-6m -o out/moe-f32 --dtype f32 --dry-run', 'What would be done, tensor by tensor.'],
   ],
   async run(given, io) {
     const { planConversion } = await import('../export/convert-plan.js');

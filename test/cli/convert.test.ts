@@ -148,9 +148,10 @@ describe('an output that exists', () => {
 describe('names and formats', () => {
   it.each([
     [['-o', 'x.bin', '--format', 'safetensors'], 'disagree'],
-    [['-o', 'x.gguf'], 'not written by convert'],
+    [['-o', 'x.onnx'], 'not written by convert'],
+    [['-o', 'x', '--dtype', 'q8_0'], 'a block type of GGUF files'],
     [[], '-o (--out) <path> is missing'],
-    [['-o', 'x', '--dtype', 'int4'], 'expected bf16, f16 or f32'],
+    [['-o', 'x', '--dtype', 'int4'], 'Invalid value for --dtype: expected bf16, f16, f32'],
   ])('%j', async (flags, message) => {
     const { code, stderr } = await cli(['convert', v1, ...flags], { cwd: folder });
     expect(stderr).toContain(message);
