@@ -153,7 +153,7 @@ function parseLine(line: string, where: string): { text: string; kind: string } 
     throw badInput('A calibration line has no text', { where, expected: '{"text": "..."}', got: line.slice(0, 60) });
   }
   const named = [kind, language].find((name) => typeof name === 'string');
-  return { text, kind: (named) ?? '' };
+  return { text, kind: named ?? '' };
 }
 
 /** Whole documents, from the one at fraction `a` on. */

@@ -87,13 +87,7 @@ function summary(report: ValidateReport, { paint }: Pick<Io, 'paint'>, written: 
   const row = (gate: GateResult): string[] => {
     const word = gate.status === 'pass' ? paint.green('pass') : gate.status === 'fail' ? paint.red('FAIL') : paint.dim('none'); // prettier-ignore
     const sign = gate.direction === 'max' ? '<=' : '>=';
-    return [
-      word,
-      gate.name,
-      number(gate.value),
-      gate.bound === null ? '' : `${sign} ${gate.bound}`,
-      gate.where ?? '',
-    ];
+    return [word, gate.name, number(gate.value), gate.bound === null ? '' : `${sign} ${gate.bound}`, gate.where ?? ''];
   };
   const rows = report.gates.filter(({ status }) => status !== 'skipped').map(row);
   const failed = report.gates.filter(({ status }) => status === 'fail');

@@ -41,18 +41,14 @@ export interface OutputOptions {
 /** All tensors of the output: the dense model's, with each feed-forward part replaced where it stands. */
 export function planOutput(open: OpenModel, options: OutputOptions): OutputTensor[] {
   const { model } = open;
-  const { source, torch } = options;
+  const { source } = options;
   const tensors: OutputTensor[] = [];
   const through = (name: string, block: number) => {
     if (open.tensors.has(name)) tensors.push(throughTensor(open, name, block));
   };
-  const head = `${model.head.name}.weight`;
   for (const { name } of model.outer) {
     if (name === 'lm_head.weight' && model.tied) {
-      // A file of torch.save holds both names of one storage; safetensors holds the embedding alone.
-      if (!torch || !open.tensors.has(name)) continue;
-      const { planned } = throughTensor(open, head, -1);
-      tensors.push({ planned: { ...planned, name, tiedTo: head }, origin: { kind: 'tied' }, block: -1 });
+      tensors.push(...tiedHead(open, `${model.head.name}.weight`, options));
       continue;
     }
     through(name, -1);
@@ -71,6 +67,16 @@ export function planOutput(open: OpenModel, options: OutputOptions): OutputTenso
   }
   requireComplete(tensors, options.mixture);
   return tensors;
+}
+
+/** The head of a tied model, where the output is to have one: in a torch file under a second name of one storage. */
+function tiedHead(open: OpenModel, embedding: string, { mixture, torch }: OutputOptions): OutputTensor[] {
+  const name = 'lm_head.weight';
+  const stored = open.tensors.has(name);
+  if (mixture.tied && !(torch && stored)) return [];
+  const { planned, origin, block } = throughTensor(open, embedding, -1);
+  if (torch) return [{ planned: { ...planned, name, tiedTo: embedding }, origin: { kind: 'tied' }, block }];
+  return [{ planned: { ...planned, name }, origin, block }];
 }
 
 /** Tensors that replace the feed-forward part of `layer`. */

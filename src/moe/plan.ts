@@ -97,7 +97,7 @@ export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): Mo
     inputBytes: [...open.checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0),
     outputBytes,
     cost: costOf(model, shape, dense, dtypeSize(dtype)),
-    notes: notesOf(shape, weighting, dtype, container, recipe),
+    notes: notesOf(shape, weighting, dtype, container, recipe, model.tied),
   };
 }
 
@@ -214,8 +214,14 @@ function notesOf(
   dtype: FloatDType,
   container: Container,
   { method }: MoeRecipe,
+  tied: boolean,
 ): string[] {
   const notes: string[] = [];
+  if (tied && !container.tiesHead) {
+    notes.push(
+      `The head is stored beside the embedding, which it equals: vLLM does not tie them in ${container.name}.`,
+    );
+  }
   const padding = capacity(shape) - shape.ffn;
   if (method === 'split' && padding > 0) {
     const share = ((100 * padding) / shape.ffn).toFixed(1);

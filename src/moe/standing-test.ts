@@ -52,7 +52,10 @@ export class StandingTest implements Disposable {
 
   async end(): Promise<{ split: Exactness; output: Exactness }> {
     using scope = new Scope(this.env.device);
-    const [split, output] = await this.#check.end(await this.#reader.outer(scope, 'head'));
+    const head = new MadeWeights(await this.#reader.outer(scope, 'head'));
+    // A mixture may have a head of its own where the dense model's is the embedding.
+    head.add('lm_head.weight', head.get(`${this.open.model.head.name}.weight`));
+    const [split, output] = await this.#check.end(head);
     return { split: split!, output: output ?? split! };
   }
 

@@ -133,7 +133,7 @@ function refine(
     if (scale !== refitted) scope.free(refitted);
     if (grid !== start.grid) scope.free(grid.scale);
     grid = { ...grid, scale };
-    for (let pass = 0; pass < passes; pass++) scope.free(codeDescent(scope, codes, w, damped, grid));
+    scope.free(codeDescent(scope, codes, w, damped, grid, passes));
   }
   scope.free(damped);
   return { codes, grid };

@@ -1,5 +1,6 @@
 import { badUsage } from '../base/errors.js';
-import { formatBytes } from '../base/files.js';
+import { resolve } from 'node:path';
+import { exists, formatBytes } from '../base/files.js';
 import { Job, requireNoOutput, type Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
 import { createWriter, isFileOutput } from '../checkpoint/writer.js';
@@ -99,9 +100,9 @@ export async function quantize(options: QuantizeOptions, env: JobEnv): Promise<Q
   }
 }
 
-/** Before minutes of sampling: the job itself looks again. */
+/** Before minutes of sampling. With a work folder there, the job itself knows whether the output is its own. */
 async function requireNoOutputYet({ out, overwrite = false }: QuantizeOptions): Promise<void> {
-  await requireNoOutput(out, overwrite);
+  if (!(await exists(`${resolve(out)}.part`))) await requireNoOutput(out, overwrite);
 }
 
 async function calibrate(

@@ -17,7 +17,7 @@ export interface Recipe {
   readonly order: boolean;
   /** Share of the Hessian's mean diagonal added to it; raised when a pivot is not positive. */
   readonly damp: number;
-  /** After the sweep: `rounds` of {least-squares scales under H, `passes` of coordinate descent over the codes}. */
+  /** After the sweep: `rounds` of {least-squares scales under H, at most `passes` of coordinate descent over the codes}. */
   readonly refine: { readonly rounds: number; readonly passes: number };
 }
 

@@ -36,7 +36,7 @@ describe('the documents’ own form', () => {
       partial_rotary_factor: 1,
       rope_parameters: { rope_type: 'default', rope_theta: 10000, partial_rotary_factor: 1 },
       head_dim: 64,
-      tie_word_embeddings: true,
+      tie_word_embeddings: false,
     });
     expect(readFileSync(out('v2.0_converted.bin')).subarray(0, 2).toString()).toBe('PK');
     expect(existsSync(out('v2.0_converted.bin.part'))).toBe(false);

@@ -12,6 +12,8 @@ export const glm4Moe: Container = {
   // Both readers build the shared network from moe_intermediate_size n_shared_experts: there has to be one.
   shared: { min: 1, max: Infinity, default: 1 },
   denseLayers: true,
+  // vLLM's class has a head of its own, whatever tie_word_embeddings says.
+  tiesHead: false,
   weighting: (method, { shared }) =>
     method === 'split'
       ? { routedDown: 1, sharedDown: 1, normalized: false, scale: 2 }

@@ -57,7 +57,7 @@ export function containerConfig(
     ...container.config(shape, weighting, source),
     ...(Object.fromEntries(kept) as Record<string, unknown>),
     head_dim: model.headDim,
-    tie_word_embeddings: model.tied,
+    tie_word_embeddings: model.tied && container.tiesHead,
     ...ropeConfig(model.config, container.name === 'glm4_moe'),
   };
 }

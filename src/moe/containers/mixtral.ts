@@ -10,6 +10,7 @@ export const mixtral: Container = {
   selectionBias: false,
   shared: { min: 0, max: 0, default: 0 },
   denseLayers: false,
+  tiesHead: true,
   weighting: (method, { active }) => ({
     routedDown: method === 'split' ? active : 1,
     sharedDown: 1,

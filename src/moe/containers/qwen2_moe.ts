@@ -15,6 +15,7 @@ export const qwen2Moe: Container = {
   selectionBias: false,
   shared: { min: 1, max: Infinity, default: 1 },
   denseLayers: true,
+  tiesHead: true,
   weighting: (method, { routed, active, shared }) => {
     if (method === 'upcycle') return { routedDown: 0.5, sharedDown: 1 / shared, normalized: true };
     const normalized = !powerOfTwo(routed) && powerOfTwo(active);

@@ -42,6 +42,8 @@ export interface Container {
   readonly shared: { readonly min: number; readonly max: number; readonly default: number };
   /** Whether the first layers can stay dense. */
   readonly denseLayers: boolean;
+  /** Whether every reader lets the head share the embedding's weights (tie_word_embeddings). */
+  readonly tiesHead: boolean;
   weighting(method: MoeMethod, shape: MoeShape): Weighting;
   /** Name of the router's tensor, without `.weight`, in the layer `layer` (`model.layers.3`). */
   router(layer: string): string;

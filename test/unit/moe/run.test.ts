@@ -130,11 +130,11 @@ describe('at the asked budget', () => {
 });
 
 /** Tokens of the sampled text's last lines, which calibration does not reach. */
-async function unseen(): Promise<Int32Array> {
+async function unseen(): Promise<Int32Array<ArrayBuffer>> {
   const open = await openModel(v1);
   const lines = readFileSync(fixture('samples.jsonl'), 'utf8').trim().split('\n').slice(-4);
   const text = lines.map((line) => (JSON.parse(line) as { text: string }).text).join('\n');
-  const ids = (await (await open.tokenizer()).encode(text)).slice(0, 256);
+  const ids = Int32Array.from((await (await open.tokenizer()).encode(text)).subarray(0, 256));
   await open.close();
   return ids;
 }
@@ -173,7 +173,7 @@ describe('durability', () => {
     // The archive's inner folder carries the file's name: compare what is read.
     const [a, b] = [await logitsOf(join(folder, 'parts.bin')), await logitsOf(join(folder, 'whole.bin'))];
     expect(Buffer.from(a.buffer).equals(Buffer.from(b.buffer))).toBe(true);
-    expect(report.exactness).toEqual((await readProvenance('whole')).allExpertsOn);
+    expect(report.exactness).toEqual(readProvenance('whole').allExpertsOn);
   });
 
   const readProvenance = (stem: string) =>

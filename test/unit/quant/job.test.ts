@@ -2,7 +2,8 @@ import { createHash } from 'node:crypto';
 import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, describe, expect, it } from 'vitest';
+import { afterAll, describe, expect, it, vi } from 'vitest';
+import { Job } from '../../../src/base/job.js';
 import { openModel } from '../../../src/arch/open.js';
 import { WeightReader } from '../../../src/arch/weights.js';
 import { openCheckpoint } from '../../../src/checkpoint/open.js';
@@ -234,6 +235,21 @@ describe('verification', () => {
     await file.write(byte, 0, 1, span.offset + 1000);
     await file.close();
     await expect(check()).rejects.toThrow(/model\.layers\.2\.mlp\.up_proj/);
+  });
+});
+
+describe('a job that was killed after its output got its name', () => {
+  it('only clears its work folder', async () => {
+    const spy = vi.spyOn(Job.prototype, 'remove').mockImplementation(function (this: Job) {
+      return this.close();
+    });
+    const first = await quantize(job('named'), env).finally(() => spy.mockRestore());
+    expect(existsSync(join(folder, 'named.part'))).toBe(true);
+    const before = readFileSync(join(folder, 'named/model.safetensors'));
+    const result = await quantize(job('named'), env);
+    expect(result.blocks).toEqual(first.blocks);
+    expect(existsSync(join(folder, 'named.part'))).toBe(false);
+    expect(readFileSync(join(folder, 'named/model.safetensors')).equals(before)).toBe(true);
   });
 });
 
