@@ -66,7 +66,7 @@ const requantize =
   'Quantize again with a better method (gptq or autoround instead of rtn), smaller groups (--group-size 32), or more bits for the layer named here';
 
 /**
- * The gates, as data. How the defaults were found:
+ * The gates, as data. How the defaults were found (docs/validation.md):
  * - `quantized` must pass an honest INT4 g128 of a model of 6 million parameters, which loses far more than one of 8
  *   billion, fail 3 bits there, and fail when one layer is broken in a model of any size. Measured on English, Chinese
  *   and WikiText (dense-6m GPTQ | dense-6m RTN | dense-32m RTN | dense-6m RTN 3 bits): KL 0.051 | 0.065 | 0.040 | 0.32,
