@@ -6,7 +6,7 @@ import { makePlan } from '../../../src/quant/plan.js';
 import { bitsPerWeight, checkRecipe, defaultRecipe, fitGroup, type Recipe } from '../../../src/quant/scheme.js';
 import { defaultScope, leaveOut, namePattern } from '../../../src/quant/select.js';
 import { fitWidths } from '../../../src/quant/widths.js';
-import { fixture, shared } from '../../arch/support.js';
+import { archCase, fixture, shared } from '../../arch/support.js';
 import { existsSync } from 'node:fs';
 
 const layout = layoutWriters['compressed-tensors'];
@@ -158,7 +158,9 @@ describe('widths that no group divides', () => {
   });
 
   it('give the three linears of an expert one group', async () => {
-    const { model } = await open('arch/mixtral');
+    const mixtral = await openModel(archCase('mixtral'));
+    opened.push(mixtral);
+    const { model } = mixtral;
     const { groups, config } = fitWidths(model, 128, true);
     const ffn = model.blocks[0]!.moe!.expertLinears[0]!;
     const of = (['gate', 'up', 'down'] as const).map((part) => groups.get(ffn[part].name));
