@@ -80,7 +80,7 @@ test('calls show what transformers has there: inputs of linears, queries and key
   expect(relativeError(lower(full, 256), lower(want.corner!.f32, 48))).toBeLessThan(1e-4);
   for (const layer of [0, 3]) {
     const [q, k] = await Promise.all(attention.get(layer)!);
-    const rows = [0, 2].flatMap((h) => attentionRows(q, k, h, model.heads, model.kvHeads, s));
+    const rows = [0, 2].flatMap((h) => attentionRows(q, k, h, model.heads, model.kvHeads, s).slice(-16 * s));
     expect(relativeError(rows, want[`attention.${layer}`]!.f32), `layer ${layer}`).toBeLessThan(1e-5);
   }
   await open.close();

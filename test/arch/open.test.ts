@@ -7,14 +7,14 @@ import { WeightReader } from '../../src/arch/weights.js';
 import { matmulT } from '../../src/tensor/ops.js';
 import { Scope } from '../../src/tensor/tensor.js';
 import { badInputMessage, refusal } from '../support/refusal.js';
-import { editedCase, fixture, testEnv } from './support.js';
+import { archCase, fixture, testEnv } from './support.js';
 
 const env = testEnv();
 const q0 = 'model.layers.0.self_attn.q_proj.weight';
 
 /** The message with which a changed copy of the llama case is refused on opening. */
-const refused = (edit: Parameters<typeof editedCase>[1], name = 'llama') =>
-  badInputMessage(openModel(editedCase(name, edit)));
+const refused = (edit: Parameters<typeof archCase>[1], name = 'llama') =>
+  badInputMessage(openModel(archCase(name, edit)));
 
 describe('what does not belong together is refused on opening, headers only', () => {
   test('a missing tensor', async () => {
@@ -45,12 +45,12 @@ describe('what does not belong together is refused on opening, headers only', ()
   });
   test('buffers of old checkpoints are carried through, MTP layers too', async () => {
     const inverse = 'model.layers.0.self_attn.rotary_emb.inv_freq';
-    const open = await openModel(editedCase('llama', { tensors: (t) => t.set(inverse, { dtype: 'F32', shape: [1], data: new Uint8Array(4) }) })); // prettier-ignore
+    const open = await openModel(archCase('llama', { tensors: (t) => t.set(inverse, { dtype: 'F32', shape: [1], data: new Uint8Array(4) }) })); // prettier-ignore
     expect(open.coverage.carried).toEqual([inverse]);
     await open.close();
     const mtp = 'model.layers.2.eh_proj.weight';
     const deepseek = await openModel(
-      editedCase('deepseek_v3', {
+      archCase('deepseek_v3', {
         config: (c) => {
           delete c.num_mtp_layers;
           c.num_nextn_predict_layers = 1;
@@ -73,8 +73,8 @@ describe('what does not belong together is refused on opening, headers only', ()
 });
 
 describe('tied heads, as transformers ties them', () => {
-  const tied = (tensors: Parameters<typeof editedCase>[1]['tensors']) =>
-    openModel(editedCase('llama', { config: (c) => (c.tie_word_embeddings = true), ...(tensors && { tensors }) }));
+  const tied = (tensors: NonNullable<Parameters<typeof archCase>[1]>['tensors']) =>
+    openModel(archCase('llama', { config: (c) => (c.tie_word_embeddings = true), ...(tensors && { tensors }) }));
   test('both stored and different: not tied', async () => {
     const open = await tied(undefined);
     expect([open.model.tied, open.model.head.name]).toEqual([false, 'lm_head']);
@@ -103,7 +103,7 @@ describe('reading weights', () => {
     ['NaN', 0x7fc0],
     ['infinity', 0xff80],
   ])('%s is refused with the tensor and how many', async (_, bits) => {
-    const folder = editedCase('llama', {
+    const folder = archCase('llama', {
       tensors: (t) => t.set(q0, { ...t.get(q0)!, data: poisoned(poisoned(t.get(q0)!.data, 5, bits), 1000, bits) }),
     });
     const open = await openModel(folder);
@@ -117,7 +117,7 @@ describe('reading weights', () => {
   });
 
   test('a file that was cut after it was opened names tensor and bytes', async () => {
-    const folder = editedCase('llama', {});
+    const folder = archCase('llama', {});
     const open = await openModel(folder);
     truncateSync(join(folder, 'model.safetensors'), 5000);
     using scope = new Scope(env.device);
@@ -136,7 +136,7 @@ describe('reading weights', () => {
     const data = { F32: () => Float32Array.from(values), F16: () => Uint16Array.from(values, half), F64: () => values }[
       dtype
     ]!();
-    const folder = editedCase('llama', {
+    const folder = archCase('llama', {
       tensors: (t) => t.set(q0, { dtype, shape: [32, 32], data: new Uint8Array(data.buffer) }),
     });
     const open = await openModel(folder);
@@ -158,7 +158,7 @@ describe('reading weights', () => {
   });
 
   test('integers are no weights', async () => {
-    const folder = editedCase('llama', {
+    const folder = archCase('llama', {
       tensors: (t) => t.set(q0, { dtype: 'I16', shape: [32, 32], data: t.get(q0)!.data }),
     });
     const open = await openModel(folder);
@@ -169,7 +169,7 @@ describe('reading weights', () => {
   });
 
   test('experts lie in one tensor, and what replaces one of them is seen there', async () => {
-    const open = await openModel(fixture('arch', 'mixtral'));
+    const open = await openModel(archCase('mixtral'));
     using scope = new Scope(env.device);
     const weights = await new WeightReader(open, env.device, 'f32').block(1, scope);
     const linears = open.model.blocks[1]!.moe!.expertLinears.map((e) => e.up);
@@ -192,7 +192,7 @@ describe('reading weights', () => {
 
   test('experts that are stored as one tensor are read the same', async () => {
     const concat = (parts: Uint8Array[]) => Uint8Array.from(Buffer.concat(parts));
-    const folder = editedCase('glm4_moe', {
+    const folder = archCase('glm4_moe', {
       tensors: (t) => {
         const experts = 'model.layers.1.mlp.experts';
         const take = (e: number, part: string) => {
@@ -210,7 +210,7 @@ describe('reading weights', () => {
         });
       },
     });
-    const [plain, fused] = [await openModel(fixture('arch', 'glm4_moe')), await openModel(folder)];
+    const [plain, fused] = [await openModel(archCase('glm4_moe')), await openModel(folder)];
     using scope = new Scope(env.device);
     const read = async (open: typeof plain) => {
       const weights = await new WeightReader(open, env.device, 'f32').block(1, scope);
@@ -226,7 +226,7 @@ describe('reading weights', () => {
 });
 
 test('blocks say what algorithms need to know', async () => {
-  const open = await openModel(fixture('arch', 'qwen2_moe'));
+  const open = await openModel(archCase('qwen2_moe'));
   const [sparse, dense] = open.model.blocks;
   expect(dense!.ffn!.down).toMatchObject({ name: 'model.layers.1.mlp.down_proj', inFeatures: 48, outFeatures: 32 });
   expect(dense!.moe).toBeUndefined();
@@ -265,7 +265,7 @@ test('blocks say what algorithms need to know', async () => {
 
 test('views of shared storages, transposed or with gaps, are read as PyTorch means them', async () => {
   const open = await openModel(fixture('arch', 'views.bin'), { config: fixture('arch', 'llama', 'config.json') });
-  const plain = await openModel(fixture('arch', 'llama'));
+  const plain = await openModel(archCase('llama'));
   using scope = new Scope(env.device);
   const read = async (model: typeof open) => {
     const reader = new WeightReader(model, env.device, 'f32');

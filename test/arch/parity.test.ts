@@ -1,10 +1,10 @@
-import { existsSync, readdirSync } from 'node:fs';
+import { readdirSync } from 'node:fs';
 import { describe, expect, test } from 'vitest';
 import { generate } from '../../src/arch/generate.js';
 import { openModel } from '../../src/arch/open.js';
 import { ResidentModel } from '../../src/arch/resident.js';
 import { Scope } from '../../src/tensor/tensor.js';
-import { expected, fixture, linkedCase, relativeError, testEnv, trainedModel } from './support.js';
+import { expected, fixture, archCase, relativeError, testEnv, trainedModel } from './support.js';
 
 /** Logits in fp32 against transformers': max |difference| over max |logit| (fixtures/arch/make_arch.py). */
 const bound = 1e-4;
@@ -12,8 +12,7 @@ const env = testEnv();
 
 const cases = readdirSync(fixture('arch'), { withFileTypes: true }).filter((entry) => entry.isDirectory());
 describe.each(cases.map(({ name }) => name))('%s', (name) => {
-  const own = existsSync(fixture('arch', name, 'model.safetensors'));
-  const path = own ? fixture('arch', name) : linkedCase(name, name.split('-')[0]!);
+  const path = archCase(name);
   const want = expected(fixture('arch', name, 'expected.safetensors'));
 
   test('logits equal those of transformers: padded, one token, two tokens', async () => {
@@ -25,11 +24,17 @@ describe.each(cases.map(({ name }) => name))('%s', (name) => {
       return resident.logits(scope, x).float32();
     };
     const { tokens, lengths, logits: full, logits_1: one, logits_2: two } = want;
-    const [batch, length, vocab] = full!.shape as [number, number, number];
+    const [batch, length, columns] = full!.shape as [number, number, number];
+    const vocab = resident.model.vocab;
     const got = await logits(tokens!.i32, batch, [...lengths!.i32]);
+    const every = vocab / columns;
     for (let b = 0; b < batch; b++) {
-      const real = [b * length * vocab, (b * length + lengths!.i32[b]!) * vocab] as const;
-      expect(relativeError(got.subarray(...real), full!.f32.subarray(...real)), `row ${b}`).toBeLessThan(bound);
+      let worst = 0;
+      for (let i = b * length * columns; i < (b * length + lengths!.i32[b]!) * columns; i++) {
+        const difference = Math.abs(got[i * every]! - full!.f32[i]!);
+        if (!(difference <= worst)) worst = difference; // NaN counts
+      }
+      expect(worst / want.largest!.f32[0]!, `row ${b}`).toBeLessThan(bound);
     }
     expect(relativeError(await logits(tokens!.i32.slice(0, 1), 1), one!.f32)).toBeLessThan(bound);
     expect(relativeError(await logits(tokens!.i32.slice(0, 2), 1), two!.f32)).toBeLessThan(bound);

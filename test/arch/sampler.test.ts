@@ -4,7 +4,7 @@ import { openModel } from '../../src/arch/open.js';
 import { ResidentModel } from '../../src/arch/resident.js';
 import { Sampler, type SamplingOptions } from '../../src/arch/sampler.js';
 import { refusal } from '../support/refusal.js';
-import { fixture, testEnv } from './support.js';
+import { archCase, testEnv } from './support.js';
 
 const logits = Float32Array.of(1, 3, -2, 2, 3, Number.NEGATIVE_INFINITY);
 const softmax = (temperature = 1) => {
@@ -47,7 +47,7 @@ describe('sampling', () => {
 
 test('generation: a seed gives the same text, alone or beside others; stops end it', async () => {
   const env = testEnv();
-  const open = await openModel(fixture('arch', 'llama'));
+  const open = await openModel(archCase('llama'));
   using resident = await ResidentModel.load(open, env, 'f32');
   const prompts = [Int32Array.of(5, 6, 7), Int32Array.of(9), Int32Array.of(5, 6, 7)];
   const run = (which: Int32Array[], options: object = {}) =>

@@ -1,5 +1,6 @@
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
+import { crc32 } from 'node:zlib';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll } from 'vitest';
@@ -53,13 +54,62 @@ export function expected(path: string): Record<string, Expected> {
   );
 }
 
-/** A folder of links: `config` from one case of fixtures/arch, weights from another. */
-export function linkedCase(name: string, weightsOf: string): string {
+/** bf16 values of a tensor by the formula of fixtures/arch/make_arch.py. */
+function formula(name: string, shape: readonly number[]): Uint8Array {
+  const start = crc32(name);
+  const offset = shape.length === 1 && name.endsWith('.weight') ? 1 : 0;
+  const values = new Float32Array(shape.reduce((a, b) => a * b, 1));
+  for (let i = 0; i < values.length; i++) {
+    let x = (Math.imul(i, 0x9e3779b1) + start) | 0;
+    x = Math.imul(x ^ (x >>> 16), 0x85ebca6b);
+    x = Math.imul(x ^ (x >>> 13), 0xc2b2ae35);
+    x ^= x >>> 16;
+    values[i] = Math.fround(Math.fround((x >>> 8) / 2 ** 24 - 0.5) * Math.fround(0.7)) + offset;
+  }
+  const bits = new Uint32Array(values.buffer);
+  const halves = Uint16Array.from(bits, (u) => (u + 0x7fff + ((u >>> 16) & 1)) >>> 16);
+  return new Uint8Array(halves.buffer);
+}
+
+export interface RawTensor {
+  dtype: string;
+  shape: number[];
+  data: Uint8Array;
+}
+
+/** A case of fixtures/arch as a checkpoint folder, with its config and tensors changed where asked. */
+export function archCase(
+  name: string,
+  edit: {
+    config?: (config: Record<string, unknown>) => void;
+    tensors?: (tensors: Map<string, RawTensor>) => void;
+  } = {},
+): string {
   const folder = mkdtempSync(join(tmpdir(), 'arch-'));
   afterAll(() => rmSync(folder, { recursive: true }));
-  mkdirSync(folder, { recursive: true });
-  symlinkSync(fixture('arch', name, 'config.json'), join(folder, 'config.json'));
-  symlinkSync(fixture('arch', weightsOf, 'model.safetensors'), join(folder, 'model.safetensors'));
+  const json = (file: string) => JSON.parse(readFileSync(file, 'utf8')) as Record<string, unknown>;
+  const config = json(fixture('arch', name, 'config.json'));
+  edit.config?.(config);
+  writeFileSync(join(folder, 'config.json'), JSON.stringify(config));
+  const own = fixture('arch', name, 'tensors.json');
+  const shapes = json(existsSync(own) ? own : fixture('arch', name.split('-')[0]!, 'tensors.json')) as Record<
+    string,
+    number[]
+  >;
+  const tensors = new Map<string, RawTensor>();
+  for (const [key, shape] of Object.entries(shapes))
+    tensors.set(key, { dtype: 'BF16', shape, data: formula(key, shape) });
+  edit.tensors?.(tensors);
+  const header: Record<string, unknown> = {};
+  let at = 0;
+  for (const [key, { dtype, shape, data }] of tensors) {
+    header[key] = { dtype, shape, data_offsets: [at, (at += data.length)] };
+  }
+  const text = Buffer.from(JSON.stringify(header));
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(text.length));
+  const data = [...tensors.values()].map((t) => t.data);
+  writeFileSync(join(folder, 'model.safetensors'), Buffer.concat([length, text, ...data]));
   return folder;
 }
 
@@ -74,48 +124,4 @@ export function relativeError(a: ArrayLike<number>, b: ArrayLike<number>): numbe
     largest = Math.max(largest, Math.abs(b[i]!));
   }
   return difference / largest;
-}
-
-export interface RawTensor {
-  dtype: string;
-  shape: number[];
-  data: Uint8Array;
-}
-
-/** A copy of a case of fixtures/arch with its config and tensors changed. */
-export function editedCase(
-  name: string,
-  edit: { config?: (config: Record<string, unknown>) => void; tensors?: (tensors: Map<string, RawTensor>) => void },
-): string {
-  const folder = mkdtempSync(join(tmpdir(), 'arch-'));
-  afterAll(() => rmSync(folder, { recursive: true }));
-  const config = JSON.parse(readFileSync(fixture('arch', name, 'config.json'), 'utf8')) as Record<string, unknown>;
-  edit.config?.(config);
-  writeFileSync(join(folder, 'config.json'), JSON.stringify(config));
-  const file = readFileSync(fixture('arch', name, 'model.safetensors'));
-  const start = 8 + Number(file.readBigUInt64LE(0));
-  const header = JSON.parse(file.toString('utf8', 8, start)) as Record<
-    string,
-    { dtype: string; shape: number[]; data_offsets: [number, number] }
-  >;
-  const tensors = new Map<string, RawTensor>();
-  for (const [key, value] of Object.entries(header)) {
-    if (key === '__metadata__') continue;
-    const [from, to] = value.data_offsets;
-    tensors.set(key, { ...value, data: Uint8Array.from(file.subarray(start + from, start + to)) });
-  }
-  edit.tensors?.(tensors);
-  const out: Record<string, unknown> = {};
-  let at = 0;
-  for (const [key, { dtype, shape, data }] of tensors) {
-    out[key] = { dtype, shape, data_offsets: [at, (at += data.length)] };
-  }
-  const json = Buffer.from(JSON.stringify(out));
-  const length = Buffer.alloc(8);
-  length.writeBigUInt64LE(BigInt(json.length));
-  writeFileSync(
-    join(folder, 'model.safetensors'),
-    Buffer.concat([length, json, ...[...tensors.values()].map((t) => t.data)]),
-  );
-  return folder;
 }
