@@ -1,11 +1,14 @@
 import { readFile, writeFile } from 'node:fs/promises';
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import type { JobEnv } from '../../../src/backend/env.js';
 import { gateFailure, runValidate, type ValidateOptions } from '../../../src/validate/run.js';
 import type { ValidateReport } from '../../../src/validate/report.js';
 import { Damage, cpu, dense, fixture, moe, scaleBy, shared, toBits, toNumber, type Edit } from './models.js';
+
+// Each test compares whole models: seconds on a free machine, more beside other work.
+vi.setConfig({ testTimeout: 240_000 });
 
 let env: JobEnv & { close(): void };
 let damage: Damage;
