@@ -97,7 +97,7 @@ export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): Mo
     inputBytes: [...open.checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0),
     outputBytes,
     cost: costOf(model, shape, dense, dtypeSize(dtype)),
-    notes: notesOf(shape, weighting, dtype, container, recipe, model.tied),
+    notes: notesOf(shape, weighting, dtype, container, recipe, model),
   };
 }
 
@@ -214,10 +214,10 @@ function notesOf(
   dtype: FloatDType,
   container: Container,
   { method }: MoeRecipe,
-  tied: boolean,
+  model: Model,
 ): string[] {
   const notes: string[] = [];
-  if (tied && !container.tiesHead) {
+  if (model.tied && !container.tiesHead) {
     notes.push(
       `The head is stored beside the embedding, which it equals: vLLM does not tie them in ${container.name}.`,
     );
@@ -233,6 +233,13 @@ function notesOf(
     notes.push(
       `${container.name} needs down_proj stored times ${routedDown}, which ${dtype} rounds (relative error up to ${dtype === 'bf16' ? '0.4' : '0.05'}% a weight). A power of two for --experts or --active, or --container glm4_moe, avoids it.`,
     );
+  }
+  const { hidden, heads, headDim } = model;
+  if (container.name === 'qwen2_moe' && headDim * heads !== hidden) {
+    notes.push(`Heads are ${headDim} wide, not ${hidden} / ${heads}: transformers reads that, vLLM's ${container.name} does not.`); // prettier-ignore
+  }
+  if (model.blocks[0]?.ffn?.activation !== 'silu' && container.name !== 'mixtral') {
+    notes.push(`vLLM's ${container.name} takes no activation but silu.`);
   }
   if (method === 'split' && normalized) {
     notes.push(`${container.name} divides by the number of active experts: num_experts_per_tok must stay ${shape.active}.`); // prettier-ignore
