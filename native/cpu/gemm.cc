@@ -29,6 +29,28 @@ const GemmKernels& gemm_kernels() {
 #endif
 }
 
+// fp32 panels of any float dtype. 320 positions: a micro-panel of each operand stays in L1.
+const Panels& float_panels() {
+  static const Panels panels = {
+      gemm_kernels().mr,
+      gemm_kernels().nr,
+      1,
+      4,
+      320,
+      140,
+      [](void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
+        gemm_kernels().pack(static_cast<float*>(dst), src, dtype, line_stride, position_stride, lines, k, gemm_kernels().mr);
+      },
+      [](void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
+        gemm_kernels().pack(static_cast<float*>(dst), src, dtype, line_stride, position_stride, lines, k, gemm_kernels().nr);
+      },
+      [](float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
+        gemm_kernels().block(c, ldc, static_cast<const float*>(a), static_cast<const float*>(b), m, n, k, accumulate);
+      },
+  };
+  return panels;
+}
+
 Scratch::~Scratch() { free(data_); }
 float* Scratch::take(size_t floats) {
   if (floats <= size_) return data_;
@@ -45,11 +67,8 @@ float* Scratch::take(size_t floats) {
 
 namespace {
 
-constexpr int64_t kDepth = 320;    // k positions of a block: a micro-panel of each operand stays in L1
 constexpr int64_t kRows = 1024;    // rows of A packed at a time
 constexpr int64_t kColumns = 4096;  // columns of B packed at a time
-
-constexpr int64_t kTileRows = 140;  // rows of A whose block fits L2
 
 Scratch& panel_scratch() {
   static thread_local Scratch scratch;
@@ -122,20 +141,22 @@ void multiply(dc_context* c, const Product& x) {
   if (x.m == 0 || x.n == 0) return;
   if (x.m <= 8 && x.b.stride[0] == 1 && x.k > 0) return multiply_few(c, x);
   if (multiply_blas(c, x)) return;
-  const GemmKernels& kernel = gemm_kernels();
-  static thread_local Scratch a_memory, b_memory, sums;
+  const Panels& kernel = x.a.dtype == DC_BF16 && x.b.dtype == DC_BF16 && bf16_panels() ? *bf16_panels() : float_panels();
   auto each = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     if (c)
       parallel_for(c, n, 1, body);
     else if (n > 0)
       body(0, n);
   };
-  const int64_t mr = kernel.mr, nr = kernel.nr, depth = std::min(kDepth, std::max<int64_t>(x.k, 1));
+  const int64_t mr = kernel.mr, nr = kernel.nr, bytes = kernel.bytes;
+  const int64_t depth = std::min(kernel.depth, up(std::max<int64_t>(x.k, 1), kernel.step));
   // C itself takes the sums where it can.
   const bool direct = x.c.dtype == DC_F32 && x.c.stride[1] == 1 && x.alpha == 1 && (x.beta == 0 || x.beta == 1);
   const int64_t m_block = std::min(kRows, x.m), n_block = std::min(kColumns, x.n);
-  float* a = a_memory.take(size_t(up(m_block, mr) * depth));
-  float* b = x.m <= kTileRows ? nullptr : b_memory.take(size_t(up(n_block, nr) * depth));
+  static thread_local Scratch a_memory, b_memory, sums;
+  auto* a = reinterpret_cast<char*>(a_memory.take(size_t(up(m_block, mr) * depth * bytes / 4)));
+  char* b = nullptr;
+  if (x.m > kernel.rows) b = reinterpret_cast<char*>(b_memory.take(size_t(up(n_block, nr) * depth * bytes / 4)));
   float* sum = direct ? nullptr : sums.take(size_t(m_block * n_block));
   const int threads = c ? c->threads : 1;
 
@@ -148,26 +169,26 @@ void multiply(dc_context* c, const Product& x) {
       if (x.k == 0 && !(direct && x.beta == 1))
         for (int64_t i = 0; i < m; i++) std::fill(out + i * ldc, out + i * ldc + n, 0.0f);
       for (int64_t k0 = 0; k0 < x.k; k0 += depth) {
-        const int64_t k = std::min(depth, x.k - k0);
+        const int64_t k = std::min(depth, x.k - k0), line = up(k, kernel.step) * bytes;  // of a packed line
         const bool last = k0 + k == x.k, accumulate = k0 > 0 || (direct && x.beta == 1);
         auto pack_a = [&](int64_t from, int64_t to) {
-          kernel.pack(a + from * k, element(x.a, (m0 + from) * x.a.stride[0] + k0 * x.a.stride[1]), x.a.dtype,
-                      x.a.stride[0], x.a.stride[1], to - from, k, int(mr));
+          kernel.pack_a(a + from * line, element(x.a, (m0 + from) * x.a.stride[0] + k0 * x.a.stride[1]), x.a.dtype,
+                        x.a.stride[0], x.a.stride[1], to - from, k);
         };
-        auto pack_b = [&](float* to, int64_t from, int64_t columns) {
-          kernel.pack(to, element(x.b, k0 * x.b.stride[0] + (n0 + from) * x.b.stride[1]), x.b.dtype, x.b.stride[1],
-                      x.b.stride[0], columns, k, int(nr));
+        auto pack_b = [&](char* to, int64_t from, int64_t columns) {
+          kernel.pack_b(to, element(x.b, k0 * x.b.stride[0] + (n0 + from) * x.b.stride[1]), x.b.dtype, x.b.stride[1],
+                        x.b.stride[0], columns, k);
         };
-        auto compute = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, const float* panels) {
+        auto compute = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, const char* panels) {
           float* at = out + i0 * ldc + j0;
-          kernel.block(at, ldc, a + i0 * k, panels, rows, columns, k, accumulate);
+          kernel.block(at, ldc, a + i0 * line, panels, rows, columns, line / bytes, accumulate);
           if (last) finish(x, at, ldc, m0 + i0, n0 + j0, rows, columns, direct);
         };
         const int64_t a_panels = (m + mr - 1) / mr, b_panels = (n + nr - 1) / nr;
-        if (m <= kTileRows) {  // one tile of rows: every panel of B is used where it was packed, in L1
+        if (m <= kernel.rows) {  // one tile of rows: every panel of B is used where it was packed, in L1
           pack_a(0, m);
           each(b_panels, [&](int64_t begin, int64_t end) {
-            float* panel = panel_scratch().take(size_t(nr * depth));
+            auto* panel = reinterpret_cast<char*>(panel_scratch().take(size_t(nr * line / 4)));
             for (int64_t j = begin * nr; j < std::min(end * nr, n); j += nr) {
               const int64_t columns = std::min(nr, n - j);
               pack_b(panel, j, columns);
@@ -180,17 +201,17 @@ void multiply(dc_context* c, const Product& x) {
           if (begin < a_panels) pack_a(begin * mr, std::min(std::min(end, a_panels) * mr, m));
           if (end > a_panels) {
             const int64_t from = (std::max(begin, a_panels) - a_panels) * nr;
-            pack_b(b + from * k, from, std::min((end - a_panels) * nr, n) - from);
+            pack_b(b + from * line, from, std::min((end - a_panels) * nr, n) - from);
           }
         });
         // Tiles: rows that fit L2 once packed, by enough columns; more of them when there are many threads.
-        const int64_t m_tile = up(kTileRows, mr), m_tiles = (m + m_tile - 1) / m_tile;
+        const int64_t m_tile = up(kernel.rows, mr), m_tiles = (m + m_tile - 1) / m_tile;
         const int64_t split = std::max<int64_t>(1, std::min(b_panels, (threads * 4 + m_tiles - 1) / m_tiles));
         const int64_t n_tile = up((n + split - 1) / split, nr), n_tiles = (n + n_tile - 1) / n_tile;
         each(m_tiles * n_tiles, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; t++) {
             const int64_t i0 = t / n_tiles * m_tile, j0 = t % n_tiles * n_tile;
-            compute(i0, std::min(m_tile, m - i0), j0, std::min(n_tile, n - j0), b + j0 * k);
+            compute(i0, std::min(m_tile, m - i0), j0, std::min(n_tile, n - j0), b + j0 * line);
           }
         });
       }

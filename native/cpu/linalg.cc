@@ -141,21 +141,26 @@ namespace {
 
 bool good_pivot(float pivot) { return pivot > 0 && std::isfinite(pivot); }
 
-// 0, or 1 + the index of the first pivot that is not positive and finite.
+constexpr int64_t kSmall = 32;
+
+// n <= kSmall; 0, or 1 + the index of the first pivot that is not positive and finite. Works on the transpose, whose rows
+// are the columns of L, so that the inner loop runs along memory.
 int32_t factor_small(float* m, int64_t ld, int64_t n) {
+  float u[kSmall][kSmall];
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = 0; j <= i; j++) u[j][i] = m[i * ld + j];
   for (int64_t j = 0; j < n; j++) {
-    float* row = m + j * ld;
-    for (int64_t i = 0; i < j; i++) {
-      const float* other = m + i * ld;
-      float sum = row[i];
-      for (int64_t p = 0; p < i; p++) sum -= row[p] * other[p];
-      row[i] = sum / other[i];
+    if (!good_pivot(u[j][j])) return int32_t(j + 1);
+    const float root = std::sqrt(u[j][j]), inverse = 1 / root;
+    u[j][j] = root;
+    for (int64_t i = j + 1; i < n; i++) u[j][i] *= inverse;
+    for (int64_t i = j + 1; i < n; i++) {
+      const float x = u[j][i];
+      for (int64_t p = i; p < n; p++) u[i][p] -= x * u[j][p];
     }
-    float pivot = row[j];
-    for (int64_t p = 0; p < j; p++) pivot -= row[p] * row[p];
-    if (!good_pivot(pivot)) return int32_t(j + 1);
-    row[j] = std::sqrt(pivot);
   }
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = 0; j <= i; j++) m[i * ld + j] = u[j][i];
   return 0;
 }
 
@@ -169,7 +174,7 @@ int32_t factor_lower(dc_context* c, float* m, int64_t ld, int64_t n, int64_t wid
   for (int64_t j0 = 0; j0 < n; j0 += width) {
     const int64_t k = std::min(width, n - j0), j1 = j0 + k, below = n - j1;
     float* corner = m + j0 * ld + j0;
-    const int32_t bad = k > 32 ? factor_lower(nullptr, corner, ld, k, 32, scratch + 3) : factor_small(corner, ld, k);
+    const int32_t bad = k > kSmall ? factor_lower(nullptr, corner, ld, k, kSmall, scratch + 3) : factor_small(corner, ld, k);
     if (bad) return int32_t(j0) + bad;
     if (below == 0) break;
     // -L of the corner, lines = its rows, and the reciprocals of its diagonal.
@@ -235,8 +240,14 @@ void flip_lower(dc_context* c, const Matrix<float>& dst, const Matrix<float>& h)
           const float* row = h.row(n - 1 - j) + n - 1;
           for (int64_t i = std::max(i0, j); i < i1; i++) square[i - i0][j - j0] = row[-i];
         }
-        for (int64_t i = i0; i < i1; i++)
-          std::memcpy(dst.row(i) + j0, square[i - i0], size_t(std::max<int64_t>(0, std::min(j1, i + 1) - j0)) * 4);
+        for (int64_t i = i0; i < i1; i++) {
+          float* row = dst.row(i) + j0;
+          const int64_t width = std::min(j1, i + 1) - j0;
+          if (width >= tile)
+            std::memcpy(row, square[i - i0], tile * 4);
+          else
+            for (int64_t j = 0; j < width; j++) row[j] = square[i - i0][j];
+        }
       }
     }
   });

@@ -1,5 +1,11 @@
-// Kernels for AVX-512 are few people's to run: before they are taken into use, they are compared once (well under a
-// millisecond) with those for AVX2.
+// Kernels for AVX-512 and AMX are few people's to run: before they are taken into use, they are compared once (well
+// under a millisecond) with those for AVX2.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <vector>
 
 #include "blas.h"
@@ -92,6 +98,51 @@ bool avx512_agrees() {
   return true;
 }
 
+namespace {
+
+// AMX is the processor's and the kernel's to allow: 8 KB more of registers a thread.
+bool amx_allowed() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tile = d & (1u << 24), bf16 = d & (1u << 22);
+  return tile && bf16 && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+
+// A product of bf16 operands lying along their lines or across, with edges in every dimension.
+Floats bf16_product(const Panels& kernel, int64_t m, int64_t n, int64_t k, bool across) {
+  std::vector<uint16_t> a(size_t(m * k)), b(size_t(n * k));
+  element_kernels_avx2.store(a.data(), DC_BF16, noise(a.size(), 7).data(), m * k);
+  element_kernels_avx2.store(b.data(), DC_BF16, noise(b.size(), 8).data(), n * k);
+  auto up = [](int64_t x, int64_t step) { return (x + step - 1) / step * step; };
+  const int64_t line = up(k, kernel.step);
+  std::vector<float> pa(size_t(up(m, kernel.mr) * line)), pb(size_t(up(n, kernel.nr) * line));  // more than enough
+  kernel.pack_a(pa.data(), a.data(), DC_BF16, across ? 1 : k, across ? m : 1, m, k);
+  kernel.pack_b(pb.data(), b.data(), DC_BF16, across ? 1 : k, across ? n : 1, n, k);
+  Floats c(static_cast<size_t>(m * n));
+  kernel.block(c.data(), n, pa.data(), pb.data(), m, n, line, false);
+  kernel.block(c.data(), n, pa.data(), pb.data(), m, n, line, true);
+  return c;
+}
+
+}  // namespace
+
+extern const Panels panels_amx;
+
+const Panels* bf16_panels() {
+  static const Panels* const panels = [] {
+    if (strcmp(dc_isa(), "avx512") != 0 || !amx_allowed()) return static_cast<const Panels*>(nullptr);
+    for (bool across : {false, true})
+      if (!close(bf16_product(panels_amx, 71, 83, 77, across), bf16_product(float_panels(), 71, 83, 77, across)))
+        return static_cast<const Panels*>(nullptr);
+    return &panels_amx;
+  }();
+  return panels;
+}
+
 }  // namespace dc
+
+#else
+
+const dc::Panels* dc::bf16_panels() { return nullptr; }
 
 #endif

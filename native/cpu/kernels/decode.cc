@@ -4,6 +4,7 @@
 #include "../cpu.h"
 #include "vec.h"
 
+#if !defined(DC_ISA_AMX)  // no better than the AVX-512 one
 namespace dc {
 namespace {
 
@@ -151,3 +152,4 @@ extern const DecodeKernels DC_FOR_ISA(decode_kernels);
 const DecodeKernels DC_FOR_ISA(decode_kernels) = {decode_blocks, decode_f8, decode_f4};
 
 }  // namespace dc
+#endif

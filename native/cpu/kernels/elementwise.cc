@@ -6,6 +6,7 @@
 #include "../cpu.h"
 #include "vec.h"
 
+#if !defined(DC_ISA_AMX)  // no better than the AVX-512 one
 namespace dc {
 namespace {
 
@@ -302,3 +303,4 @@ const ElementKernels DC_FOR_ISA(element_kernels) = {
 };
 
 }  // namespace dc
+#endif

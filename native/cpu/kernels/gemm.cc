@@ -4,6 +4,7 @@
 #include "../cpu.h"
 #include "vec.h"
 
+#if !defined(DC_ISA_AMX)  // no better than the AVX-512 one
 namespace dc {
 namespace {
 
@@ -236,3 +237,4 @@ extern const GemmKernels DC_FOR_ISA(gemm_kernels);
 const GemmKernels DC_FOR_ISA(gemm_kernels) = {MR, NR, pack, block, dots};
 
 }  // namespace dc
+#endif

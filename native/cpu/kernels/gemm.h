@@ -22,4 +22,20 @@ struct GemmKernels {
 
 const GemmKernels& gemm_kernels();
 
+// The same with its own packed form. k is rounded up to `step`, the rest of a panel being zeros.
+struct Panels {
+  int mr, nr, step;
+  int bytes;           // of a packed element
+  int64_t depth, rows;  // k positions of a block, rows of A whose block fits L2
+  void (*pack_a)(void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines,
+                 int64_t k);
+  void (*pack_b)(void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines,
+                 int64_t k);
+  void (*block)(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k,
+                bool accumulate);
+};
+const Panels& float_panels();  // of any float dtypes
+// For two operands of bf16; NULL where the processor has no unit for them.
+const Panels* bf16_panels();
+
 }  // namespace dc
