@@ -9,11 +9,11 @@ import type { RopeSpec } from '../nn/rope.js';
 import { limits, type Config } from './config.js';
 import type { Sizes } from './sizes.js';
 import { normSpec } from './parts.js';
-import type { Block, Model } from './types.js';
+import type { AttentionLayer, Block, Model } from './types.js';
 
 /** What an architecture file says of one decoder layer. */
 export interface LayerParts {
-  readonly attention: Layer;
+  readonly attention: AttentionLayer;
   readonly mlp: Layer & { readonly ffn?: FfnSpec; readonly moe?: MoeSpec };
   readonly window?: number | undefined;
 }
@@ -61,6 +61,7 @@ export function decoder(
       { name: 'lm_head.weight', shape, ...(tied && { optional: true }) },
     ],
     embedding,
+    norm,
     head,
     tied,
     bosId: bosIds[0],
@@ -84,6 +85,8 @@ function block(index: number, name: string, { hidden, eps }: Sizes, { attention,
     name,
     tensors: [normTensor(before), ...attention.tensors, normTensor(between), ...mlp.tensors],
     linears: [...attention.linears, ...mlp.linears],
+    norms: { attention: before, feedForward: between },
+    attention,
     ...(mlp.ffn && { ffn: mlp.ffn }),
     ...(mlp.moe && { moe: mlp.moe }),
     ...(window && { window }),

@@ -1,4 +1,4 @@
-import { linearSpec, type Layer } from '../nn/layer.js';
+import { linearSpec } from '../nn/layer.js';
 import type { IndexerSpec } from '../nn/indexer.js';
 import { latentAttention } from '../nn/mla.js';
 import type { RopeSpec } from '../nn/rope.js';
@@ -9,7 +9,7 @@ import { deepseekMlp, mtpLayers, readGroups, sigmoidRouting } from './deepseek-m
 import { groupedAttention, normSpec } from './parts.js';
 import { readRope, yarnScale } from './rope-config.js';
 import { readSizes, type Sizes } from './sizes.js';
-import type { Model } from './types.js';
+import type { AttentionLayer, Model } from './types.js';
 
 /** DeepSeekMoE 16B (Dai et al. 2024): Llama's attention, fine-grained experts beside shared ones. */
 export const deepseek = (c: Config): Model => groupedModel(c, softmaxRouting);
@@ -113,7 +113,7 @@ function latentParts(
   c: Config,
   { hidden, heads }: Sizes,
   { nope, rope, scale, indexer }: LatentParts,
-): (i: number, name: string) => Layer {
+): (i: number, name: string) => AttentionLayer {
   const rank = c.int('kv_lora_rank', { max: limits.hidden });
   const qRank = c.optionalInt('q_lora_rank', { max: limits.hidden });
   const value = c.int('v_head_dim', { max: limits.hidden });

@@ -1,10 +1,11 @@
 import { selfAttention } from '../nn/attention.js';
-import { linearSpec, type Layer } from '../nn/layer.js';
+import { linearSpec } from '../nn/layer.js';
 import type { FfnSpec } from '../nn/mlp.js';
 import type { NormSpec } from '../nn/norm.js';
 import type { RopeSpec } from '../nn/rope.js';
 import { limits, type Config } from './config.js';
 import type { Sizes } from './sizes.js';
+import type { AttentionLayer } from './types.js';
 
 /** The feed-forward activation by the names that configs use. */
 export function readActivation(c: Config): FfnSpec['activation'] {
@@ -50,7 +51,7 @@ export interface GroupedAttentionOptions {
 }
 
 /** Attention of layer `i` under `self_attn`, with the names that nearly all architectures use. */
-export function groupedAttention(i: number, layer: string, sizes: Sizes, o: GroupedAttentionOptions): Layer {
+export function groupedAttention(i: number, layer: string, sizes: Sizes, o: GroupedAttentionOptions): AttentionLayer {
   const { hidden, heads, kvHeads, headDim, eps } = sizes;
   const name = `${layer}.self_attn`;
   const of = (part: string, count: number) =>

@@ -1,12 +1,18 @@
 import type { Tensor } from '../tensor/tensor.js';
 import type { Calls, ForwardContext, LinearSpec } from '../nn/calls.js';
-import type { TensorSpec } from '../nn/layer.js';
+import type { AttentionSpec } from '../nn/attention.js';
+import type { Layer, TensorSpec } from '../nn/layer.js';
+import type { LatentAttentionSpec } from '../nn/mla.js';
+import type { NormSpec } from '../nn/norm.js';
 import type { FfnSpec } from '../nn/mlp.js';
 import type { MoeSpec } from '../nn/moe.js';
 
 export type { TensorSpec } from '../nn/layer.js';
 export type { FfnSpec } from '../nn/mlp.js';
 export type { MoeSpec } from '../nn/moe.js';
+
+/** Attention with what decides its function, for exports that spell it out. */
+export type AttentionLayer = Layer & { readonly grouped?: AttentionSpec; readonly latent?: LatentAttentionSpec };
 
 /** One decoder layer. */
 export interface Block {
@@ -16,6 +22,9 @@ export interface Block {
   readonly tensors: readonly TensorSpec[];
   /** Linears in the order in which forward calls them; inner arrays share an input. Experts are listed one by one. */
   readonly linears: readonly (readonly LinearSpec[])[];
+  /** Before attention, and before the feed-forward part. */
+  readonly norms: { readonly attention: NormSpec; readonly feedForward: NormSpec };
+  readonly attention: AttentionLayer;
   /** The dense gated feed-forward part, where this block has one (what `moe` splits). */
   readonly ffn?: FfnSpec;
   readonly moe?: MoeSpec;
@@ -44,6 +53,8 @@ export interface Model {
   readonly outer: readonly TensorSpec[];
   /** Name of the embedding's tensor, [V, C]. */
   readonly embedding: string;
+  /** In front of the head. */
+  readonly norm: NormSpec;
   /** The head as a linear; its tensor is the embedding when tied. */
   readonly head: LinearSpec;
   readonly tied: boolean;

@@ -33,9 +33,10 @@ export function turn(ctx: ForwardContext, spec: RopeSpec, x: Tensor): Tensor {
   return rope(ctx.scope, x, cos, sin, ctx.positions, { interleaved: spec.interleaved, fromEnd: spec.fromEnd });
 }
 
-export function selfAttention(a: AttentionSpec): Layer {
+export function selfAttention(a: AttentionSpec): Layer & { readonly grouped: AttentionSpec } {
   const norms = [a.qNorm, a.kNorm].filter((n) => n !== undefined);
   return {
+    grouped: a,
     tensors: [...linearTensors([a.q, a.k, a.v, a.o]), ...norms.map(normTensor)],
     linears: [[a.q, a.k, a.v], [a.o]],
     forward: (x, ctx) => forward(a, x, ctx),

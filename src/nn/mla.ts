@@ -41,11 +41,12 @@ export interface LatentAttentionSpec {
   readonly indexer?: IndexerSpec | undefined;
 }
 
-export function latentAttention(a: LatentAttentionSpec): Layer {
+export function latentAttention(a: LatentAttentionSpec): Layer & { readonly latent: LatentAttentionSpec } {
   const { q, indexer } = a;
   const fromInput = ['down' in q ? q.down : q, a.kvDown, ...(indexer ? [indexer.k, indexer.weights] : [])];
   const fromLatent = 'down' in q ? [[q.up, ...(indexer ? [indexer.q] : [])]] : [];
   return {
+    latent: a,
     tensors: [
       ...linearTensors(['down' in q ? [q.down, q.up] : [q], a.kvDown, a.kvUp, a.o].flat()),
       ...('down' in q ? [normTensor(q.norm)] : []),

@@ -22,6 +22,8 @@ export interface MoeLayerSpec {
 }
 
 export interface MoeSpec {
+  /** Everything that decides the layer's function. */
+  readonly layer: MoeLayerSpec;
   readonly experts: number;
   readonly active: number;
   readonly shared: number;
@@ -35,6 +37,7 @@ export function moeLayer(m: MoeLayerSpec): Layer & { readonly moe: MoeSpec } {
   const gate = m.sharedGate ? [m.sharedGate] : [];
   return {
     moe: {
+      layer: m,
       experts: m.experts.length,
       active: m.route.topK,
       shared: m.shared ? (m.sharedCount ?? 1) : 0,
