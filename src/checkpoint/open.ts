@@ -8,6 +8,7 @@ import type { TensorEntry } from '../formats/types.js';
 import { companionName, findCompanions, findConfig, missingConfig } from './config.js';
 import { fromNative } from './deepseek-native.js';
 import { fromGguf } from './gguf-model.js';
+import { fromOnnx } from './onnx-model.js';
 import { isNativeShard, locate } from './locate.js';
 import { collectTensors, parseFiles } from './parse.js';
 import type { OpenedFile } from './parse.js';
@@ -49,8 +50,12 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
       notes.push(...model.notes);
       // The file's own tokenizer, not one that happens to lie in the same folder.
       companions = companions.filter((file) => !extraFiles.has(companionName(file)));
+    } else if (files[0]!.onnx !== undefined) {
+      ({ config, tensors } = fromOnnx(tensors, files[0]!.onnx.nodes, config));
     } else if (!options.keepScales) tensors = joinScales(tensors, config);
   }
+  const external = files.flatMap((file) => file.onnx?.externalFiles ?? []);
+  const allFiles = [...located.files, ...external.map(({ path }) => path)];
   const hash = createHash('sha256');
   for (const file of files) hash.update(`${basename(file.path)}\0${file.headerHash}\n`);
   hash.update(found?.bytes ?? '');
@@ -61,17 +66,17 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
     config,
     configPath: found?.path,
     tensors,
-    files: located.files,
+    files: allFiles,
     companions,
     extraFiles,
     notes,
     fingerprint: hash.digest('hex'),
-    assertUnchanged: () => assertUnchanged(files),
-    close: () => closeFiles(located.files),
+    assertUnchanged: () => assertUnchanged([...files, ...external]),
+    close: () => closeFiles(allFiles),
   };
 }
 
-async function assertUnchanged(files: readonly OpenedFile[]): Promise<void> {
+async function assertUnchanged(files: readonly Pick<OpenedFile, 'path' | 'size' | 'modified'>[]): Promise<void> {
   for (const { path, size, modified } of files) {
     const now = await stat(path).catch((error: unknown) => {
       throw ioError(error, 'look again at', path);

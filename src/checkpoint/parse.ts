@@ -2,6 +2,8 @@ import { basename } from 'node:path';
 import { badInput } from '../base/errors.js';
 import { readGguf } from '../formats/gguf.js';
 import type { GgufFile, GgufValue } from '../formats/gguf.js';
+import { readOnnx } from '../formats/onnx.js';
+import type { OnnxFile } from '../formats/onnx.js';
 import { readSafetensors } from '../formats/safetensors.js';
 import { OpenFile } from '../formats/source.js';
 import type { RandomAccess } from '../formats/source.js';
@@ -20,18 +22,16 @@ export interface OpenedFile extends ParsedFile {
   readonly modified: number;
   /** Metadata of a GGUF file. */
   readonly gguf?: ReadonlyMap<string, GgufValue>;
+  /** Nodes of an ONNX graph and the files with its external data. */
+  readonly onnx?: Pick<OnnxFile, 'nodes' | 'externalFiles'>;
 }
 
 const parsers: Record<FileFormat, (source: RandomAccess) => ParsedFile> = {
   safetensors: readSafetensors,
   torch: readTorch,
   gguf: readGguf,
-  onnx: notYet,
+  onnx: readOnnx,
 };
-
-function notYet(source: RandomAccess): ParsedFile {
-  throw badInput('This format is not read yet', { where: source.path });
-}
 
 export function parseFile(path: string): OpenedFile {
   using source = new OpenFile(path);
@@ -40,8 +40,9 @@ export function parseFile(path: string): OpenedFile {
   const note = extensionNote(path, format);
   const notes = note === undefined ? parsed.notes : [note, ...parsed.notes];
   const gguf = format === 'gguf' ? { gguf: (parsed as GgufFile).metadata } : {};
+  const onnx = format === 'onnx' ? { onnx: parsed as OnnxFile } : {};
   const { tensors, headerHash } = parsed;
-  return { tensors, headerHash, notes, path, format, size: source.size, modified: source.modified, ...gguf };
+  return { tensors, headerHash, notes, path, format, size: source.size, modified: source.modified, ...gguf, ...onnx };
 }
 
 /** Reads the headers of all files; they must be of one format. */

@@ -2,12 +2,14 @@ import { awqReader, awqWriter } from './awq.js';
 import { compressedTensorsReader, compressedTensorsWriter } from './compressed-tensors.js';
 import { keyError, record } from './check.js';
 import { gptqReader, gptqWriter } from './gptq.js';
+import { matMulNBitsReader } from './matmulnbits.js';
 import type { LayoutName, LayoutReader, LayoutWriter } from './types.js';
 
 const readers: Readonly<Record<string, (config: Readonly<Record<string, unknown>>, where: string) => LayoutReader>> = {
   'compressed-tensors': compressedTensorsReader,
   gptq: gptqReader,
   awq: awqReader,
+  matmulnbits: matMulNBitsReader,
 };
 
 export const layoutWriters: Readonly<Record<LayoutName, LayoutWriter>> = {

@@ -29,7 +29,7 @@ export interface StoredLinear {
 
 /** A quantized storage layout, as one checkpoint uses it. */
 export interface LayoutReader {
-  readonly name: LayoutName;
+  readonly name: LayoutName | 'matmulnbits';
   /** `compressed-tensors pack-quantized, 4 bits, groups of 128, symmetric`. */
   readonly description: string;
   /** What its config asks for beyond the weights and we leave out, one sentence each. */

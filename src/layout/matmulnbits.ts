@@ -1,0 +1,103 @@
+import type { TensorEntry } from '../formats/types.js';
+import { cast, copyInto, unpack, type PackOptions } from '../tensor/ops.js';
+import { Tensor, type Scope } from '../tensor/tensor.js';
+import { keyError, PartReader, record, storedDType } from './check.js';
+import type { LayoutReader, QuantizedLinear, StoredLinear } from './types.js';
+
+interface Linear {
+  readonly bits: 2 | 4 | 8;
+  readonly blockSize: number;
+  readonly inFeatures: number;
+  readonly outFeatures: number;
+}
+
+/**
+ * ONNX com.microsoft.MatMulNBits, as checkpoint/onnx-model.ts names its tensors: X.weight_nbits u8
+ * [N, K / block, block * bits / 8], low bits first; X.weight_scales [N, K / block]; X.weight_zero_points packed u8 or
+ * float [N, K / block], default 2^(bits-1); X.weight_g_idx i32 [K, or padded to blocks]: the block that a column's scale
+ * is in, where columns were reordered. w = (code - zero) scale.
+ */
+export function matMulNBitsReader(config: Readonly<Record<string, unknown>>, where: string): LayoutReader {
+  const linears = record(config.linears, where, 'linears') as Readonly<Record<string, Linear>>;
+  for (const [name, { bits, blockSize }] of Object.entries(linears)) {
+    if (![2, 4, 8].includes(bits)) throw keyError(`${where}: ${name}`, 'bits', bits, '2, 4 or 8');
+    if ((blockSize * bits) % 32 !== 0) throw keyError(`${where}: ${name}`, 'block_size', blockSize, 'whole words');
+  }
+  const [first] = Object.values(linears);
+  return {
+    name: 'matmulnbits',
+    description: first ? `ONNX MatMulNBits, ${first.bits} bits, blocks of ${first.blockSize}` : 'ONNX MatMulNBits',
+    notes: [],
+    linears: (tensors) =>
+      new Map(Object.entries(linears).map(([name, linear]) => [name, stored(name, linear, tensors)])),
+  };
+}
+
+function stored(name: string, linear: Linear, tensors: ReadonlyMap<string, TensorEntry>): StoredLinear {
+  const module = name.slice(0, -'.weight'.length);
+  const suffixes = ['weight_nbits', 'weight_scales', 'weight_zero_points', 'weight_g_idx'];
+  const parts = new Map(
+    suffixes.flatMap((suffix) => {
+      const entry = tensors.get(`${module}.${suffix}`);
+      return entry ? [[suffix, entry] as const] : [];
+    }),
+  );
+  return {
+    name,
+    shape: [linear.outFeatures, linear.inFeatures],
+    parts,
+    bits: linear.bits,
+    read: (scope, load, n, k) => read(scope, new PartReader(module, parts, load), linear, n, k),
+  };
+}
+
+async function read(
+  s: Scope,
+  part: PartReader,
+  { bits, blockSize }: Linear,
+  n: number,
+  k: number,
+): Promise<QuantizedLinear> {
+  const groups = Math.ceil(k / blockSize);
+  const bias = 2 ** (bits - 1);
+  const bytes = await part.get('weight_nbits', 'u8', [n, (groups * blockSize * bits) / 8]);
+  const words = new Tensor(bytes.storage, bytes.byteOffset, 'i32', [n, bytes.dim(1) / 4], [bytes.dim(1) / 4, 1]);
+  const packing: PackOptions = { bits, bias, axis: 1 };
+  const padded = unpack(s, words, n, groups * blockSize, packing);
+  let codes = padded;
+  if (k < groups * blockSize) {
+    codes = s.empty('i8', [n, k]);
+    copyInto(codes, padded.slice(1, 0, k));
+  }
+  const scale = cast(s, await part.get('weight_scales', undefined, [n, groups]), 'f32');
+  const zero = part.has('weight_zero_points') ? await zeros(s, part, bits, bias, n, groups) : undefined;
+  const order = part.parts.get('weight_g_idx');
+  const indices = order && (await part.columnGroups('weight_g_idx', order.shape[0]!, groups));
+  const columnGroup = indices?.slice(0, 0, k);
+  return { codes, grid: { scale, zero, low: -bias, high: bias - 1, group: blockSize, columnGroup } };
+}
+
+/** Zero points, less the bias that the codes lost too. Small enough to unpack here: one for each block. */
+async function zeros(
+  s: Scope,
+  part: PartReader,
+  bits: 2 | 4 | 8,
+  bias: number,
+  n: number,
+  groups: number,
+): Promise<Tensor> {
+  const values = new Float32Array(n * groups);
+  if (storedDType(part.parts.get('weight_zero_points')!) === 'u8') {
+    const [perByte, row] = [8 / bits, Math.ceil((groups * bits) / 8)];
+    const packed = await (await part.get('weight_zero_points', 'u8', [n, row])).bytesOut();
+    for (let i = 0; i < values.length; i++) {
+      const [r, g] = [Math.floor(i / groups), i % groups];
+      const byte = packed[r * row + Math.floor(g / perByte)]!;
+      values[i] = ((byte >> (bits * (g % perByte))) & (2 ** bits - 1)) - bias;
+    }
+  } else {
+    const points = await cast(s, await part.get('weight_zero_points', undefined, [n, groups]), 'f32').float32();
+    for (let i = 0; i < values.length; i++) values[i] = points[i]! - bias;
+  }
+  return s.from('f32', [n, groups], values);
+}
