@@ -34,7 +34,8 @@ export async function readConfigFile(path: string): Promise<ConfigFile> {
 
 /**
  * What the file gives for the options of `command`. Keys may be written as flags (`group-size`), in snake or in camel
- * case. Sections of other commands are left alone; a key that no option has is an error.
+ * case. Sections of other commands are left alone; a key that no option has is an error. Options of a group may stand
+ * in a mapping under its name (`gates: { max-kl: 0.1 }`).
  */
 export function fromConfigFile(
   { path, entries }: ConfigFile,
@@ -47,11 +48,20 @@ export function fromConfigFile(
     for (const name of [flagName(key), ...aliases]) keys.set(name, key);
   }
   const given = new Map<string, Given>();
-  const take = (values: Readonly<Record<string, unknown>>, prefix: string) => {
+  const groups = new Set(Object.values(table).flatMap(({ group }) => group ?? []));
+  const take = (values: Readonly<Record<string, unknown>>, prefix: string, group?: string) => {
     for (const [written, value] of Object.entries(values)) {
       const where = `${prefix}${written} in ${path}`;
-      const key = keys.get(flagName(written).replaceAll('_', '-'));
-      if (key === undefined) throw unknownKey(written, where, command, keys.keys());
+      if (group === undefined && groups.has(written) && isMapping(value)) {
+        take(value, `${prefix}${written}.`, written);
+        continue;
+      }
+      const found = keys.get(flagName(written).replaceAll('_', '-'));
+      const key = found !== undefined && group !== undefined && table[found]!.group !== group ? undefined : found;
+      if (key === undefined) {
+        const known = [...keys].filter(([, k]) => group === undefined || table[k]!.group === group);
+        throw unknownKey(written, where, command, [...known.map(([name]) => name), ...(group ? [] : groups)]);
+      }
       if (value === null) continue;
       given.set(key, { from: 'config file', name: where, raw: scalar(value, where) });
     }

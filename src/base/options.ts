@@ -21,6 +21,8 @@ export interface Option<T> {
   readonly defaultNote: string | undefined;
   /** Heading in help under which the option stands. */
   readonly section: string | undefined;
+  /** Key of the config file under which the option may stand as well: `gates` for `gates: { max-kl: 0.1 }`. */
+  readonly group: string | undefined;
   /** A list given in one string (environment) is split here. */
   readonly separator: string | undefined;
   /** One value's text -> value; throws `Expected`. */
@@ -41,6 +43,7 @@ export interface OptionSpec<T> {
   readonly value?: string;
   readonly defaultNote?: string;
   readonly section?: string;
+  readonly group?: string;
 }
 
 type ValueOf<T, S> = S extends { default: T } | { required: true } ? T : T | undefined;
@@ -66,6 +69,7 @@ function option<T, S extends OptionSpec<T>>(
     choices: more.choices,
     defaultNote: spec.defaultNote,
     section: spec.section,
+    group: spec.group,
     separator: more.separator,
     read,
   };

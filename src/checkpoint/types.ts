@@ -1,5 +1,5 @@
 import type { ByteSource } from '../base/bytes.js';
-import type { DType } from '../base/dtype.js';
+import type { DType, FloatDType } from '../base/dtype.js';
 import type { Json } from '../base/job.js';
 import type { Encoding, TensorEntry } from '../formats/types.js';
 
@@ -21,6 +21,8 @@ export interface Checkpoint {
   readonly companions: readonly string[];
   /** Tokenizer files that the checkpoint carries inside (GGUF), rebuilt: content by name. */
   readonly extraFiles: ReadonlyMap<string, string>;
+  /** Tensors that the file holds wider than the model did (GGUF: norms are f32), and what they were: lossless to undo. */
+  readonly widened: ReadonlyMap<string, FloatDType>;
   /** What was ignored or assumed, one sentence each (optimizer state, nested dicts ...). */
   readonly notes: readonly string[];
   /** SHA-256 over headers and config: identifies the input without reading the weights. */
@@ -42,6 +44,20 @@ export interface PlannedTensor {
   /** PyTorch only: an earlier planned tensor whose storage this one shares (tied embeddings); it is not written. */
   readonly tiedTo?: string;
 }
+
+/** A complete output, read back and verified, that has no name yet. */
+export interface StagedOutput {
+  /** What it can be opened as: a folder, or the lone file with its config beside it. */
+  readonly path: string;
+  /** The work folder, which is kept when the output is refused. */
+  readonly workFolder: string;
+}
+
+/**
+ * Decides whether a staged output gets its name: throws to refuse it. What it returns stands in the provenance file as
+ * `validation`; it may not depend on time or place, so that equal jobs write equal bytes.
+ */
+export type Accept = (staged: StagedOutput) => Promise<Json>;
 
 /** What `CheckpointWriter.write` calls a planned tensor: names repeat where each tensor says its file. */
 export const planKey = ({ name, file }: PlannedTensor): string => (file === undefined ? name : `${file}/${name}`);

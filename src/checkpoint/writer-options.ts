@@ -1,7 +1,8 @@
 import type { Job, Json } from '../base/job.js';
 import type { GgufValue } from '../formats/gguf.js';
+import type { OnnxGraph } from '../formats/onnx-writer.js';
 import type { OutputFormat } from './layout.js';
-import type { PlannedTensor } from './types.js';
+import type { Accept, PlannedTensor } from './types.js';
 
 export interface Provenance {
   readonly tool: { readonly name: string; readonly version: string };
@@ -27,7 +28,11 @@ export interface WriterOptions {
   readonly extraFiles?: ReadonlyMap<string, string | Uint8Array>;
   /** Metadata of GGUF files, which carry config and tokenizer inside; such outputs get no files beside them. */
   readonly gguf?: ReadonlyMap<string, GgufValue>;
+  /** Graph of an ONNX model, whose weights the tensors are. */
+  readonly onnx?: OnnxGraph;
   /** Header metadata of safetensors files (default `format: pt`, which transformers wants). */
   readonly metadata?: Readonly<Record<string, string>>;
   readonly provenance: Provenance;
+  /** Absent: every output that reads back as planned gets its name. */
+  readonly accept?: Accept | undefined;
 }

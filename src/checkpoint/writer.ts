@@ -37,6 +37,7 @@ export async function createWriter(options: WriterOptions): Promise<CheckpointWr
     shardSize: options.shardSize ?? 5e9,
     metadata: options.metadata ?? { format: 'pt' },
     gguf: options.gguf,
+    onnx: options.onnx,
   });
   const sidecars = await planSidecars(options, fileName, layout);
   const digest = new DigestWorker();
@@ -160,7 +161,7 @@ class Writer implements CheckpointWriter {
   }
 
   async finish(report: Readonly<Record<string, Json>> = {}): Promise<void> {
-    const { job, tensors } = this.options;
+    const { job, tensors, accept } = this.options;
     const missing = tensors.map(planKey).filter((name) => !this.has(name));
     if (missing.length > 0) {
       throw bug(`${missing.length} planned tensors were never written`, { got: missing.slice(0, 5).join(', ') });
@@ -176,11 +177,15 @@ class Writer implements CheckpointWriter {
       await writeFileAtomic(join(job.outputFolder, partName), bytes);
       outputs.push({ name, bytes: bytes.length, sha256: createHash('sha256').update(bytes).digest('hex') });
     }
-    const provenance = `${JSON.stringify(await this.#provenance(outputs, report), null, 2)}\n`;
-    const own = this.sidecars.find(({ role }) => role === 'provenance')!;
-    await writeFileAtomic(join(job.outputFolder, own.partName), provenance);
+    const provenance = await this.#provenance(outputs, report);
+    await this.#writeProvenance(provenance);
     await this.close();
     await verifyOutput(job.outputFolder, this.layout, tensors);
+    if (accept) {
+      const file = isFileOutput(job.out) ? this.layout.files[0]!.name : '';
+      const validation = await accept({ path: join(job.outputFolder, file), workFolder: job.folder });
+      await this.#writeProvenance({ ...provenance, validation });
+    }
     await job.markFinishing();
     await deliver(job, this.layout, this.sidecars);
   }
@@ -192,12 +197,17 @@ class Writer implements CheckpointWriter {
     await Promise.all([this.digest.close(), this.#inputs.close()]);
   }
 
-  async #provenance(outputs: Json[], report: Readonly<Record<string, Json>>): Promise<Json> {
+  async #provenance(outputs: Json[], report: Readonly<Record<string, Json>>): Promise<Record<string, Json>> {
     const { tool, recipe, inputs } = this.options.provenance;
     const hashed: Json[] = [];
     for (const [i, path] of inputs.entries())
       hashed.push({ name: basename(path), sha256: await this.#inputHashes[i]! });
     return { schema: 1, tool, recipe, inputs: hashed, outputs, ...report };
+  }
+
+  async #writeProvenance(provenance: Json): Promise<void> {
+    const { partName } = this.sidecars.find(({ role }) => role === 'provenance')!;
+    await writeFileAtomic(join(this.options.job.outputFolder, partName), `${JSON.stringify(provenance, null, 2)}\n`);
   }
 
   #place(name: string): { file: OutputFile; index: number; tied: boolean } {

@@ -5,6 +5,7 @@ import { duration } from '../base/text.js';
 import type { MoeOptions } from '../moe/options.js';
 import type { MoePlan } from '../moe/plan.js';
 import type { MoeReport } from '../moe/report.js';
+import { acceptance, acceptanceOptions } from './acceptance.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
@@ -88,6 +89,7 @@ const options = {
     help: 'Precision of hidden states and forward pass while calibrating.',
   }),
   shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of an output folder.' }),
+  ...acceptanceOptions,
   ...deviceOptions,
 } as const;
 
@@ -109,9 +111,22 @@ export const command = defineCommand({
     const job = jobOptions(given, io);
     if (given.dryRun) return showPlan(await previewMoe(job), job);
     using env = await openEnvironment(given, io);
-    return await report(await runMoe(job, env), io);
+    const { accept, extend } = acceptance(given, io, env, 'active' in io.settings.from || job.refit ? undefined : notAskedFor(job));
+    return extend(await report(await runMoe({ ...job, ...(accept && { accept }) }, env), io));
   },
 });
+
+/**
+ * Without a number of active experts that was asked for, the promise is equality with all experts on, which the job
+ * tests by itself. What the default number loses is shown, and left to be judged by whoever goes on with it.
+ */
+function notAskedFor({ method, active, experts }: MoeOptions) {
+  if (method !== 'split' || active >= experts) return undefined;
+  return {
+    ids: ['maxKl', 'maxKlP99', 'maxPplRatio', 'minTop1', 'maxLayerError'],
+    reason: `This is what ${active} of ${experts} experts lose without training, by default: shown, not judged. --active ${active} refits for that number and judges it.`,
+  };
+}
 
 type Given = Values<typeof options> & { readonly input: string };
 

@@ -3,6 +3,8 @@ import { formatBytes } from '../base/files.js';
 import { columns, count, duration } from '../base/text.js';
 import { readFileSync } from 'node:fs';
 import type { QuantizeOptions, QuantizePreview, QuantizeResult } from '../quant/options.js';
+import type { Override } from '../quant/scheme.js';
+import { acceptance, acceptanceOptions } from './acceptance.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
@@ -14,9 +16,10 @@ const options = {
     default: 'gptq',
     help: 'gptq: error feedback on calibration text. rtn: rounding alone, on the best grid; weighted where --calibration is given.',
   }),
-  bits: custom({ default: 4, help: 'Bits a weight: 4 or 8.' }, '4|8', (given): 4 | 8 => {
-    if (given !== '4' && given !== '8') throw new Expected('4 or 8');
-    return given === '4' ? 4 : 8;
+  bits: custom({ default: 4, help: 'Bits a weight: 2, 3, 4 or 8.' }, '2|3|4|8', (given): 2 | 3 | 4 | 8 => {
+    const bits = ([2, 3, 4, 8] as const).find((width) => String(width) === given);
+    if (bits === undefined) throw new Expected('2, 3, 4 or 8');
+    return bits;
   }),
   groupSize: integer({ min: -1, default: 128, help: 'Columns that share a scale: 32 to 1024; -1 is one scale a row.' }),
   sym: flag({ default: true, help: 'Symmetric grids, without zero points.' }),
@@ -30,6 +33,10 @@ const options = {
   keep: list({
     value: 'name',
     help: 'Leave these linears in high precision: a part of a name such as down_proj or layers.0, or re:...',
+  }),
+  override: list({
+    value: 'name=scheme',
+    help: 'Another scheme for some linears: down_proj=8, layers.0=bits:8,group:64, re:k_proj=asym. Linears that engines fuse follow; the last one that fits counts.',
   }),
   calibration: list({
     value: 'file|self',
@@ -64,6 +71,7 @@ const options = {
     help: 'Precision of hidden states and forward pass while calibrating.',
   }),
   shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of the output.' }),
+  ...acceptanceOptions,
   ...deviceOptions,
 } as const;
 
@@ -84,7 +92,8 @@ export const command = defineCommand({
     const job = await jobOptions(given, io);
     if (given.dryRun) return await showPlan(await previewQuantize(job), job, given, io);
     using env = await openEnvironment(given, io);
-    return report(await quantize(job, env), io);
+    const { accept, extend } = acceptance(given, io, env);
+    return extend(report(await quantize({ ...job, ...(accept && { accept }) }, env), io));
   },
 });
 
@@ -95,6 +104,7 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
   const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
     version: string;
   };
+  const overrides = await overridesOf(given.override);
   const self = given.calibration.includes('self');
   const wanted = given.method === 'gptq' || given.calibration.length > 0;
   if (self && given.calibration.length > 1) {
@@ -115,6 +125,7 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
       groupSize: given.groupSize,
       symmetric: given.sym && !given.asym,
       damp: given.damp,
+      ...(overrides.length > 0 && { overrides }),
     },
     format: given.format,
     ...(given.scope !== undefined && { scope: given.scope }),
@@ -133,6 +144,16 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
     tool: { name: 'deepseek-convert', version },
     commandLine: io.commandLine,
   };
+}
+
+async function overridesOf(given: readonly string[]): Promise<Override[]> {
+  const { parseOverride } = await import('../quant/overrides.js');
+  const { badUsage } = await import('../base/errors.js');
+  return given.map((one) => {
+    const override = parseOverride(one);
+    if (override) return override;
+    throw badUsage('--override is not understood', { got: one, expected: 'name=8, name=bits:8,group:64 or name=asym' });
+  });
 }
 
 function report(result: QuantizeResult, io: Io): CommandResult {

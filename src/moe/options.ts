@@ -1,3 +1,4 @@
+import type { Accept } from '../checkpoint/types.js';
 import type { CalibrationOptions } from '../arch/calibration.js';
 import type { MoeRecipe } from './plan.js';
 
@@ -26,6 +27,8 @@ export interface MoeOptions extends MoeRecipe {
   readonly shardSize?: number;
   readonly batchRows?: number;
   readonly budget?: number;
+  /** Asked when the output is complete, before it gets its name. */
+  readonly accept?: Accept;
   readonly tool: { readonly name: string; readonly version: string };
   /** The command as it was typed, to go on with an interrupted job. */
   readonly commandLine: string;

@@ -168,6 +168,7 @@ async function runJob(context: Context): Promise<MoeReport> {
       recipe: { command: options.commandLine, ...fingerprint(options, plan, open, set, env) },
       inputs: checkpoint.files,
     },
+    accept: options.accept,
   });
   try {
     await convertBlocks(context, writer);

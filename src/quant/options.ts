@@ -1,3 +1,4 @@
+import type { Accept } from '../checkpoint/types.js';
 import type { LayoutName } from '../layout/types.js';
 import type { CalibrationOptions } from '../arch/calibration.js';
 import type { Model } from '../arch/types.js';
@@ -29,6 +30,8 @@ export interface QuantizeOptions {
   /** Sequences a batch, bytes for states: see `streamBlocks`. */
   readonly batchRows?: number;
   readonly budget?: number;
+  /** Asked when the output is complete, before it gets its name. */
+  readonly accept?: Accept;
   readonly tool: { readonly name: string; readonly version: string };
   /** The command as it was typed, to go on with an interrupted job. */
   readonly commandLine: string;

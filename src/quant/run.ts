@@ -131,7 +131,7 @@ function fingerprint(
     command: 'quantize',
     tool: options.tool.version,
     input: open.checkpoint.fingerprint,
-    recipe: { ...recipe, search: { ...recipe.search }, refine: { ...recipe.refine } },
+    recipe: JSON.parse(JSON.stringify(recipe)) as Json,
     selection: { scope, keep: options.keep ?? [] },
     format: options.format,
     calibration: set === undefined ? null : { text: set.hash, description: set.description },
@@ -195,6 +195,7 @@ async function runJob(
       recipe: { command: options.commandLine, ...fingerprint(options, prepared, set, env) },
       inputs: checkpoint.files,
     },
+    accept: options.accept,
   });
   try {
     await runBlocks(options, prepared, set, job, writer, env);

@@ -22,9 +22,10 @@ export class Tokenizer {
   /** With added tokens. */
   readonly vocabSize: number;
   readonly #native: NativeTokenizer;
+  readonly #source: () => Promise<string>;
 
-  constructor(native: NativeTokenizer, path: string, hash: string) {
-    this.#native = native;
+  constructor(native: NativeTokenizer, path: string, hash: string, source: () => Promise<string>) {
+    [this.#native, this.#source] = [native, source];
     this.path = path;
     this.hash = hash;
     this.vocabSize = native.getVocabSize(true);
@@ -46,6 +47,10 @@ export class Tokenizer {
   token(id: number): string | undefined {
     return this.#native.idToToken(id) ?? undefined;
   }
+  /** The text of its tokenizer.json. */
+  source(): Promise<string> {
+    return this.#source();
+  }
   id(token: string): number | undefined {
     return this.#native.tokenToId(token) ?? undefined;
   }
@@ -57,11 +62,15 @@ export class Tokenizer {
  */
 export async function loadTokenizer(folderOrFile: string): Promise<Tokenizer> {
   const path = tokenizerFile(folderOrFile);
-  return makeTokenizer(await readFile(path), path);
+  return makeTokenizer(await readFile(path), path, () => readFile(path, 'utf8'));
 }
 
 /** The same from the text of a tokenizer.json that lies in no file of its own; `where` names it in errors. */
-export async function makeTokenizer(content: Buffer | string, where: string): Promise<Tokenizer> {
+export async function makeTokenizer(
+  content: Buffer | string,
+  where: string,
+  source: () => Promise<string> = () => Promise.resolve(content.toString()),
+): Promise<Tokenizer> {
   const [bytes, path] = [Buffer.from(content as string), where];
   const { Tokenizer: Native } = await import('@anush008/tokenizers').then((m) => m.default ?? m);
   let native: NativeTokenizer;
@@ -78,7 +87,7 @@ export async function makeTokenizer(content: Buffer | string, where: string): Pr
   // Both would change what a text's tokens are; they are meant for training batches.
   native.disableTruncation();
   native.disablePadding();
-  return new Tokenizer(native, path, createHash('sha256').update(bytes).digest('hex'));
+  return new Tokenizer(native, path, createHash('sha256').update(bytes).digest('hex'), source);
 }
 
 /** tokenizer.json in the folder, or the file itself. */

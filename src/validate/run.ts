@@ -15,7 +15,7 @@ import { reportSchema, reportVersion } from './report.js';
 import type { LogitsResult, ModelFacts, Profile, ValidateReport, WorstToken } from './report.js';
 import { compareModels, type SidesResult } from './sides.js';
 import { defaultTexts, excerpts, readPrompts, readWindows, type Windows } from './texts.js';
-import { compareTokenizers } from './tokenizer.js';
+import { bringsTokenizer, compareTokenizers } from './tokenizer.js';
 
 export interface ValidateOptions {
   /** Paths as `openModel` takes them. */
@@ -44,6 +44,8 @@ export interface ValidateOptions {
   readonly temperature?: number | undefined;
   readonly prompts?: string | undefined;
   readonly resamples?: number | undefined;
+  /** Sentences for the report, beside its own. */
+  readonly notes?: readonly string[];
   /** Files to write: HTML, JSON, Markdown. */
   readonly report?: string | undefined;
   readonly reportJson?: string | undefined;
@@ -83,7 +85,7 @@ export async function validateModels(
   const { samples = defaults.samples, seed = 0, resamples = defaults.resamples } = options;
   const seqLen = Math.min(options.seqLen ?? defaults.seqLen, reference.model.context, candidate.model.context);
   const dtype = options.dtype ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
-  const notes: string[] = [];
+  const notes: string[] = [...(options.notes ?? [])];
   const skipped: { part: string; reason: string }[] = [];
 
   const own = await reference.tokenizer();
@@ -93,7 +95,8 @@ export async function validateModels(
   const count = windows.reduce((total, { n }) => total + n, 0);
   if (count < samples) notes.push(`The texts hold ${count} windows of the ${samples} asked for.`);
 
-  const other = await tokenizerOf(candidate);
+  // One that is there and broken is an error.
+  const other = bringsTokenizer(candidate) ? await candidate.tokenizer() : undefined;
   const tokenizer = other && (await compareTokenizers(own, other, await excerpts(chosen.files)));
   if (!tokenizer) skipped.push({ part: 'tokenizer', reason: 'the candidate brings none: the reference\'s is used for both' }); // prettier-ignore
 
@@ -152,8 +155,11 @@ export async function validateModels(
   return { ...measured, gates, passed, diagnosis: diagnose(measured, gates) };
 }
 
-/** The error of a report whose gates failed: each one with value, bound, place and remedy. */
-export function gateFailure(report: ValidateReport): ConvertError | undefined {
+/**
+ * The error of a report whose gates failed: each one with value, bound, place and remedy.
+ * @param after more lines for its end
+ */
+export function gateFailure(report: ValidateReport, after: readonly string[] = []): ConvertError | undefined {
   const failed = report.gates.filter(({ status }) => status === 'fail');
   if (failed.length === 0) return undefined;
   const checked = report.gates.filter(({ status }) => status === 'pass' || status === 'fail').length;
@@ -165,7 +171,7 @@ export function gateFailure(report: ValidateReport): ConvertError | undefined {
   });
   return new ConvertError('gate', `${failed.length} of ${checked} quality gates failed`, {
     where: report.candidate.path,
-    hint: [...lines, ...report.diagnosis].join('\n  '),
+    hint: [...lines, ...report.diagnosis, ...after].join('\n  '),
   });
 }
 
@@ -176,12 +182,6 @@ export async function writeReports(
   if (html !== undefined) await writeFileAtomic(html, toHtml(report));
   if (reportJson !== undefined) await writeFileAtomic(reportJson, toJson(report));
   if (reportMd !== undefined) await writeFileAtomic(reportMd, toMarkdown(report));
-}
-
-/** The candidate's own tokenizer; undefined where it brings none. One that is there and broken is an error. */
-async function tokenizerOf(open: OpenModel): Promise<Tokenizer | undefined> {
-  const named = open.checkpoint.companions.some((path) => /tokenizer\.json$/.test(path));
-  return named ? await open.tokenizer() : undefined;
 }
 
 /** Bounds for a dense model that became a mixture of experts, or lost layers or width, are wider. */

@@ -1,6 +1,12 @@
-import { readFile } from 'node:fs/promises';
+import { companionName } from '../checkpoint/config.js';
+import type { OpenModel } from '../arch/open.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import type { TokenizerResult } from './report.js';
+
+/** Whether a checkpoint brings a tokenizer.json, beside its weights or inside. */
+export const bringsTokenizer = ({ checkpoint }: Pick<OpenModel, 'checkpoint'>): boolean =>
+  checkpoint.companions.some((path) => companionName(path) === 'tokenizer.json') ||
+  checkpoint.extraFiles.has('tokenizer.json');
 
 /** Whether both tokenizers give the same ids for the same texts, with and without what they put around a text. */
 export async function compareTokenizers(
@@ -29,7 +35,7 @@ export async function compareTokenizers(
     tokens,
     mismatches,
     vocabulary: { reference: reference.vocabSize, candidate: candidate.vocabSize },
-    dropout: { reference: await dropoutOf(reference.path), candidate: await dropoutOf(candidate.path) },
+    dropout: { reference: dropoutOf(await reference.source()), candidate: dropoutOf(await candidate.source()) },
   };
 }
 
@@ -39,8 +45,8 @@ function firstDifference(a: Int32Array, b: Int32Array): number {
   return b.length > a.length ? a.length : -1;
 }
 
-/** "dropout" of a BPE model in tokenizer.json; null where there is none. */
-async function dropoutOf(path: string): Promise<number | null> {
-  const { model } = JSON.parse(await readFile(path, 'utf8')) as { model?: { dropout?: unknown } };
+/** "dropout" of a BPE model in the text of a tokenizer.json; null where there is none. */
+function dropoutOf(json: string): number | null {
+  const { model } = JSON.parse(json) as { model?: { dropout?: unknown } };
   return typeof model?.dropout === 'number' ? model.dropout : null;
 }

@@ -2,7 +2,7 @@ import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { ValidateReport } from '../../src/validate/report.js';
-import { Damage } from '../unit/validate/models.js';
+import { Damage } from '../validate/models.js';
 import { cli, fixture, v1, workFolder } from './support.js';
 
 const work = workFolder();

@@ -2,12 +2,12 @@ import { cp, mkdtemp, open, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { basename, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { openDevice } from '../../../src/backend/load.js';
-import type { JobEnv } from '../../../src/backend/env.js';
-import { silentLog } from '../../../src/base/log.js';
-import { openModel } from '../../../src/arch/open.js';
+import { openDevice } from '../../src/backend/load.js';
+import type { JobEnv } from '../../src/backend/env.js';
+import { silentLog } from '../../src/base/log.js';
+import { openModel } from '../../src/arch/open.js';
 
-const root = fileURLToPath(new URL('../../../', import.meta.url));
+const root = fileURLToPath(new URL('../../', import.meta.url));
 export const fixture = (path: string): string => join(root, 'fixtures', path);
 export const shared = (path: string): string => join(root, '../shared', path);
 

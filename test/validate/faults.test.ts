@@ -2,9 +2,9 @@ import { readFile, writeFile } from 'node:fs/promises';
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
-import type { JobEnv } from '../../../src/backend/env.js';
-import { gateFailure, runValidate, type ValidateOptions } from '../../../src/validate/run.js';
-import type { ValidateReport } from '../../../src/validate/report.js';
+import type { JobEnv } from '../../src/backend/env.js';
+import { gateFailure, runValidate, type ValidateOptions } from '../../src/validate/run.js';
+import type { ValidateReport } from '../../src/validate/report.js';
 import { Damage, cpu, dense, fixture, moe, scaleBy, shared, toBits, toNumber, type Edit } from './models.js';
 
 // Each test compares whole models: seconds on a free machine, more beside other work.

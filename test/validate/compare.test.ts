@@ -1,10 +1,10 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import type { JobEnv } from '../../../src/backend/env.js';
-import { openModel } from '../../../src/arch/open.js';
-import { compareModels, type SidesResult } from '../../../src/validate/sides.js';
-import type { AttentionMode, LayerError } from '../../../src/validate/report.js';
-import type { Windows } from '../../../src/validate/texts.js';
+import type { JobEnv } from '../../src/backend/env.js';
+import { openModel } from '../../src/arch/open.js';
+import { compareModels, type SidesResult } from '../../src/validate/sides.js';
+import type { AttentionMode, LayerError } from '../../src/validate/report.js';
+import type { Windows } from '../../src/validate/texts.js';
 import { Damage, cpu, dense, moe, shared, truncate } from './models.js';
 
 type Maps = Pick<AttentionMode, 'divergence' | 'cosine' | 'overlap'>;
@@ -25,7 +25,7 @@ interface Expected {
   logits: Pick<SidesResult['logits'], 'kl' | 'top1' | 'perplexity' | 'flips'>;
   weights: Record<string, number>;
 }
-const path = new URL('../../../fixtures/validate/expected.json', import.meta.url);
+const path = new URL('../../fixtures/validate/expected.json', import.meta.url);
 const expected = JSON.parse(readFileSync(path, 'utf8')) as Record<'dense' | 'moe' | 'int4', Expected>;
 
 let env: JobEnv & { close(): void };
