@@ -1,4 +1,5 @@
 import { readFile } from 'node:fs/promises';
+import type { FloatDType } from '../base/dtype.js';
 import { badInput } from '../base/errors.js';
 import { readSpan } from '../base/io.js';
 import type { GgufValue } from '../formats/gguf.js';
@@ -18,6 +19,7 @@ export interface GgufModel {
   readonly config: Record<string, unknown>;
   readonly tensors: Map<string, TensorEntry>;
   readonly extraFiles: Map<string, string>;
+  readonly widened: Map<string, FloatDType>;
   readonly notes: string[];
 }
 
@@ -34,7 +36,35 @@ export async function fromGguf(
   if (factors !== undefined) rebuilt['rope_scaling'] = await recognizeFactors(factors, rebuilt);
   const config = given ?? rebuilt;
   const { files, notes } = tokenizerFromGguf(metadata);
-  return { config, tensors: tensorsFromGguf(tensors, config, arch), extraFiles: files, notes };
+  const named = tensorsFromGguf(tensors, config, arch);
+  return { config, tensors: named, extraFiles: files, widened: readWidened(metadata), notes };
+}
+
+/** Our own key: which tensors (by their names outside of GGUF) had another type before the file made them f32. */
+const widenedKey = (dtype: FloatDType): string => `deepseek-convert.widened.${dtype}`;
+
+function readWidened(metadata: ReadonlyMap<string, GgufValue>): Map<string, FloatDType> {
+  const widened = new Map<string, FloatDType>();
+  for (const dtype of ['bf16', 'f16'] as const) {
+    const names = metadata.get(widenedKey(dtype));
+    if (names?.type !== 'array' || names.of !== 'string') continue;
+    for (const name of names.value) widened.set(name as string, dtype);
+  }
+  return widened;
+}
+
+/** Records tensors that become f32 only because GGUF wants them so: the way back then ends with the same bytes. */
+export function recordWidened(metadata: GgufMetadata, tensors: readonly GgufTensor[]): void {
+  for (const dtype of ['bf16', 'f16'] as const) {
+    const names = tensors.filter(({ staysF32, entry }) => staysF32 && dtypeOf(entry) === dtype);
+    const value = names.map(({ entry }) => entry.name);
+    if (value.length > 0) metadata.set(widenedKey(dtype), { type: 'array', of: 'string', value });
+  }
+}
+
+function dtypeOf({ encoding }: TensorEntry): string | undefined {
+  if (encoding.kind === 'assembled') return dtypeOf(encoding.parts[0]!.entry);
+  return encoding.kind === 'plain' ? encoding.dtype : undefined;
 }
 
 /** Llama 3's scaling of rotary frequencies, as the factors that GGUF stores (its parameters are not in the file). */

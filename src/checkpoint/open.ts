@@ -40,13 +40,14 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
   let extraFiles = new Map<string, string>();
   const notes = [...located.notes, ...new Set(files.flatMap((file) => file.notes))];
   let tensors: Map<string, TensorEntry>;
+  let widened: Checkpoint['widened'] = new Map();
   if (isNative) {
     tensors = fromNative(files.map((file) => new Map(file.tensors.map((tensor) => [tensor.name, tensor]))), config); // prettier-ignore
   } else {
     tensors = collectTensors(files, located);
     if (isGguf) {
       const model = await fromGguf(files[0]!.gguf!, tensors, path, found?.config);
-      ({ config, tensors, extraFiles } = model);
+      ({ config, tensors, extraFiles, widened } = model);
       notes.push(...model.notes);
       // The file's own tokenizer, not one that happens to lie in the same folder.
       companions = companions.filter((file) => !extraFiles.has(companionName(file)));
@@ -69,6 +70,7 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
     files: allFiles,
     companions,
     extraFiles,
+    widened,
     notes,
     fingerprint: hash.digest('hex'),
     assertUnchanged: () => assertUnchanged([...files, ...external]),

@@ -1,7 +1,7 @@
 import type { FloatDType } from '../base/dtype.js';
 import { badInput } from '../base/errors.js';
 import { planNative } from '../checkpoint/deepseek-native.js';
-import { planGguf } from '../checkpoint/gguf-model.js';
+import { planGguf, recordWidened } from '../checkpoint/gguf-model.js';
 import type { GgufMetadata, GgufFileType } from '../checkpoint/gguf-config.js';
 import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
 import { planKey } from '../checkpoint/types.js';
@@ -32,6 +32,7 @@ export async function planGgufOutput(
   requirePlain(checkpoint);
   const type = blocks === 'q4_k' ? 'q4_k_s' : (blocks ?? dtype ?? ownType(checkpoint));
   const { metadata, tensors, computed, notes } = await planGguf(checkpoint, type);
+  if (dtype === undefined && blocks === undefined) recordWidened(metadata, tensors);
   const tied = checkpoint.config['tie_word_embeddings'] === true;
   const planned = tensors.map((tensor) => planGgufTensor(tensor, dtype, blocks, tied));
   const wider = planned.filter(({ action, to }) => blocks !== undefined && action === 'encode' && to !== blocks);

@@ -92,7 +92,7 @@ function planPlain(checkpoint: Checkpoint, { dtype, format }: ConvertOptions): C
   const planned = [...checkpoint.tensors.values()].map((entry) => {
     const { name, shape, span } = entry;
     weights.set(name, { name, shape, entry, sources: [name], files: [span.path] });
-    return planTensor(entry, dtype);
+    return planTensor(entry, dtype ?? checkpoint.widened.get(name));
   });
   const { tensors, outputs } = shareTied(planned, format, checkpoint.config, notes);
   return {
