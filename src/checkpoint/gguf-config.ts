@@ -7,7 +7,19 @@ type Config = Readonly<Record<string, unknown>>;
 export type GgufMetadata = Map<string, GgufValue>;
 
 /** llama_ftype numbers of general.file_type. */
-export const fileTypes = { f32: 0, f16: 1, q4_0: 2, q8_0: 7, q4_k_s: 14, q4_k_m: 15, q6_k: 18, bf16: 32 } as const;
+export const fileTypes = {
+  f32: 0,
+  f16: 1,
+  q4_0: 2,
+  q8_0: 7,
+  q2_k: 10,
+  q3_k: 11,
+  q4_k_s: 14,
+  q4_k_m: 15,
+  q5_k: 16,
+  q6_k: 18,
+  bf16: 32,
+} as const;
 export type GgufFileType = keyof typeof fileTypes;
 
 const gatingFunctions = ['', 'softmax', 'sigmoid'];

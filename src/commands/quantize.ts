@@ -24,7 +24,11 @@ const options = {
   groupSize: integer({ min: -1, default: 128, help: 'Columns that share a scale: 32 to 1024; -1 is one scale a row.' }),
   sym: flag({ default: true, help: 'Symmetric grids, without zero points.' }),
   asym: flag({ help: 'Asymmetric grids, with a zero point a group.' }),
-  format: choice(['compressed-tensors'], { default: 'compressed-tensors', help: 'How the result is stored.' }),
+  format: choice(['compressed-tensors', 'gguf'], { default: 'compressed-tensors', help: 'How the result is stored.' }),
+  ggufType: choice(['q4_k', 'q5_k', 'q6_k', 'q8_0', 'q4_0', 'q3_k', 'q2_k'], {
+    default: 'q4_k',
+    help: 'Block type of --format gguf; it decides bits and groups.',
+  }),
   scope: text({
     defaultNote: 'all; experts for DeepSeek',
     value: 'all|experts|name',
@@ -126,6 +130,7 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
       symmetric: given.sym && !given.asym,
       damp: given.damp,
       ...(overrides.length > 0 && { overrides }),
+      ...(given.format === 'gguf' && { blocks: given.ggufType }),
     },
     format: given.format,
     ...(given.scope !== undefined && { scope: given.scope }),

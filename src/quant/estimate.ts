@@ -37,7 +37,7 @@ export function estimate(model: Model, plan: QuantPlan, recipe: Recipe, tokens: 
     }
     largestBlock = Math.max(largestBlock, weights * size);
   }
-  const stateBytes = tokens * model.hidden * size;
+  const stateBytes = tokens * model.stateWidth * size;
   const memory = 2 * largestBlock + largestCall + 4 * stateBytes;
   return { memory, stateBytes, flops: { forward, capture, solve } };
 }

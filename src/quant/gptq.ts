@@ -52,18 +52,13 @@ export async function gptq(
   const hp = permuted(work, statistics.h, columns);
   const { factor, damp } = await choleskyRetry(work, hp, recipe.damp, true);
 
-  const searched = searchGrid(
-    work,
-    w,
-    scheme,
-    recipe.search,
-    stored,
-    gather(work, pivots(work, factor), back, 1).view(k),
-  );
+  const weight = gather(work, pivots(work, factor), back, 1).view(k);
+  const { grid: searched, blocks } = searchGrid(work, w, scheme, recipe.search, stored, weight);
   const columnGroup = work.from('i32', [k], order.map((j) => Math.floor(j / group))); // prettier-ignore
   const swept = ldlq(work, wp, factor, { ...searched, columnGroup });
   work.free(factor, swept.error);
   const start = { codes: swept.codes, grid: { ...searched, columnGroup } };
+  const fixed = blocks !== undefined;
   const errorsOf = async (coded: Coded, q: Tensor): Promise<Solved> => {
     const d = binary(work, 'sub', wp, q, { out: q });
     const errors = await rowErrors(d, hp);
@@ -72,12 +67,21 @@ export async function gptq(
   };
   let best = await errorsOf(start, swept.q);
   if (recipe.refine.rounds > 0) {
-    const refined = refine(work, wp, hp, start, damp * mean(statistics.energy), recipe.refine, stored);
+    const refined = refine(
+      work,
+      wp,
+      hp,
+      start,
+      damp * mean(statistics.energy),
+      recipe.refine,
+      fixed ? undefined : stored,
+    );
     best = mergeRows(work, best, await errorsOf(refined, dequantize(work, refined.codes, refined.grid)));
   }
   const { codes, grid } = best;
   const own: Grid = { ...searched, scale: copyTo(scope, grid.scale), zero: grid.zero && copyTo(scope, grid.zero) };
-  return { codes: gather(scope, codes, back, 1), grid: own, errors: best.errors, damp };
+  const kept = blocks && { blocks: work.move(blocks, scope) };
+  return { codes: gather(scope, codes, back, 1), grid: own, errors: best.errors, damp, ...kept };
 }
 
 /** H with rows and columns in the order of `columns`. */
@@ -113,7 +117,10 @@ function inverse(order: Int32Array): Int32Array {
   return back;
 }
 
-/** Scale refit and code descent in turn under H + extra I, from a sweep's codes. Nothing of `start` is changed. */
+/**
+ * Scale refit and code descent in turn under H + extra I, from a sweep's codes; descent alone where scales are fixed
+ * (`stored` undefined). Nothing of `start` is changed.
+ */
 function refine(
   scope: Scope,
   w: Tensor,
@@ -121,13 +128,14 @@ function refine(
   start: Coded,
   extra: number,
   { rounds, passes }: Recipe['refine'],
-  stored: FloatDType,
+  stored: FloatDType | undefined,
 ): Coded {
   const damped = copyTo(scope, h);
   unary(scope, 'affine', diagonalOf(damped), 1, extra, diagonalOf(damped));
   const codes = copyTo(scope, start.codes);
   let grid = start.grid;
-  for (let round = 0; round < rounds; round++) {
+  if (stored === undefined) scope.free(codeDescent(scope, codes, w, damped, grid, rounds * passes));
+  for (let round = 0; stored !== undefined && round < rounds; round++) {
     const refitted = scaleRefit(scope, codes, w, damped, grid);
     const scale = roundScales(scope, refitted, stored);
     if (scale !== refitted) scope.free(refitted);
@@ -160,10 +168,12 @@ export function mergeRows(scope: Scope, a: Solved, b: Solved): Solved {
     return gather(scope, both, pick, 0);
   };
   const zero = a.grid.zero && b.grid.zero && { zero: choose(a.grid.zero, b.grid.zero) };
+  const blocks = a.blocks && b.blocks && { blocks: choose(a.blocks, b.blocks) };
   return {
     codes: choose(a.codes, b.codes),
     grid: { ...a.grid, scale: choose(a.grid.scale, b.grid.scale), ...zero },
     errors: a.errors.map((error, i) => Math.min(error, takeB[i] ? b.errors[i]! : error)),
     damp: a.damp,
+    ...blocks,
   };
 }

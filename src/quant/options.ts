@@ -16,7 +16,7 @@ export interface QuantizeOptions {
   readonly overwrite?: boolean;
   readonly restart?: boolean;
   readonly recipe: Recipe;
-  readonly format: LayoutName;
+  readonly format: LayoutName | 'gguf';
   /** `all`, `experts`, a part of a name or `re:...`; absent: what suits the architecture. */
   readonly scope?: string;
   readonly keep?: readonly string[];

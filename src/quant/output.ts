@@ -1,6 +1,7 @@
 import { badInput } from '../base/errors.js';
 import { elementCount, dtypeSize, type FloatDType } from '../base/dtype.js';
 import { fileSource } from '../base/io.js';
+import { encodedBytes } from '../formats/ggml.js';
 import type { CheckpointWriter, PlannedTensor, TensorEntry } from '../checkpoint/types.js';
 import type { LayoutWriter } from '../layout/types.js';
 import type { OpenModel } from '../arch/open.js';
@@ -104,7 +105,8 @@ function asStored({ name, shape, encoding }: TensorEntry): PlannedTensor {
   return { name, shape, dtype: 'u8', encoding };
 }
 
-function plannedBytes({ shape, dtype, encoding }: PlannedTensor): number {
+export function plannedBytes({ shape, dtype, encoding }: PlannedTensor): number {
+  if (encoding?.kind === 'ggml') return encodedBytes(shape, encoding);
   const bits = encoding?.kind === 'opaque' ? encoding.bits : dtypeSize(dtype) * 8;
   return (elementCount(shape) * bits) / 8;
 }

@@ -1,11 +1,13 @@
 import { badInput } from '../base/errors.js';
 import { elementCount, type FloatDType } from '../base/dtype.js';
 import type { Checkpoint, TensorEntry } from '../checkpoint/types.js';
-import type { LayoutUse, LayoutWriter, LinearShape } from '../layout/types.js';
+import type { LayoutUse, LinearShape } from '../layout/types.js';
 import type { LinearSpec } from '../nn/calls.js';
 import type { Model } from '../arch/types.js';
+import { blockScheme, typeOfBits } from './blocks.js';
+import { changesOf } from './overrides.js';
 import { leaveOut, type Selection } from './select.js';
-import { bitsPerWeight, fitGroup, scaleDType, type Recipe, type Scheme } from './scheme.js';
+import { bitsPerWeight, fitGroup, scaleDType, type Recipe, type Scheme, type SchemeChange } from './scheme.js';
 import { fitWidths, patternOf } from './widths.js';
 
 /** What becomes of one linear. */
@@ -41,8 +43,14 @@ export interface PlanTotals {
   readonly bitsPerWeight: number;
 }
 
+/** What decides whether a linear can be stored in a scheme: a layout, or GGUF. */
+export interface Holder {
+  refuse(linear: LinearShape, scheme: Scheme): string | undefined;
+}
+
 /**
- * Decides, from headers alone, what becomes of every linear of a model.
+ * Decides, from headers alone, what becomes of every linear of a model. `chosen`: schemes from measured sensitivities,
+ * by linear; overrides of the recipe go before them.
  * Errors: nothing to quantize, patterns that match nothing.
  */
 export function makePlan(
@@ -50,13 +58,15 @@ export function makePlan(
   checkpoint: Checkpoint,
   recipe: Recipe,
   selection: Selection,
-  layout: LayoutWriter,
+  holder: Holder,
+  chosen: ReadonlyMap<string, SchemeChange> = new Map(),
 ): QuantPlan {
+  const overridden = changesOf(model.blocks, recipe.overrides ?? []);
   const carried = [...checkpoint.tensors.keys()].some((name) =>
     model.carried.some((prefix) => name.startsWith(prefix)),
   );
   // Carried parts (multi-token prediction) follow the same config and cannot be padded along.
-  const widths = fitWidths(model, recipe.groupSize, !carried);
+  const widths = recipe.blocks ? unpadded : fitWidths(model, recipe.groupSize, !carried);
   const left = leaveOut(model.blocks, selection);
   const linears = new Map<string, LinearPlan>();
   const notes = new Set(widths.notes);
@@ -71,15 +81,25 @@ export function makePlan(
       };
       const entry = checkpoint.tensors.get(`${name}.weight`);
       const common = { linear, block: block.index, stored, dtype: weightDType(entry) };
-      let group = widths.groups.get(name);
+      const change: SchemeChange = { ...chosen.get(name), ...overridden.get(name) };
+      if (recipe.blocks !== undefined) {
+        const wanted = change.bits === undefined ? recipe.blocks : typeOfBits[change.bits];
+        const scheme = blockScheme(linear.inFeatures, wanted);
+        const reason = left.get(name) ?? (scheme ? holder.refuse(stored, scheme) : `no block type divides ${linear.inFeatures} columns`); // prettier-ignore
+        if (scheme?.blocks !== wanted && reason === undefined) notes.add(`${patternOf(name)}: ${scheme!.blocks}, because ${linear.inFeatures} columns are no whole blocks of ${wanted}`); // prettier-ignore
+        linears.set(name, reason === undefined ? { ...common, scheme: scheme! } : { ...common, reason });
+        continue;
+      }
+      let group = change.groupSize === undefined ? widths.groups.get(name) : undefined;
       if (group === undefined) {
-        const fit = fitGroup(linear.inFeatures, recipe.groupSize, false);
+        const fit = fitGroup(stored.inFeatures, change.groupSize ?? recipe.groupSize, false);
         group = fit.group;
         if (fit.note !== undefined && !left.has(name)) notes.add(`${patternOf(name)}: ${fit.note}`);
       }
       const order = recipe.method === 'gptq' && recipe.order ? { order: 'static' as const } : {};
-      const scheme: Scheme = { bits: recipe.bits, group, symmetric: recipe.symmetric, ...order };
-      const reason = left.get(name) ?? layout.refuse(stored, scheme);
+      const { bits = recipe.bits, symmetric = recipe.symmetric } = change;
+      const scheme: Scheme = { bits, group, symmetric, ...order };
+      const reason = left.get(name) ?? holder.refuse(stored, scheme);
       linears.set(name, reason === undefined ? { ...common, scheme } : { ...common, reason });
     }
   }
@@ -98,6 +118,8 @@ export function makePlan(
   return { linears, config: widths.config, use: layoutUse(plans), notes: [...notes], totals: totalsOf(plans) };
 }
 
+const unpadded: ReturnType<typeof fitWidths> = { stored: new Map(), groups: new Map(), config: {}, notes: [] };
+
 function weightDType(entry: TensorEntry | undefined): FloatDType {
   return entry?.encoding.kind === 'plain' ? scaleDType(entry.encoding.dtype) : 'bf16';
 }
@@ -110,7 +132,7 @@ function layoutUse(plans: readonly LinearPlan[]): LayoutUse {
       ignore.push(linear.name);
       continue;
     }
-    const key = JSON.stringify([scheme.bits, scheme.group, scheme.symmetric]);
+    const key = JSON.stringify([scheme.bits, scheme.group, scheme.symmetric, scheme.blocks]);
     const known = groups.get(key);
     if (known) known.linears.push(linear.name);
     else groups.set(key, { scheme, linears: [linear.name] });

@@ -1,5 +1,16 @@
 import type { FloatDType } from '../base/dtype.js';
-import { cast, dequantize, quantize, scaleSearch, type Grid } from '../tensor/ops.js';
+import {
+  blockCodes,
+  blockFormats,
+  blockGrid,
+  cast,
+  decode,
+  dequantize,
+  encode,
+  quantize,
+  scaleSearch,
+  type Grid,
+} from '../tensor/ops.js';
 import type { Scope, Tensor } from '../tensor/tensor.js';
 import { codeRange, groupWidth, type Recipe, type Scheme } from './scheme.js';
 
@@ -7,6 +18,8 @@ import { codeRange, groupWidth, type Recipe, type Scheme } from './scheme.js';
 export interface Coded {
   readonly codes: Tensor;
   readonly grid: Grid;
+  /** GGUF: the stored blocks u8 [N, bytes of a row] from which the grid comes. */
+  readonly blocks?: Tensor;
 }
 
 /** The plain grid: the largest weight of a group at the end of the range, nothing searched. */
@@ -23,7 +36,11 @@ export function searchGrid(
   search: Recipe['search'],
   stored: FloatDType,
   energy?: Tensor,
-): Grid {
+): Pick<Coded, 'grid' | 'blocks'> {
+  if (scheme.blocks !== undefined) {
+    const blocks = encode(scope, w, scheme.blocks, energy);
+    return { grid: blockGrid(scope, blocks, scheme.blocks), blocks };
+  }
   const grid = scaleSearch(scope, w, {
     ...codeRange(scheme.bits),
     group: groupWidth(scheme, w.dim(-1)),
@@ -34,7 +51,7 @@ export function searchGrid(
     freeSign: search.freeSign,
     ...(energy && { weight: energy }),
   });
-  return { ...grid, scale: roundScales(scope, grid.scale, stored) };
+  return { grid: { ...grid, scale: roundScales(scope, grid.scale, stored) } };
 }
 
 /** What is left of scales once they are stored; f32 again, so that the sweep sees just these. */
@@ -55,9 +72,14 @@ export function roundToNearest(
   stored: FloatDType,
   energy?: Tensor,
 ): Coded {
-  const grid = searchGrid(scope, w, scheme, search, stored, energy);
-  return { codes: quantize(scope, w, grid), grid };
+  const searched = searchGrid(scope, w, scheme, search, stored, energy);
+  return { codes: quantize(scope, w, searched.grid), ...searched };
 }
 
-/** The weights that codes stand for, f32 [N, K]. */
-export const valuesOf = (scope: Scope, { codes, grid }: Coded): Tensor => dequantize(scope, codes, grid);
+/** The weights f32 [N, K] that readers of the stored codes will see. Of blocks, the codes are put in place. */
+export function valuesOf(scope: Scope, { codes, grid, blocks }: Coded, scheme: Scheme): Tensor {
+  if (scheme.blocks === undefined || blocks === undefined) return dequantize(scope, codes, grid);
+  blockCodes(blocks, codes, scheme.blocks);
+  const columns = (blocks.dim(1) / blockFormats[scheme.blocks].bytes) * blockFormats[scheme.blocks].values;
+  return decode(scope, blocks, scheme.blocks, [blocks.dim(0), columns], 'f32');
+}

@@ -6,25 +6,28 @@ import type { JobEnv } from '../backend/env.js';
 import { createWriter, isFileOutput } from '../checkpoint/writer.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
 import { layoutWriters } from '../layout/detect.js';
-import type { LayoutWriter } from '../layout/types.js';
+import type { LayoutName, LayoutWriter } from '../layout/types.js';
 import { calibrationTokens, type CalibrationSet } from '../arch/calibration.js';
 import { openModel, type OpenModel } from '../arch/open.js';
 import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream.js';
 import { WeightReader } from '../arch/weights.js';
-import { Scope } from '../tensor/tensor.js';
 import { modelCard } from './card.js';
 import type { QuantizeOptions, QuantizePreview, QuantizeResult } from './options.js';
-import { planOutput, writeThrough } from './output.js';
-import { makePlan, type QuantPlan } from './plan.js';
+import { refuseInGguf } from './blocks.js';
+import { planGgufOutput, type GgufOutput } from './gguf.js';
+import { planOutput } from './output.js';
+import { makePlan, type Holder, type QuantPlan } from './plan.js';
 import { fromJson, type BlockReport } from './report.js';
 import { checkRecipe, type Recipe } from './scheme.js';
 import { defaultScope } from './select.js';
-import { verifyLinears } from './verify.js';
+import { layoutTarget, type Target } from './target.js';
+import { verifyGguf, verifyLinears } from './verify.js';
 import { QuantVisitor } from './visitor.js';
 
 interface Prepared extends QuantizePreview {
   readonly open: OpenModel;
-  readonly layout: LayoutWriter;
+  /** Present where the output is a GGUF file. */
+  readonly gguf?: GgufOutput;
   readonly recipe: Recipe;
   readonly scope: string;
 }
@@ -32,32 +35,42 @@ interface Prepared extends QuantizePreview {
 async function prepare(options: QuantizeOptions): Promise<Prepared> {
   const { input, format, config, keep = [] } = options;
   checkRecipe(options.recipe);
-  const layout = layoutWriters[format];
-  if (layout === undefined) throw badUsage(`--format ${format} cannot be written`, { expected: Object.keys(layoutWriters).join(', ') }); // prettier-ignore
-  if (isFileOutput(options.out)) {
+  const gguf = format === 'gguf';
+  const layout = format === 'gguf' ? undefined : layoutWriters[format];
+  if (!gguf && layout === undefined) throw badUsage(`--format ${format} cannot be written`, { expected: Object.keys(layoutWriters).join(', ') }); // prettier-ignore
+  if (!gguf && isFileOutput(options.out)) {
     throw badUsage('A quantized model is a folder', {
       got: options.out,
       expected: 'a folder name for -o, without an extension such as .bin',
       hint: `${format} keeps its settings in config.json beside the weights.`,
     });
   }
-  const search = { ...options.recipe.search, freeSign: options.recipe.search.freeSign && layout.signedScales };
-  const recipe = { ...options.recipe, search };
+  if (gguf && isFileOutput(options.out) && !options.out.endsWith('.gguf')) {
+    throw badUsage('The output is a GGUF file', {
+      got: options.out,
+      expected: 'a name that ends in .gguf, or a folder',
+    });
+  }
+  const freeSign = options.recipe.search.freeSign && (layout?.signedScales ?? true);
+  const { blocks, ...common } = { ...options.recipe, search: { ...options.recipe.search, freeSign } };
+  const recipe: Recipe = gguf ? { ...common, blocks: blocks ?? 'q4_k' } : common;
   const open = await openModel(input, { config });
   const scope = options.scope ?? defaultScope(open.model.modelType);
-  const plan = makePlan(open.model, open.checkpoint, recipe, { scope, keep }, layout);
-  const output = planOutput(open, plan, layout);
+  const holder: Holder = layout ?? { refuse: refuseInGguf };
+  const plan = makePlan(open.model, open.checkpoint, recipe, { scope, keep }, holder);
+  const file = recipe.blocks && (await planGgufOutput(open, plan, recipe.blocks));
+  const output = file?.plan ?? planOutput(open, plan, layout!);
   const inputBytes = [...open.checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0);
   return {
     open,
     model: open.model,
-    layout,
+    ...(file && { gguf: file }),
     recipe,
     scope,
     plan,
     output,
     inputBytes,
-    notices: [...open.notes, ...plan.notes],
+    notices: [...open.notes, ...plan.notes, ...(file?.notes ?? [])],
   };
 }
 
@@ -140,6 +153,8 @@ function fingerprint(
   };
 }
 
+const layoutOf = ({ format }: QuantizeOptions): LayoutWriter => layoutWriters[format as LayoutName];
+
 const statesOf = ({ states }: QuantizeOptions, env: JobEnv): 'f32' | 'bf16' =>
   states ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
 
@@ -151,7 +166,7 @@ async function runJob(
   env: JobEnv,
   started: number,
 ): Promise<QuantizeResult> {
-  const { open, plan, output, layout } = prepared;
+  const { open, plan, output, gguf } = prepared;
   const { model, checkpoint } = open;
   const done = (verified: number): QuantizeResult => {
     const results = blockResults(job, stage, model);
@@ -181,10 +196,12 @@ async function runJob(
     env.log.info(`Going on after block ${before} of ${model.blocks.length}`);
   }
   const { quantization_config: _q, compression_config: _c, ...plainConfig } = checkpoint.config;
-  const config = { ...plainConfig, ...plan.config, quantization_config: layout.config(plan.use) };
+  const layout = gguf ? undefined : layoutOf(options);
+  const config = { ...plainConfig, ...plan.config, ...(layout && { quantization_config: layout.config(plan.use) }) };
   const writer = await createWriter({
     job,
-    format: 'safetensors',
+    format: gguf ? 'gguf' : 'safetensors',
+    ...(gguf && { gguf: gguf.metadata }),
     tensors: output.tensors.map(({ planned }) => planned),
     ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
     config,
@@ -204,7 +221,9 @@ async function runJob(
     const blocks = blockResults(job, stage, model).map(({ result }) => fromJson(result));
     const probes = new Map(blocks.flatMap(({ linears }) => linears.map(({ name, probe }) => [name, probe] as const)));
     const checking = performance.now();
-    const verified = await verifyLinears(job.outputFolder, config, plan, probes, env);
+    const verified = gguf
+      ? await verifyGguf(job.outputFolder, plan, probes, env)
+      : await verifyLinears(job.outputFolder, config, plan, probes, env);
     env.log.info(`Verified ${verified} quantized linears as they were read back, ${seconds(checking)}`);
     await writer.finish(provenanceReport(plan, blocks));
     const result = done(verified);
@@ -223,7 +242,28 @@ const seconds = (since: number): string => `${((performance.now() - since) / 100
 
 async function runBlocks(
   options: QuantizeOptions,
-  { open, plan, output, layout, recipe }: Prepared,
+  prepared: Prepared,
+  set: CalibrationSet | undefined,
+  job: Job,
+  writer: CheckpointWriter,
+  env: JobEnv,
+): Promise<void> {
+  const { open, output, gguf } = prepared;
+  const reader = new WeightReader(open, env.device, set === undefined ? 'f32' : statesOf(options, env));
+  const file = gguf?.target(env);
+  const target: Target = file ?? layoutTarget(layoutOf(options), output, reader, env);
+  try {
+    await blocksInto(target, reader, options, prepared, set, job, writer, env);
+  } finally {
+    await file?.close();
+  }
+}
+
+async function blocksInto(
+  target: Target,
+  reader: WeightReader,
+  options: QuantizeOptions,
+  { open, plan, recipe }: Prepared,
   set: CalibrationSet | undefined,
   job: Job,
   writer: CheckpointWriter,
@@ -231,9 +271,8 @@ async function runBlocks(
 ): Promise<void> {
   const { model } = open;
   const dtype = statesOf(options, env);
-  const reader = new WeightReader(open, env.device, set === undefined ? 'f32' : dtype);
   if (!job.done('outer')) {
-    await writeThrough(output.through.get(-1) ?? [], writer, reader, () => new Scope(env.device));
+    await target.writeThrough(-1, writer);
     await writer.flush();
     await job.mark('outer');
   }
@@ -246,11 +285,9 @@ async function runBlocks(
   const visitor = new QuantVisitor({
     env,
     plan,
-    output,
     recipe,
-    layout,
+    target,
     writer,
-    reader,
     maxUncovered: options.maxUncovered ?? 0.1,
     experts: model.blocks.reduce((sum, { moe }) => sum + (moe?.experts ?? 0), 0),
     uncoveredBefore,

@@ -1,13 +1,19 @@
 import { badUsage } from '../base/errors.js';
 import type { FloatDType } from '../base/dtype.js';
-import type { Scheme } from '../layout/types.js';
+import type { Scheme as LayoutScheme } from '../layout/types.js';
+import { blockFormats, type BlockFormatName } from '../tensor/ops.js';
+import type { GgufType } from './blocks.js';
 
-export type { Scheme } from '../layout/types.js';
+/** How a linear is rounded: on grids of a layout, or in GGML blocks. */
+export interface Scheme extends LayoutScheme {
+  /** GGUF: the block type, whose bits, group and symmetry the other fields repeat. */
+  readonly blocks?: BlockFormatName;
+}
 
 /** Everything that decides the codes, beside weights and calibration tokens. Part of a job's fingerprint. */
 export interface Recipe {
   readonly method: Method;
-  readonly bits: 4 | 8;
+  readonly bits: Bits;
   readonly symmetric: boolean;
   /** Columns of a group; -1: one group a row. */
   readonly groupSize: number;
@@ -19,6 +25,25 @@ export interface Recipe {
   readonly damp: number;
   /** After the sweep: `rounds` of {least-squares scales under H, at most `passes` of coordinate descent over the codes}. */
   readonly refine: { readonly rounds: number; readonly passes: number };
+  /** GGUF only: the block type, in place of bits, group and symmetry. */
+  readonly blocks?: GgufType;
+  /** Other schemes for some linears; where several fit, the last one counts. */
+  readonly overrides?: readonly Override[];
+}
+
+export const bitWidths = [2, 3, 4, 8] as const;
+export type Bits = (typeof bitWidths)[number];
+
+/** What one linear gets in place of the recipe's own; absent fields stay the recipe's. */
+export interface SchemeChange {
+  readonly bits?: Bits;
+  readonly groupSize?: number;
+  readonly symmetric?: boolean;
+}
+
+export interface Override extends SchemeChange {
+  /** A part of a name (`down_proj`, `layers.0`), or `re:` and an expression. */
+  readonly pattern: string;
 }
 
 export const methods = ['gptq', 'rtn'] as const;
@@ -32,7 +57,7 @@ export const defaultRecipe: Recipe = {
   search: { points: 28, from: 0.55, to: 1.06, freeSign: true },
   order: true,
   damp: 0.01,
-  refine: { rounds: 4, passes: 2 },
+  refine: { rounds: 2, passes: 3 },
 };
 
 /** Integer codes are stored around zero: 4 bits are -8..7. */
@@ -46,12 +71,14 @@ export const groupWidth = (scheme: Scheme, columns: number): number => (scheme.g
 
 /** Bits that one stored weight takes, scales and zero points included. */
 export function bitsPerWeight(scheme: Scheme, columns: number, scaleBits: number): number {
+  if (scheme.blocks !== undefined) return (8 * blockFormats[scheme.blocks].bytes) / blockFormats[scheme.blocks].values;
   const perGroup = scaleBits + (scheme.symmetric ? 0 : scheme.bits);
   return scheme.bits + perGroup / groupWidth(scheme, columns);
 }
 
 /** `int4 g128 symmetric` */
-export function describeScheme({ bits, symmetric, group }: Scheme): string {
+export function describeScheme({ bits, symmetric, group, blocks }: Scheme): string {
+  if (blocks !== undefined) return blocks;
   return `int${bits} ${group === 0 ? 'channel' : `g${group}`} ${symmetric ? 'symmetric' : 'asymmetric'}`;
 }
 
@@ -94,15 +121,20 @@ export function fitGroup(columns: number, groupSize: number, paddable: boolean):
 }
 
 /** Refuses what no target can hold. */
-export function checkRecipe(recipe: Recipe): void {
-  const { groupSize } = recipe;
-  const power = groupSize >= smallestGroup && groupSize <= 1024 && Number.isInteger(Math.log2(groupSize));
-  if (groupSize !== -1 && !power) {
-    throw badUsage('--group-size is not supported', {
-      got: String(groupSize),
-      expected: 'a power of two from 32 to 1024, or -1 for one group a row',
-    });
+export function checkRecipe({ groupSize, overrides = [] }: Recipe): void {
+  checkGroup(groupSize, '--group-size');
+  for (const { pattern, groupSize: own } of overrides) {
+    if (own !== undefined) checkGroup(own, `--override ${pattern}: group`);
   }
+}
+
+function checkGroup(groupSize: number, what: string): void {
+  const power = groupSize >= smallestGroup && groupSize <= 1024 && Number.isInteger(Math.log2(groupSize));
+  if (groupSize === -1 || power) return;
+  throw badUsage(`${what} is not supported`, {
+    got: String(groupSize),
+    expected: 'a power of two from 32 to 1024, or -1 for one group a row',
+  });
 }
 
 /** Scales are stored in the model's own precision. */

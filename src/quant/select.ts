@@ -40,16 +40,7 @@ export function leaveOut(
   const kept = keep.map(namePattern);
   const all = blocks.flatMap(({ linears }) => linears.flat());
   const names = all.map(({ name }) => name);
-  for (const pattern of [...kept, ...(inScope ? [inScope] : [])]) {
-    if (names.some((name) => pattern.matches(name))) continue;
-    const parts = new Set(names.flatMap((name) => [name, ...name.split('.')]));
-    const near = didYouMean(pattern.given, parts);
-    throw badUsage('No linear has a name like the one given', {
-      got: pattern.given,
-      expected: 'a part of a name such as self_attn.q_proj or layers.0, or re:<regular expression>',
-      ...(near !== undefined && { hint: `Did you mean ${near}?` }),
-    });
-  }
+  for (const pattern of [...kept, ...(inScope ? [inScope] : [])]) requireMatch(pattern, names);
   const reasons = new Map<string, string>();
   for (const { name, role } of all) {
     const keeper = kept.find((pattern) => pattern.matches(name));
@@ -64,10 +55,27 @@ export function leaveOut(
   return reasons;
 }
 
-function addPartners(groups: readonly (readonly LinearSpec[])[], reasons: Map<string, string>): void {
+/** Error: a pattern that matches none of the names. */
+export function requireMatch(pattern: NamePattern, names: readonly string[]): void {
+  if (names.some((name) => pattern.matches(name))) return;
+  const parts = new Set(names.flatMap((name) => [name, ...name.split('.')]));
+  const near = didYouMean(pattern.given, parts);
+  throw badUsage('No linear has a name like the one given', {
+    got: pattern.given,
+    expected: 'a part of a name such as self_attn.q_proj or layers.0, or re:<regular expression>',
+    ...(near !== undefined && { hint: `Did you mean ${near}?` }),
+  });
+}
+
+/** Linears of a block that engines fuse: those that share an input, and all experts together. They share a scheme. */
+export function fusedPartners(groups: readonly (readonly LinearSpec[])[]): LinearSpec[][] {
   const experts = groups.filter((group) => group.some(({ role }) => role === 'expert')).flat();
-  const fused = [...groups.filter((group) => group.every(({ role }) => role !== 'expert')), experts];
-  for (const partners of fused) {
+  const others = groups.filter((group) => group.every(({ role }) => role !== 'expert')).map((group) => [...group]);
+  return experts.length > 0 ? [...others, experts] : others;
+}
+
+function addPartners(groups: readonly (readonly LinearSpec[])[], reasons: Map<string, string>): void {
+  for (const partners of fusedPartners(groups)) {
     const out = partners.find(({ name }) => reasons.has(name));
     if (!out) continue;
     const reason = reasons.get(out.name)!;

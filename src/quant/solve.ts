@@ -1,9 +1,9 @@
 import type { FloatDType } from '../base/dtype.js';
-import { binary, dequantize, reduce } from '../tensor/ops.js';
+import { binary, reduce } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { rowErrors, type Statistics } from './capture.js';
 import { gptq, mergeRows, type Solved } from './gptq.js';
-import { plainSearch, roundToNearest } from './rtn.js';
+import { plainSearch, roundToNearest, valuesOf, type Coded } from './rtn.js';
 import type { Recipe, Scheme } from './scheme.js';
 
 export interface Solution extends Solved {
@@ -30,9 +30,9 @@ export async function solve(
   using work = new Scope(w.device);
   const measure = async (difference: Tensor) =>
     statistics ? await rowErrors(difference, statistics.h) : await rowSquares(difference);
-  const errorsOf = async ({ codes, grid }: Pick<Solved, 'codes' | 'grid'>) => {
+  const errorsOf = async (coded: Coded) => {
     using inner = new Scope(w.device);
-    const q = dequantize(inner, codes, grid);
+    const q = valuesOf(inner, coded, scheme);
     return await measure(binary(inner, 'sub', w, q));
   };
   const energy = await measure(w);
@@ -50,6 +50,7 @@ export async function solve(
   const best = mergeRows(work, chosen, { ...rounded, errors: plain, damp: chosen.damp });
   const keep = (x: Tensor): Tensor => (work.owns(x) ? work.move(x, scope) : x);
   return {
+    ...(best.blocks && { blocks: keep(best.blocks) }),
     codes: keep(best.codes),
     grid: { ...best.grid, scale: keep(best.grid.scale), zero: best.grid.zero && keep(best.grid.zero) },
     errors: best.errors,

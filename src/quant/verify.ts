@@ -3,6 +3,8 @@ import { join } from 'node:path';
 import { bug } from '../base/errors.js';
 import type { JobEnv } from '../backend/env.js';
 import { OpenFiles } from '../arch/files.js';
+import { openModel } from '../arch/open.js';
+import { WeightReader } from '../arch/weights.js';
 import { openCheckpoint } from '../checkpoint/open.js';
 import type { TensorEntry } from '../checkpoint/types.js';
 import { detectLayout } from '../layout/detect.js';
@@ -53,18 +55,49 @@ export async function verifyLinears(
       };
       const { codes, grid } = await found.read(scope, load, shape.outFeatures, shape.inFeatures);
       const got = await probe(dequantize(scope, codes, grid));
-      if (got !== expected) {
-        throw bug('A quantized linear reads back differently from what was computed', {
-          where: `${folder}, ${linear.name}`,
-          expected,
-          got,
-          hint: 'The disk may be failing; run the same command with --restart. If it happens again, please report it.',
-        });
-      }
+      requireSame(got, expected, `${folder}, ${linear.name}`);
       compared++;
     }
   } finally {
     await files.close();
   }
   return compared;
+}
+
+/** The same for a GGUF file: read under its Hugging Face names, blocks decoded. */
+export async function verifyGguf(
+  folder: string,
+  plan: QuantPlan,
+  probes: ReadonlyMap<string, string>,
+  env: JobEnv,
+): Promise<number> {
+  const names = (await readdir(folder)).filter((name) => name.endsWith('.gguf'));
+  let compared = 0;
+  const open = await openModel(join(folder, names[0]!));
+  try {
+    const reader = new WeightReader(open, env.device, 'f32');
+    for (const { linear, scheme } of plan.linears.values()) {
+      if (scheme === undefined) continue;
+      const where = `${folder}, ${linear.name}`;
+      const expected = probes.get(linear.name);
+      if (expected === undefined) throw bug('A quantized linear was never computed', { where });
+      using scope = new Scope(env.device);
+      const values = await reader.tensor(`${linear.name}.weight`, scope, 'f32');
+      requireSame(await probe(values), expected, where);
+      compared++;
+    }
+  } finally {
+    await open.close();
+  }
+  return compared;
+}
+
+function requireSame(got: string, expected: string, where: string): void {
+  if (got === expected) return;
+  throw bug('A quantized linear reads back differently from what was computed', {
+    where,
+    expected,
+    got,
+    hint: 'The disk may be failing; run the same command with --restart. If it happens again, please report it.',
+  });
 }

@@ -2,32 +2,28 @@ import { ConvertError } from '../base/errors.js';
 import type { Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
-import type { LayoutWriter } from '../layout/types.js';
 import type { ExpertsCall, LinearCall, LinearSpec, Weights } from '../nn/calls.js';
 import type { BlockVisitor, Site } from '../arch/stream.js';
 import type { Block } from '../arch/types.js';
-import type { WeightReader } from '../arch/weights.js';
-import { copyInto, dequantize } from '../tensor/ops.js';
+import { copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { captureLinear, type Evidence, type Statistics } from './capture.js';
 import { ExpertStatistics } from './experts.js';
 import { total } from './gptq.js';
-import type { OutputPlan } from './output.js';
-import { writeThrough } from './output.js';
 import type { LinearPlan, QuantPlan } from './plan.js';
 import { probe } from './probe.js';
 import { meanError, toJson, type ExpertCoverage, type LinearReport } from './report.js';
+import { valuesOf } from './rtn.js';
 import { bitsPerWeight, describeScheme, type Recipe } from './scheme.js';
 import { solve } from './solve.js';
+import type { Target } from './target.js';
 
 export interface VisitorOptions {
   readonly env: JobEnv;
   readonly plan: QuantPlan;
-  readonly output: OutputPlan;
   readonly recipe: Recipe;
-  readonly layout: LayoutWriter;
+  readonly target: Target;
   readonly writer: CheckpointWriter;
-  readonly reader: WeightReader;
   /** Largest share of the model's routed experts that no token may reach. */
   readonly maxUncovered: number;
   /** Routed experts of the whole model. */
@@ -96,7 +92,7 @@ export class QuantVisitor implements BlockVisitor {
 
   /** Quantizes linears that share an input as one stack, writes them, and puts what they have become into `weights`. */
   async quantize(linears: readonly LinearSpec[], weights: Weights, evidence: Evidence): Promise<void> {
-    const { env, layout, writer, recipe } = this.#options;
+    const { env, target, writer, recipe } = this.#options;
     const plans = linears
       .map(({ name }) => this.#planOf(name))
       .filter((plan) => plan?.scheme !== undefined) as Planned[];
@@ -121,13 +117,12 @@ export class QuantVisitor implements BlockVisitor {
       const [from, to] = [row, row + plan.stored.outFeatures];
       row = to;
       const rows = (x: Tensor) => x.slice(0, from, to);
-      const { grid } = solution;
-      const codes = rows(solution.codes);
+      const { grid, blocks } = solution;
       const own = { ...grid, scale: rows(grid.scale), zero: grid.zero && rows(grid.zero) };
+      const coded = { codes: rows(solution.codes), grid: own, ...(blocks && { blocks: rows(blocks) }) };
       using work = new Scope(env.device);
-      const tensors = layout.store(work, plan.stored, scheme, { codes, grid: own }, dtype);
-      for (const { name, tensor } of tensors) await writer.write(name, tensor.source());
-      const q = dequantize(work, codes, own);
+      const q = valuesOf(work, coded, scheme);
+      for (const { name, tensor } of target.store(work, plan, scheme, coded)) await writer.write(name, tensor.source());
       weights.set(`${plan.linear.name}.weight`, q.slice(0, 0, outFeatures).slice(1, 0, inFeatures));
       const part = (values: Float32Array) => total(values.subarray(from, to));
       const scale = Math.max(part(solution.energy), Number.MIN_VALUE);
@@ -170,8 +165,8 @@ export class QuantVisitor implements BlockVisitor {
 
   async finish(block: Block): Promise<{ data: Json; detail: string }> {
     const started = performance.now();
-    const { output, writer, reader, env } = this.#options;
-    await writeThrough(output.through.get(block.index) ?? [], writer, reader, () => new Scope(env.device));
+    const { target, writer } = this.#options;
+    await target.writeThrough(block.index, writer);
     await writer.flush();
     this.#time('write', started);
     const stages = Object.fromEntries(Object.entries(this.#stages).map(([name, ms]) => [name, Math.round(ms) / 1000]));

@@ -1,0 +1,32 @@
+import type { LinearShape } from '../layout/types.js';
+import { blockFormats, type BlockFormatName } from '../tensor/ops.js';
+import type { Bits, Scheme } from './scheme.js';
+
+/** Block types that `--format gguf` writes, from the usual one down. */
+export const ggufTypes = ['q4_k', 'q5_k', 'q6_k', 'q8_0', 'q4_0', 'q3_k', 'q2_k'] as const satisfies BlockFormatName[];
+export type GgufType = (typeof ggufTypes)[number];
+
+/** What stands in for a type whose blocks of 256 do not divide a row, as in llama.cpp. */
+const smaller: Partial<Record<BlockFormatName, BlockFormatName>> = {
+  q2_k: 'q4_0',
+  q3_k: 'q4_0',
+  q4_k: 'q5_0',
+  q5_k: 'q5_1',
+  q6_k: 'q8_0',
+};
+
+/** The scheme of a linear of K columns in blocks of `wanted`, or of what fits in its place; undefined: nothing fits. */
+export function blockScheme(k: number, wanted: BlockFormatName): Scheme | undefined {
+  const type = [wanted, smaller[wanted]].find((one) => one !== undefined && k % blockFormats[one].values === 0);
+  if (type === undefined) return undefined;
+  const { group, low, high, minima } = blockFormats[type];
+  const bits = Math.log2(high + 1 - low);
+  return { bits: (bits > 4 ? 8 : Math.ceil(bits)) as Scheme['bits'], group, symmetric: !minima, blocks: type };
+}
+
+/** llama.cpp keeps kv_b apart, k_b transposed: rows that were quantized together would be torn apart. */
+export const refuseInGguf = ({ name }: LinearShape): string | undefined =>
+  name.endsWith('.kv_b_proj') ? 'GGUF stores it in two parts, one of them transposed' : undefined;
+
+/** The type that an override or a measured choice of bits means. */
+export const typeOfBits: Readonly<Record<Bits, GgufType>> = { 2: 'q2_k', 3: 'q3_k', 4: 'q4_k', 8: 'q8_0' };
