@@ -3,6 +3,7 @@ const floors = [
   ['commands'],
   ['batch'],
   ['quant', 'moe', 'train', 'validate', 'export'],
+  ['targets'],
   ['arch'],
   ['nn', 'layout'],
   ['tensor'],

@@ -3,6 +3,8 @@ import { badInput, bug } from '../base/errors.js';
 import { encodedBytes, encodingName } from '../formats/ggml.js';
 import { buildGgufHeader } from '../formats/gguf.js';
 import type { GgufValue } from '../formats/gguf.js';
+import { encodeOnnx } from '../formats/onnx-writer.js';
+import type { OnnxGraph } from '../formats/onnx-writer.js';
 import { buildSafetensorsHeader, safetensorsDtype } from '../formats/safetensors.js';
 import { layoutTorch } from '../formats/torch-writer.js';
 import type { Encoding } from '../formats/types.js';
@@ -11,7 +13,7 @@ import { planKey } from './types.js';
 import type { PlannedTensor } from './types.js';
 
 /** Formats that the writer makes. `deepseek-native`: safetensors shards that each planned tensor names itself. */
-export type OutputFormat = 'safetensors' | 'torch' | 'gguf' | 'deepseek-native';
+export type OutputFormat = 'safetensors' | 'torch' | 'gguf' | 'onnx' | 'deepseek-native';
 
 /** Bytes with their place in a file. */
 export interface Piece {
@@ -33,6 +35,8 @@ export interface FileLayout {
   readonly size: number;
   readonly extents: readonly Extent[];
   readonly pieces: readonly Piece[];
+  /** The file whose headers describe this one's data; default itself. */
+  readonly readThrough?: string;
   /** What follows an extent's data (`i`-th in file order) and depends on its CRC-32; undefined where nothing does. */
   readonly afterExtent?: (i: number, crc: number) => Piece;
   /** What ends the file, given all CRC-32s. */
@@ -72,6 +76,8 @@ export interface LayoutOptions {
   readonly metadata: Readonly<Record<string, string>>;
   /** Only for GGUF: architecture, tokenizer ... */
   readonly gguf?: ReadonlyMap<string, GgufValue> | undefined;
+  /** Only for ONNX: the graph whose weights the tensors are. */
+  readonly onnx?: OnnxGraph | undefined;
 }
 
 /** Fixes files, headers and the place of every tensor before anything is computed. */
@@ -79,6 +85,7 @@ export function planLayout(options: LayoutOptions): OutputLayout {
   const { format, tensors, fileName, shardSize } = options;
   requireDistinct(tensors);
   if (format === 'deepseek-native') return { files: nativeFiles(options), index: undefined };
+  if (format === 'onnx') return { files: onnxFiles(options), index: undefined };
   const shards = fileName === undefined && format !== 'gguf' ? split(tensors, shardSize) : [tensors];
   const { stem, ending } = baseNames[format];
   const nameOf = (i: number): string => {
@@ -158,6 +165,32 @@ function nativeFiles(options: LayoutOptions): FileLayout[] {
     else group.push(tensor);
   }
   return [...byFile].map(([file, tensors]) => safetensorsFile(file, tensors, options));
+}
+
+/** Weights begin at whole pages from this size on, so that they can be mapped. */
+const mapped = 2 ** 20;
+
+/** model.onnx.data with all weights, and model.onnx, the graph that points into it. */
+function onnxFiles({ tensors, onnx }: LayoutOptions): FileLayout[] {
+  if (onnx === undefined) throw bug('ONNX output without a graph');
+  const location = 'model.onnx.data';
+  let end = 0;
+  const extents = tensors.map((tensor): Extent => {
+    const bytes = plannedBytes(tensor);
+    const step = bytes >= mapped ? 4096 : 64;
+    const position = Math.ceil(end / step) * step;
+    end = position + bytes;
+    return { names: [tensor.name], position, bytes };
+  });
+  const weights = tensors.map((tensor, i) => ({
+    ...{ name: tensor.name, shape: tensor.shape, encoding: plannedEncoding(tensor), location },
+    offset: extents[i]!.position,
+  }));
+  const bytes = encodeOnnx(onnx, weights);
+  return [
+    { name: location, size: end, extents, pieces: [], readThrough: 'model.onnx' },
+    { name: 'model.onnx', size: bytes.length, extents: [], pieces: [{ position: 0, bytes }] },
+  ];
 }
 
 function ggufFile(name: string, tensors: readonly PlannedTensor[], { gguf }: LayoutOptions): FileLayout {

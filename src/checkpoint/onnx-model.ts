@@ -15,6 +15,9 @@ export interface NBitsLinear {
 /** Inputs of com.microsoft.MatMulNBits. */
 const nBitsInputs = { codes: 1, scales: 2, zeroPoints: 3, groupIndex: 4, bias: 5 };
 
+/** Tables of cosines and sines follow from the config. */
+const rotaryTables = /^(cos|sin)_cache(_\w+)?$/;
+
 /**
  * An ONNX graph's initializers under the names that architectures use. The matrix of a MatMul is [K, N] and becomes the
  * view [N, K]; MatMulNBits becomes `X.weight_nbits` with its scales, described in `quantization_config`. Names come from
@@ -47,7 +50,7 @@ export function fromOnnx(
         add(name, part);
     }
   }
-  for (const [name, entry] of tensors) if (!used.has(name)) add(plainName(name), entry);
+  for (const [name, entry] of tensors) if (!used.has(name) && !rotaryTables.test(name)) add(plainName(name), entry);
   const quantization_config = { quant_method: 'matmulnbits', linears };
   return { tensors: out, config: Object.keys(linears).length > 0 ? { ...config, quantization_config } : config };
 }

@@ -7,7 +7,7 @@ import type { ConvertPlan } from '../export/convert-plan.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
-const formats = ['safetensors', 'torch', 'gguf', 'deepseek-native'] as const;
+const formats = ['safetensors', 'torch', 'gguf', 'onnx', 'deepseek-native'] as const;
 const blocks = ['q8_0', 'q6_k', 'q4_k', 'q4_0'] as const;
 const isBlocks = (dtype: string | undefined): dtype is (typeof blocks)[number] =>
   (blocks as readonly string[]).includes(dtype ?? '');
@@ -41,6 +41,7 @@ export const command = defineCommand({
     ['convert fixtures/v1.0/v1.0_checkpoint.bin -o out/v1-folder', 'A PyTorch file as a Hugging Face folder.'],
     ['convert fixtures/moe-6m -o out/moe-6m.bin --dtype f16', 'A folder as one PyTorch file in fp16.'],
     ['convert fixtures/moe-6m -o out/moe-6m.gguf --dtype q8_0', 'A GGUF file for llama.cpp, tokenizer inside.'],
+    ['convert fixtures/moe-6m -o out/moe-onnx --format onnx', 'A graph for ONNX Runtime, with its KV cache.'],
     ['convert fixtures/moe-6m -o out/moe-f32 --dtype f32 --dry-run', 'What would be done, tensor by tensor.'],
   ],
   async run(given, io) {
@@ -106,10 +107,10 @@ function checkName(out: string, format: (typeof formats)[number]): void {
       hint: 'Leave --format out, or name the output otherwise.',
     });
   }
-  if (out.endsWith('.onnx')) {
-    throw badUsage('ONNX is not written by convert', {
+  if (out.endsWith('.onnx') || (format === 'onnx' && formatOf(out) !== undefined)) {
+    throw badUsage('An ONNX model is a folder: graph, weights, tokenizer and genai_config.json', {
       got: out,
-      expected: 'a folder, or a name that ends in .safetensors, .bin, .pt, .pth or .gguf',
+      expected: 'a folder name for -o, and --format onnx',
     });
   }
 }
@@ -136,6 +137,7 @@ async function dryRun(
     fileName: isFileOutput(given.out) ? basename(given.out) : undefined,
     metadata: { format: 'pt' },
     gguf: plan.gguf,
+    onnx: plan.onnx,
   });
   const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
   const [reads, writes] = [sum('reads'), files.reduce((n, { size }) => n + size, 0)];

@@ -6,9 +6,11 @@ import { openCheckpoint } from '../checkpoint/open.js';
 import type { Checkpoint, PlannedTensor } from '../checkpoint/types.js';
 import type { OutputFormat } from '../checkpoint/layout.js';
 import type { GgufMetadata } from '../checkpoint/gguf-config.js';
+import type { OnnxGraph } from '../formats/onnx-writer.js';
 import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
 import { planGgufOutput, planNativeOutput } from './convert-formats.js';
+import { planOnnxOutput } from './convert-onnx.js';
 import type { BlockType, FormatPlan } from './convert-formats.js';
 
 export interface ConvertOptions {
@@ -32,10 +34,16 @@ export interface ConvertPlan {
   readonly outputs: readonly PlannedTensor[];
   /** Only for GGUF. */
   readonly gguf?: GgufMetadata;
+  /** Only for ONNX. */
+  readonly onnx?: OnnxGraph;
+  /** More files of the output by name. */
+  readonly extraFiles?: ReadonlyMap<string, string>;
   /** Tensors of the output whose values follow from the config. */
   readonly computed: ReadonlyMap<string, Float32Array>;
   readonly config: Readonly<Record<string, unknown>>;
   readonly notes: readonly string[];
+  /** What the architecture expects of a tensor, where it is known: [N, K]. */
+  readonly shapeOf?: (name: string) => readonly [number, number];
   /** What `TensorLoader` needs. */
   readonly source: {
     readonly tensors: ReadonlyMap<string, StoredWeight>;
@@ -52,6 +60,7 @@ const configName: Record<FloatDType, string> = { f32: 'float32', bf16: 'bfloat16
  */
 export async function planConversion(options: ConvertOptions): Promise<ConvertPlan> {
   const { input, dtype, format } = options;
+  if (format === 'onnx') return planOnnx(options);
   const isNative = format === 'deepseek-native';
   const checkpoint = await openCheckpoint(input, { config: options.config, keepScales: isNative });
   if (format === 'gguf') return planFormat(checkpoint, await planGgufOutput(checkpoint, dtype, options.blocks));
@@ -79,6 +88,19 @@ function planFormat(checkpoint: Checkpoint, plan: FormatPlan): ConvertPlan {
       await checkpoint.close();
     },
   };
+}
+
+/** A graph that says what the architecture computes, and its weights. */
+async function planOnnx({ input, config, dtype }: ConvertOptions): Promise<ConvertPlan> {
+  const open = await openModel(input, { config });
+  try {
+    const plan = planOnnxOutput(open, dtype);
+    const notes = [...open.notes, ...plan.notes];
+    return { checkpoint: open.checkpoint, ...plan, notes, source: open, close: () => open.close() };
+  } catch (error) {
+    await open.close();
+    throw error;
+  }
 }
 
 /** The checkpoint's tensors one by one: no architecture needs to be known. */

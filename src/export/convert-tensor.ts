@@ -2,13 +2,14 @@ import { badInput } from '../base/errors.js';
 import { dtypeSize, elementCount, type DType, type FloatDType } from '../base/dtype.js';
 import type { PlannedTensor, TensorEntry } from '../checkpoint/types.js';
 import { encodedBytes, encodingName } from '../formats/ggml.js';
+import type { Scheme } from '../layout/types.js';
 
 /** What happens to one tensor. */
 export interface PlannedConversion {
   readonly name: string;
   readonly shape: readonly number[];
-  /** `copy`: the bytes as they are; `cast`: element by element; `decode`: from blocks, codes or a view; `encode`: to blocks. */
-  readonly action: 'copy' | 'cast' | 'decode' | 'encode';
+  /** `copy`: the bytes as they are; `cast`: element by element; `decode`: from blocks, codes or a view; `encode`: to blocks; `repack`: codes as they are, otherwise arranged. */
+  readonly action: 'copy' | 'cast' | 'decode' | 'encode' | 'repack';
   readonly from: string;
   readonly to: string;
   /** Bytes read and written. */
@@ -16,6 +17,10 @@ export interface PlannedConversion {
   readonly writes: number;
   readonly entry: TensorEntry;
   readonly output: PlannedTensor;
+  /** Written as [K, N]. */
+  readonly transposed?: boolean;
+  /** Codes that go into another layout: which of the tensors made from the linear `of` this is. */
+  readonly repack?: { readonly of: string; readonly scheme: Scheme };
 }
 
 const floats: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f16', 'f64', 'f8_e4m3', 'f8_e5m2']);

@@ -1,13 +1,13 @@
 import type { ByteSource } from '../base/bytes.js';
 import { ConvertError, badInput } from '../base/errors.js';
 import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
-import { bytesSource } from '../base/io.js';
 import { Job, type Json } from '../base/job.js';
 import { tool } from '../base/version.js';
 import { stopIfAborted, type JobEnv } from '../backend/env.js';
 import { TensorLoader } from '../arch/load.js';
-import type { CheckpointWriter } from '../checkpoint/types.js';
+import type { CheckpointWriter, TensorEntry } from '../checkpoint/types.js';
 import { createWriter } from '../checkpoint/writer.js';
+import { matMulNBitsWriter } from '../layout/matmulnbits-writer.js';
 import { cast, encode, normAdd, type EncodableName } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
 import type { ConvertOptions, ConvertPlan, PlannedConversion } from './convert-plan.js';
@@ -90,7 +90,8 @@ async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: Jo
     shardSize: run.shardSize,
     config: plan.config,
     companions: checkpoint.companions,
-    extraFiles: checkpoint.extraFiles,
+    extraFiles: new Map([...checkpoint.extraFiles, ...(plan.extraFiles ?? [])]),
+    ...(plan.onnx && { onnx: plan.onnx }),
     ...(plan.gguf && { gguf: plan.gguf }),
     // DeepSeek's own converter writes no metadata.
     ...(run.format === 'deepseek-native' && { metadata: {} }),
@@ -102,7 +103,7 @@ async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: Jo
     if (resumed)
       env.log.info(`Going on: ${plan.tensors.length - left.length} of ${plan.tensors.length} tensors are done.`);
     const saturated = await new Converter(plan, run, env, writer).all(left);
-    for (const [name, values] of plan.computed) await writer.write(name, bytesSource(new Uint8Array(values.buffer)));
+    await writeComputed(plan, env, writer);
     await checkpoint.assertUnchanged();
     refuseSaturation(saturated, run);
     const report = { tensors: plan.tensors.length, saturated };
@@ -112,6 +113,16 @@ async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: Jo
     return { ...report, reads: sum('reads'), writes: sum('writes'), resumed };
   } finally {
     await writer.close();
+  }
+}
+
+/** Rotary tables and the like, in the precision that is planned for them. */
+async function writeComputed(plan: ConvertPlan, env: JobEnv, writer: CheckpointWriter): Promise<void> {
+  const planned = new Map(plan.outputs.map((tensor) => [tensor.name, tensor]));
+  for (const [name, values] of plan.computed) {
+    using scope = new Scope(env.device);
+    const { shape, dtype } = planned.get(name)!;
+    await writer.write(name, cast(scope, scope.from('f32', shape, values), dtype).source());
   }
 }
 
@@ -183,7 +194,9 @@ class Converter {
         ? this.#decoded(tensor, counts)
         : tensor.action === 'encode'
           ? this.#encoded(tensor, finite)
-          : this.#streamed(tensor, counts, finite);
+          : tensor.action === 'repack'
+            ? this.#repacked(tensor)
+            : this.#streamed(tensor, counts, finite);
     await this.writer.write(tensor.name, source);
     const [saturated, nonFinite] = new BigInt64Array((await counts.bytesOut()).buffer);
     const odd = Number(nonFinite!) + (await finite.float32())[1]!;
@@ -243,7 +256,29 @@ class Converter {
       writeTo: async (fd, position) => {
         using scope = new Scope(this.env.device);
         const value = await this.#load(scope, tensor);
-        await cast(scope, value, output.dtype, counts).source().writeTo(fd, position);
+        const arranged = tensor.transposed ? value.transpose() : value;
+        await cast(scope, arranged, output.dtype, counts).source().writeTo(fd, position);
+      },
+    };
+  }
+
+  /** The codes of a quantized linear in MatMulNBits' arrangement. */
+  #repacked({ name, repack, writes, output }: PlannedConversion): ByteSource {
+    return {
+      byteLength: writes,
+      writeTo: async (fd, position) => {
+        using scope = new Scope(this.env.device);
+        const { of, scheme } = repack!;
+        const { linear } = this.plan.source.tensors.get(`${of}.weight`)!;
+        const [outFeatures, inFeatures] = this.plan.shapeOf!(`${of}.weight`);
+        const raw = (entry: TensorEntry, dtype: DType) => this.#loader.raw(scope, entry, dtype);
+        const values = await linear!.read(scope, raw, outFeatures, inFeatures);
+        const dtype = output.dtype === 'f16' ? 'f16' : 'f32';
+        const tensors = matMulNBitsWriter.store(scope, { name: of, outFeatures, inFeatures }, scheme, values, dtype);
+        await tensors
+          .find((tensor) => tensor.name === name)!
+          .tensor.source()
+          .writeTo(fd, position);
       },
     };
   }

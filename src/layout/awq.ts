@@ -43,6 +43,7 @@ function storedLinears(tensors: ReadonlyMap<string, TensorEntry>, group: number)
       shape: [words * 8, k],
       parts,
       bits: 4,
+      scheme: { bits: 4, group, symmetric: false },
       read: (scope, load, rows, columns) => readLinear(scope, new PartReader(name, parts, load), group, rows, columns),
     });
   }

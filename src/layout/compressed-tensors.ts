@@ -145,6 +145,12 @@ function storedLinears(
       shape: [n, words * perWord(args.bits)],
       parts,
       bits: args.bits,
+      scheme: {
+        bits: args.bits,
+        group: args.group,
+        symmetric: args.symmetric,
+        ...(parts.has('weight_g_idx') && { order: 'group' }),
+      },
       read: (scope, load, rows, columns) => readLinear(scope, new PartReader(name, parts, load), args, rows, columns),
     });
   }

@@ -22,6 +22,8 @@ interface Settings {
   /** 0: one group a row. */
   readonly group: number;
   readonly v2: boolean;
+  /** Columns may be in any group. */
+  readonly ordered: boolean;
 }
 
 /** Reads `quantization_config` of quant_method "gptq". */
@@ -42,7 +44,7 @@ export function gptqReader(config: Readonly<Record<string, unknown>>, where: str
   }
   if (config.is_marlin_format === true)
     throw keyError(at, 'is_marlin_format', true, 'false', 'Repack it as GPTQ first.');
-  const settings: Settings = { bits, group: size === -1 ? 0 : (size as number), v2: format === 'gptq_v2' };
+  const settings: Settings = { bits, group: size === -1 ? 0 : (size as number), v2: format === 'gptq_v2', ordered: config.desc_act === true }; // prettier-ignore
   const groups = settings.group === 0 ? 'one scale a row' : `groups of ${settings.group}`;
   const order = config.desc_act === true ? ', activation order' : '';
   return {
@@ -62,6 +64,13 @@ function storedLinears(tensors: ReadonlyMap<string, TensorEntry>, settings: Sett
       shape: [n, Math.floor((words * 32) / settings.bits)],
       parts,
       bits: settings.bits,
+      // Zero points are always stored, symmetric or not.
+      scheme: {
+        bits: settings.bits,
+        group: settings.group,
+        symmetric: false,
+        ...(settings.ordered && { order: 'group' }),
+      },
       read: (scope, load, rows, columns) =>
         readLinear(scope, new PartReader(name, parts, load), settings, rows, columns),
     });

@@ -23,6 +23,8 @@ export interface StoredLinear {
   /** The stored tensors, by the suffix of their names. */
   readonly parts: ReadonlyMap<string, TensorEntry>;
   readonly bits: number;
+  /** How it was rounded, where the settings tell: for writing the codes in another layout. */
+  readonly scheme?: Scheme;
   /** Codes and grid in `scope` for the shape that the architecture expects. */
   read(scope: Scope, load: Load, n: number, k: number): Promise<QuantizedLinear>;
 }

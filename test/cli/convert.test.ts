@@ -148,7 +148,7 @@ describe('an output that exists', () => {
 describe('names and formats', () => {
   it.each([
     [['-o', 'x.bin', '--format', 'safetensors'], 'disagree'],
-    [['-o', 'x.onnx'], 'not written by convert'],
+    [['-o', 'x.onnx'], 'An ONNX model is a folder'],
     [['-o', 'x', '--dtype', 'q8_0'], 'a block type of GGUF files'],
     [[], '-o (--out) <path> is missing'],
     [['-o', 'x', '--dtype', 'int4'], 'Invalid value for --dtype: expected bf16, f16, f32'],
