@@ -1,10 +1,13 @@
 import { existsSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { JobEnv } from '../../src/backend/env.js';
 import { openModel } from '../../src/arch/open.js';
 import { compareModels, type SidesResult } from '../../src/validate/sides.js';
 import type { AttentionMode, LayerError } from '../../src/validate/report.js';
 import type { Windows } from '../../src/validate/texts.js';
+import { compareGenerations } from '../../src/validate/generations.js';
+import { writeInt4 } from './int4.js';
 import { Damage, cpu, dense, moe, shared, truncate } from './models.js';
 
 type Maps = Pick<AttentionMode, 'divergence' | 'cosine' | 'overlap'>;
@@ -25,8 +28,23 @@ interface Expected {
   logits: Pick<SidesResult['logits'], 'kl' | 'top1' | 'perplexity' | 'flips'>;
   weights: Record<string, number>;
 }
-const path = new URL('../../fixtures/validate/expected.json', import.meta.url);
-const expected = JSON.parse(readFileSync(path, 'utf8')) as Record<'dense' | 'moe' | 'int4', Expected>;
+interface Diversity {
+  responses: number[][];
+  perResponse: number[];
+  corpus: number[];
+  ead: number;
+  repetition: number[];
+  selfBleu: number;
+}
+interface Int4 extends Expected {
+  group: number;
+  codes: string;
+  generations: { prompts: number[][]; newTokens: number; reference: Diversity; candidate: Diversity };
+}
+const load = (name: string): unknown =>
+  JSON.parse(readFileSync(new URL(`../../fixtures/validate/${name}.json`, import.meta.url), 'utf8'));
+const int4 = load('int4') as Record<'dense' | 'moe', Int4>;
+const expected = load('expected') as Record<'dense' | 'moe' | 'int4', Expected>;
 
 let env: JobEnv & { close(): void };
 let damage: Damage;
@@ -99,5 +117,37 @@ describe('against transformers in fp32', () => {
     const candidate = shared('models/dense-6m-int4-llmcompressor');
     if (!existsSync(candidate)) skip('../shared is not here');
     expectAll(await compare(shared('models/dense-6m'), candidate, windowsOf(expected.int4)), expected.int4);
+  });
+
+  it.each([
+    ['dense-6m', 'dense', dense],
+    ['moe-6m', 'moe', moe],
+  ] as const)('%s and its INT4: patterns, errors, KL, perplexity, routing', async (_, key, model) => {
+    const wanted = int4[key];
+    const candidate = join(damage.folder, `${key}-int4`);
+    expect(await writeInt4(model, candidate, wanted.group)).toBe(wanted.codes);
+    expectAll(await compare(model, candidate, windowsOf(wanted)), wanted);
+
+    // Greedy, so that two implementations can write the same.
+    const { prompts, newTokens, ...sides } = wanted.generations;
+    const [a, b] = [await openModel(model), await openModel(candidate)];
+    try {
+      const tokenizer = await a.tokenizer();
+      const options = { newTokens, temperature: 0, seed: 0, dtype: 'f32', resamples: 100 } as const;
+      const given = prompts.map((ids) => ({ text: '', ids: Int32Array.from(ids) }));
+      const got = await compareGenerations(a, b, tokenizer, given, options, env);
+      for (const side of ['reference', 'candidate'] as const) {
+        const { responses, perResponse, corpus, ead, repetition, selfBleu } = sides[side];
+        const texts = await Promise.all(responses.map((ids) => tokenizer.decode(ids)));
+        expect(got.pairs.map((pair) => pair[side])).toEqual(texts);
+        const numbers = { distinct: { perResponse, corpus }, ead, repetition, selfBleu };
+        expectNear(got[side], numbers, side);
+      }
+      const repetition = got.differences.find(({ metric }) => metric === 'rep-4')!;
+      const change = sides.candidate.repetition[2]! - sides.reference.repetition[2]!;
+      expect(repetition.difference).toBeCloseTo(change, 5);
+    } finally {
+      await Promise.all([a.close(), b.close()]);
+    }
   });
 });
