@@ -117,8 +117,13 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
   X(expert_sort, "slots tokens offsets place idx", "", "")                                                             \
   /* out[t] = sum_j w[t,j] y[place[t,j]] (+ base[t]). */                                                               \
   X(expert_combine, "out y place w [base]", "", "")                                                                    \
+  /* Backward of the three above that have gradients: dB f32 [E,N,K]: dB[e] += dC_e' A_e over the rows of expert e;
+     dy [T k,C] and dw f32 [T,k] from dout; dlogits from dw f32, through the chosen experts' scores. */                \
+  X(grouped_outer, "dB+= dC A offsets", "", "")                                                                        \
+  X(expert_combine_backward, "dy dw dout y place w", "", "")                                                           \
+  X(route_backward, "dlogits dw logits idx", "scoring normalize", "scale")                                             \
   /* -- linear algebra and quantization ------------------------------------------------------------------------ */    \
-  /* H f32 [K,K] += alpha sum_t row_weight_t X_t'X_t, lower triangle only (upper untouched); X float [T,K]. With
+  /* H f32 [K,K] += alpha sum_t row_weight_t X_t'X_t, lower triangle only (the upper is undefined); X float [T,K]. With
      offsets i32 [E+1] and H [E,K,K], rows are sorted by expert. row_weight f32 [T] (absent: 1). */                    \
   X(hessian_add, "H+= X [offsets] [row_weight]", "", "alpha")                                                          \
   X(symmetrize, "H", "", "")                            /* in place: upper := lower; rank 3 = batch */                 \

@@ -1,4 +1,4 @@
-// Mixture of experts: routing, stable sort by expert, weighted combination.
+// Mixture of experts: routing, stable sort by expert, weighted combination; their gradients.
 #include "cuda.cuh"
 
 namespace dc {
@@ -133,6 +133,102 @@ __global__ void combine_tokens(dc_tensor out, dc_tensor y, const int32_t* place,
   }
 }
 
+// A 32 x 32 tile of dB[e] a block: sums over the expert's rows in fp32.
+__global__ void grouped_outer_tiles(dc_tensor dB, dc_tensor dC, dc_tensor A, const int32_t* offsets) {
+  const int e = blockIdx.z, x = threadIdx.x, y = threadIdx.y;  // 32 x 8
+  const int64_t begin = offsets[e], end = offsets[e + 1], row0 = blockIdx.y * 32ll, col0 = blockIdx.x * 32ll;
+  const int64_t N = dB.dim[1], K = dB.dim[2];
+  __shared__ float Cs[32][33], As[32][33];
+  float sum[4] = {};
+  for (int64_t r0 = begin; r0 < end; r0 += 32) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int r = y + j * 8;
+      Cs[r][x] = r0 + r < end && row0 + x < N ? load(dC.data, dC.dtype, (r0 + r) * dC.stride[0] + (row0 + x) * dC.stride[1]) : 0.f;
+      As[r][x] = r0 + r < end && col0 + x < K ? load(A.data, A.dtype, (r0 + r) * A.stride[0] + (col0 + x) * A.stride[1]) : 0.f;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 32; r++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) sum[j] += Cs[r][y + j * 8] * As[r][x];
+    __syncthreads();
+  }
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const int64_t n = row0 + y + j * 8;
+    if (n < N && col0 + x < K) static_cast<float*>(dB.data)[e * dB.stride[0] + n * dB.stride[1] + (col0 + x) * dB.stride[2]] += sum[j];
+  }
+}
+
+// A block per token and choice.
+__global__ void combine_grad(dc_tensor dy, float* dw, dc_tensor out, dc_tensor y, const int32_t* place, const float* w, int k) {
+  const int64_t slot = blockIdx.x, t = slot / k, row = place[slot];
+  const float weight = w[slot];
+  float dot = 0;
+  for (int64_t c = threadIdx.x; c < out.dim[1]; c += blockDim.x) {
+    const float d = load(out.data, out.dtype, t * out.stride[0] + c * out.stride[1]);
+    dot += d * load(y.data, y.dtype, row * y.stride[0] + c * y.stride[1]);
+    store(dy.data, dy.dtype, row * dy.stride[0] + c * dy.stride[1], weight * d);
+  }
+  __shared__ float parts[8];
+  dot = warp_sum(dot);
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = dot;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float sum = 0;
+    for (int i = 0; i < int(blockDim.x) / 32; i++) sum += parts[i];
+    dw[slot] = sum;
+  }
+}
+
+// A warp per token; gradients of the chosen scores lie in shared memory.
+__global__ void route_grad(dc_tensor dlogits, const float* dw, dc_tensor logits, const int32_t* idx, int scoring, int normalize,
+                           float scale, int64_t tokens, int E, int k) {
+  extern __shared__ float memory[];
+  const int lane = threadIdx.x & 31;
+  const int64_t t = blockIdx.x * int64_t(blockDim.x / 32) + (threadIdx.x >> 5);
+  if (t >= tokens) return;
+  float* d = memory + (threadIdx.x >> 5) * (2 * E);
+  float* score = d + E;
+  float top = -INFINITY;
+  for (int e = lane; e < E; e += 32) top = fmaxf(top, score[e] = load(logits.data, logits.dtype, t * logits.stride[0] + e * logits.stride[1]));
+  if (scoring == 0) {
+    top = warp_max(top);
+    float sum = 0;
+    for (int e = lane; e < E; e += 32) sum += score[e] = expf(score[e] - top);
+    sum = warp_sum(sum);
+    for (int e = lane; e < E; e += 32) score[e] /= sum;
+  } else if (scoring == 1) {
+    for (int e = lane; e < E; e += 32) score[e] = 1.f / (1.f + expf(-score[e]));
+  } else {
+    for (int e = lane; e < E; e += 32) score[e] = sqrtf(score[e] > 20.f ? score[e] : log1pf(expf(score[e])));
+  }
+  for (int e = lane; e < E; e += 32) d[e] = 0;
+  __syncwarp();
+  float sum = 0, dot = 0;
+  for (int j = lane; j < k; j += 32) {
+    const float s = score[idx[t * k + j]];
+    sum += s, dot += scale * dw[t * k + j] * s;
+  }
+  sum = warp_sum(sum) + 1e-20f, dot = warp_sum(dot);
+  float through = 0;  // sum of gradient times score over the chosen: what softmax takes away from all
+  for (int j = lane; j < k; j += 32) {
+    const int e = idx[t * k + j];
+    float slope = scale * dw[t * k + j];
+    if (normalize) slope = (slope - dot / sum) / sum;
+    d[e] = slope;
+    through += slope * score[e];
+  }
+  through = warp_sum(through);
+  __syncwarp();
+  for (int e = lane; e < E; e += 32) {
+    const float x = load(logits.data, logits.dtype, t * logits.stride[0] + e * logits.stride[1]), s = score[e];
+    const float slope = scoring == 0 ? s * (d[e] - through) : scoring == 1 ? d[e] * s * (1 - s) : d[e] / (1.f + expf(-x)) / (2 * s);
+    store(dlogits.data, dlogits.dtype, t * dlogits.stride[0] + e * dlogits.stride[1], slope);
+  }
+}
+
 }  // namespace
 }  // namespace dc
 
@@ -173,4 +269,30 @@ extern "C" int dc_cuda_expert_combine(dc_context* c, const dc_call* call) {
   if (count(out) == 0) return 0;
   combine_tokens<<<unsigned(out.dim[0]), 256, 0, c->stream>>>(out, y, data<int32_t>(place), data<float>(w), base, int(place.dim[1]));
   return launched(c, "expert_combine");
+}
+
+extern "C" int dc_cuda_grouped_outer(dc_context* c, const dc_call* call) {
+  const dc_tensor &dB = call->t[0], &dC = call->t[1], &A = call->t[2], &offsets = call->t[3];
+  if (count(dB) == 0) return 0;
+  const dim3 grid(unsigned(ceil_div(dB.dim[2], 32)), unsigned(ceil_div(dB.dim[1], 32)), unsigned(dB.dim[0]));
+  grouped_outer_tiles<<<grid, dim3(32, 8), 0, c->stream>>>(dB, dC, A, data<int32_t>(offsets));
+  return launched(c, "grouped_outer");
+}
+
+extern "C" int dc_cuda_expert_combine_backward(dc_context* c, const dc_call* call) {
+  const dc_tensor &dy = call->t[0], &dw = call->t[1], &out = call->t[2], &y = call->t[3], &place = call->t[4], &w = call->t[5];
+  if (count(out) == 0) return 0;
+  combine_grad<<<unsigned(count(place)), 256, 0, c->stream>>>(dy, data<float>(dw), out, y, data<int32_t>(place), data<float>(w), int(place.dim[1]));
+  return launched(c, "expert_combine_backward");
+}
+
+extern "C" int dc_cuda_route_backward(dc_context* c, const dc_call* call) {
+  const dc_tensor &dlogits = call->t[0], &dw = call->t[1], &logits = call->t[2], &idx = call->t[3];
+  const int E = int(logits.dim[1]), k = int(idx.dim[1]), warps = 4;
+  const int64_t tokens = logits.dim[0];
+  if (tokens == 0) return 0;
+  const size_t shared = size_t(warps) * 2 * E * 4;
+  if (shared > 48 << 10) return fail(c, "route_backward: %d experts are more than this kernel holds", E);
+  route_grad<<<unsigned(ceil_div(tokens, warps)), warps * 32, shared, c->stream>>>(dlogits, data<float>(dw), logits, data<int32_t>(idx), int(call->i[0]), int(call->i[1]), float(call->f[0]), tokens, E, k);
+  return launched(c, "route_backward");
 }

@@ -2,6 +2,14 @@ import { ConvertError, bug, noResource } from '../base/errors.js';
 import { dtypeCode } from '../base/dtype.js';
 import type { DeviceKind, DeviceOptions, MemoryStats, NativeDevice, NativeModule, TensorView } from './types.js';
 
+/** One call of an op of native/backend.h. */
+export interface Op {
+  readonly name: string;
+  readonly tensors: (TensorView | undefined)[];
+  readonly ints: readonly number[];
+  readonly floats: readonly number[];
+}
+
 const maxNumbers = 12 * 16 + 32;
 
 /**
@@ -14,6 +22,8 @@ export class Device {
   readonly #native: NativeDevice;
   readonly #ops: ReadonlyMap<string, number>;
   readonly #numbers = new Float64Array(maxNumbers);
+  /** Sees each op just before it is enqueued, and may complete its tensors: how a tape records. */
+  watch: ((op: Op) => void) | undefined;
 
   constructor(native: NativeModule, library: string, options: DeviceOptions) {
     this.kind = options.kind;
@@ -47,6 +57,11 @@ export class Device {
   run(op: string, tensors: readonly (TensorView | undefined)[], ints: readonly number[], floats: readonly number[]) {
     const index = this.#ops.get(op);
     if (index === undefined) throw bug(`no native op named ${op}`);
+    if (this.watch) {
+      const seen = { name: op, tensors: [...tensors], ints, floats };
+      this.watch(seen);
+      tensors = seen.tensors;
+    }
     const numbers = this.#numbers;
     let at = 0;
     for (const tensor of tensors) {

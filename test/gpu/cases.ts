@@ -2,6 +2,7 @@ import type { DType, FloatDType } from '../../src/base/dtype.js';
 import * as ops from '../../src/tensor/ops.js';
 import type { Scope, Tensor } from '../../src/tensor/tensor.js';
 import { Random } from './random.js';
+import { gradientCases } from './gradients.js';
 
 /** What one op gives on one device, for the same inputs on both. */
 export interface Case {
@@ -295,5 +296,7 @@ for (const m of [1, 3, 8, 13, 40])
       const words = ops.pack(in_.s, in_.codes([100, 512], -8, 7), { bits: 4, bias: 8, axis: 1 });
       return [ops.int4Matmul(in_.s, in_.normal(d, [m, 512]), words, in_.normal(d, [100, 512 / group]), { group })];
     }, 4); // prettier-ignore
+
+gradientCases(forFloats);
 
 export { cases };

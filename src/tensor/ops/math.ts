@@ -118,7 +118,7 @@ export function unary(s: Scope, kind: UnaryKind, x: Tensor, a = 0, b = 0, out?: 
   return y;
 }
 
-const binaryKinds = { add: 0, sub: 1, mul: 2, div: 3, max: 4, min: 5, equal: 6 } as const;
+export const binaryKinds = { add: 0, sub: 1, mul: 2, div: 3, max: 4, min: 5, equal: 6 } as const;
 
 /** a (kind) alpha b; b broadcasts to a's shape. */
 export function binary(
