@@ -1,8 +1,8 @@
 import { readFile, rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { badInput } from '../base/errors.js';
-import { errorCode, exists, fsyncPath, ioError, renameDurable } from '../base/files.js';
-import type { Job } from '../base/job.js';
+import { errorCode, exists, fsyncPath, ioError, renameDurable, writeFileAtomic } from '../base/files.js';
+import type { Job, Json } from '../base/job.js';
 import { formatConfig } from '../formats/config-json.js';
 import { companionName, stemOf } from './config.js';
 import type { OutputLayout } from './layout.js';
@@ -97,6 +97,16 @@ export async function deliver(job: Job, layout: OutputLayout, sidecars: readonly
   await fsyncPath(folder);
   await renameDurable(join(outputFolder, layout.files[0]!.name), out);
   await rm(outputFolder, { recursive: true });
+}
+
+/** Gives several outputs their common name by one rename; `summary` says in the folder's own file what they are. */
+export async function deliverParts(job: Job, summary: Json): Promise<void> {
+  const { out, outputFolder } = job;
+  await writeFileAtomic(join(outputFolder, 'deepseek-convert.json'), `${JSON.stringify(summary, null, 2)}\n`);
+  await job.markFinishing();
+  await fsyncPath(outputFolder);
+  if (await exists(out)) await moveAside(job);
+  await renameDurable(outputFolder, out);
 }
 
 const lastPart = (path: string): string => path.slice(dirname(path).length).replace(/^\//, '');

@@ -16,6 +16,8 @@ export interface WriterOptions {
   /** The work folder and the output's name; its `overwrite` allows replacing an existing output. */
   readonly job: Job;
   readonly format: OutputFormat;
+  /** One of several outputs of a job: its folder within the job's output. All get their name at once, by `deliverParts`. */
+  readonly part?: string | undefined;
   /** In the order of the layers: shards are filled in this order. */
   readonly tensors: readonly PlannedTensor[];
   /** Bytes (default 5 GB). Only for a folder: a file output is one file. */

@@ -5,7 +5,7 @@ import type { ByteSource } from '../base/bytes.js';
 import { DigestWorker } from '../base/digest.js';
 import { badInput, bug } from '../base/errors.js';
 import { fsyncPath, ioError, readJsonFile, requireSpace, writeFileAtomic } from '../base/files.js';
-import type { Job, Json } from '../base/job.js';
+import type { Json } from '../base/job.js';
 import { planLayout } from './layout.js';
 import type { OutputLayout } from './layout.js';
 import { OutputFile } from './output-file.js';
@@ -29,7 +29,7 @@ export const isFileOutput = (out: string): boolean =>
  */
 export async function createWriter(options: WriterOptions): Promise<CheckpointWriter> {
   const { job, format, tensors } = options;
-  const fileName = isFileOutput(job.out) ? basename(job.out) : undefined;
+  const fileName = options.part === undefined && isFileOutput(job.out) ? basename(job.out) : undefined;
   const layout = planLayout({
     format,
     tensors,
@@ -43,7 +43,7 @@ export async function createWriter(options: WriterOptions): Promise<CheckpointWr
   const digest = new DigestWorker();
   try {
     const extra = sidecars.reduce((sum, { bytes }) => sum + bytes.length, 2 ** 20);
-    const files = await openFiles(job, layout, digest, extra);
+    const files = await openFiles(options, layout, digest, extra);
     return new Writer(options, layout, sidecars, files, digest);
   } catch (error) {
     await digest.close();
@@ -62,24 +62,29 @@ function planHash(layout: OutputLayout): string {
 }
 
 /** What an interrupted run leaves: which plan, and which tensors are on disk (a byte for each). */
-async function savePlan(job: Job, hash: string, done: Buffer): Promise<void> {
-  await writeFileAtomic(planPath(job), `${JSON.stringify({ hash, done: done.toString('base64') })}\n`);
+async function savePlan(options: Place, hash: string, done: Buffer): Promise<void> {
+  await writeFileAtomic(planPath(options), `${JSON.stringify({ hash, done: done.toString('base64') })}\n`);
 }
 
-const planPath = (job: Job): string => join(job.folder, 'plan.json');
+type Place = Pick<WriterOptions, 'job' | 'part'>;
+const planPath = ({ job, part }: Place): string =>
+  join(job.folder, part === undefined ? 'plan.json' : `plan-${part}.json`);
+const folderOf = ({ job, part }: Place): string =>
+  part === undefined ? job.outputFolder : join(job.outputFolder, part);
 
 async function openFiles(
-  job: Job,
+  options: Place,
   layout: OutputLayout,
   digest: DigestWorker,
   extraBytes: number,
 ): Promise<OutputFile[]> {
-  const folder = job.outputFolder;
+  const { job } = options;
+  const folder = folderOf(options);
   const hash = planHash(layout);
-  const before = (await readJsonFile(planPath(job))) as { hash: string; done: string } | undefined;
+  const before = (await readJsonFile(planPath(options))) as { hash: string; done: string } | undefined;
   if (before !== undefined && before.hash !== hash) {
     throw badInput('The work folder holds another output than this one', {
-      where: planPath(job),
+      where: planPath(options),
       hint: 'Begin anew with --restart.',
     });
   }
@@ -88,15 +93,16 @@ async function openFiles(
     await requireSpace(job.folder, size);
     // Without a plan on disk the files may be half made.
     await rm(folder, { recursive: true, force: true });
-    await mkdir(folder).catch((error: unknown) => {
+    await mkdir(folder, { recursive: true }).catch((error: unknown) => {
       throw ioError(error, 'make the output folder', folder);
     });
     const files: OutputFile[] = [];
     for (const file of layout.files) files.push(await OutputFile.create(folder, file, digest));
     for (const file of files) await file.sync();
     await fsyncPath(folder);
+    if (folder !== job.outputFolder) await fsyncPath(job.outputFolder);
     const none = Buffer.alloc(layout.files.reduce((sum, file) => sum + file.extents.length, 0));
-    await savePlan(job, hash, none);
+    await savePlan(options, hash, none);
     return files;
   }
   const done = Buffer.from(before.done, 'base64');
@@ -116,6 +122,7 @@ class Writer implements CheckpointWriter {
   readonly partFolder: string;
   readonly #places = new Map<string, { file: OutputFile; index: number; tied: boolean }>();
   readonly #hash: string;
+  readonly #folder: string;
   #closed = false;
   readonly #inputs = new DigestWorker();
   readonly #inputHashes: readonly Promise<string>[];
@@ -129,6 +136,7 @@ class Writer implements CheckpointWriter {
   ) {
     this.partFolder = options.job.folder;
     this.#hash = planHash(layout);
+    this.#folder = folderOf(options);
     const tied = new Set(options.tensors.filter((tensor) => tensor.tiedTo !== undefined).map(({ name }) => name));
     for (const file of files) {
       file.layout.extents.forEach(({ names }, index) => {
@@ -156,12 +164,12 @@ class Writer implements CheckpointWriter {
     // What completes while the disks flush is recorded by the next flush.
     const done = Buffer.concat(this.files.map((file) => file.done));
     for (const file of this.files) await file.sync();
-    await fsyncPath(this.options.job.outputFolder);
-    await savePlan(this.options.job, this.#hash, done);
+    await fsyncPath(this.#folder);
+    await savePlan(this.options, this.#hash, done);
   }
 
   async finish(report: Readonly<Record<string, Json>> = {}): Promise<void> {
-    const { job, tensors, accept } = this.options;
+    const { job, part, tensors, accept } = this.options;
     const missing = tensors.map(planKey).filter((name) => !this.has(name));
     if (missing.length > 0) {
       throw bug(`${missing.length} planned tensors were never written`, { got: missing.slice(0, 5).join(', ') });
@@ -174,18 +182,19 @@ class Writer implements CheckpointWriter {
     }
     const sidecars = this.sidecars.filter(({ role }) => role !== 'provenance');
     for (const { partName, name, bytes } of sidecars) {
-      await writeFileAtomic(join(job.outputFolder, partName), bytes);
+      await writeFileAtomic(join(this.#folder, partName), bytes);
       outputs.push({ name, bytes: bytes.length, sha256: createHash('sha256').update(bytes).digest('hex') });
     }
     const provenance = await this.#provenance(outputs, report);
     await this.#writeProvenance(provenance);
     await this.close();
-    await verifyOutput(job.outputFolder, this.layout, tensors);
+    await verifyOutput(this.#folder, this.layout, tensors);
     if (accept) {
-      const file = isFileOutput(job.out) ? this.layout.files[0]!.name : '';
-      const validation = await accept({ path: join(job.outputFolder, file), workFolder: job.folder });
+      const file = part === undefined && isFileOutput(job.out) ? this.layout.files[0]!.name : '';
+      const validation = await accept({ path: join(this.#folder, file), workFolder: job.folder });
       await this.#writeProvenance({ ...provenance, validation });
     }
+    if (part !== undefined) return;
     await job.markFinishing();
     await deliver(job, this.layout, this.sidecars);
   }
@@ -207,7 +216,7 @@ class Writer implements CheckpointWriter {
 
   async #writeProvenance(provenance: Json): Promise<void> {
     const { partName } = this.sidecars.find(({ role }) => role === 'provenance')!;
-    await writeFileAtomic(join(this.options.job.outputFolder, partName), `${JSON.stringify(provenance, null, 2)}\n`);
+    await writeFileAtomic(join(this.#folder, partName), `${JSON.stringify(provenance, null, 2)}\n`);
   }
 
   #place(name: string): { file: OutputFile; index: number; tied: boolean } {

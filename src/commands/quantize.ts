@@ -1,4 +1,5 @@
 import { Expected, choice, custom, flag, integer, list, number, text, byteSize, type Values } from '../base/options.js';
+import { badUsage } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
 import { columns, count, duration } from '../base/text.js';
 import { readFileSync } from 'node:fs';
@@ -12,22 +13,38 @@ const calibrationSection = 'Calibration:';
 const options = {
   ...inputOptions,
   ...outputOptions,
-  method: choice(['gptq', 'rtn'], {
+  method: choice(['gptq', 'rtn', 'awq', 'awq-gptq'], {
     default: 'gptq',
-    help: 'gptq: error feedback on calibration text. rtn: rounding alone, on the best grid; weighted where --calibration is given.',
+    help: 'gptq: error feedback on calibration text. rtn: rounding alone, on the best grid; weighted where --calibration is given. awq: activation-aware scales in the norms, then rounding, or (awq-gptq) error feedback.',
   }),
   bits: custom({ default: 4, help: 'Bits a weight: 2, 3, 4 or 8.' }, '2|3|4|8', (given): 2 | 3 | 4 | 8 => {
     const bits = ([2, 3, 4, 8] as const).find((width) => String(width) === given);
     if (bits === undefined) throw new Expected('2, 3, 4 or 8');
     return bits;
   }),
+  targetBpw: number({
+    min: 2,
+    max: 9,
+    help: 'Bits a weight on average, scales included: each set of fused linears gets 2, 3, 4 or 8 bits as its measured sensitivity asks.',
+  }),
   groupSize: integer({ min: -1, default: 128, help: 'Columns that share a scale: 32 to 1024; -1 is one scale a row.' }),
   sym: flag({ default: true, help: 'Symmetric grids, without zero points.' }),
   asym: flag({ help: 'Asymmetric grids, with a zero point a group.' }),
-  format: choice(['compressed-tensors', 'gguf'], { default: 'compressed-tensors', help: 'How the result is stored.' }),
-  ggufType: choice(['q4_k', 'q5_k', 'q6_k', 'q8_0', 'q4_0', 'q3_k', 'q2_k'], {
+  format: list({
+    separator: ',',
+    choices: ['compressed-tensors', 'gptq', 'awq', 'gguf', 'onnx', 'safetensors'],
+    default: ['compressed-tensors'],
+    value: 'name,...',
+    help: 'How the result is stored; several share one calibration and become folders of the output. safetensors: the weights that the codes stand for.',
+  }),
+  ggufType: choice(['q4_k_m', 'q4_k_s', 'q4_k', 'q5_k', 'q6_k', 'q8_0', 'q4_0', 'q3_k', 'q2_k'], {
     default: 'q4_k',
-    help: 'Block type of --format gguf; it decides bits and groups.',
+    help: 'Block type of --format gguf; alone it decides bits and groups. q4_k_m, q4_k_s: more bits for some, as llama.cpp mixes them.',
+  }),
+  tp: list({
+    separator: ',',
+    value: 'n,...',
+    help: 'Tensor-parallel sizes into which the output must divide, as vLLM splits it: checked before the work.',
   }),
   scope: text({
     defaultNote: 'all; experts for DeepSeek',
@@ -69,9 +86,13 @@ const options = {
     section: calibrationSection,
     help: 'Largest share of routed experts that no token may reach; more fails with exit code 3.',
   }),
+  calibrateAllExperts: flag({
+    section: calibrationSection,
+    help: 'Calibrate every expert on every token, not only on those that its router sends it.',
+  }),
   states: choice(['f32', 'bf16'], {
     section: calibrationSection,
-    defaultNote: 'f32 on the CPU, bf16 on a GPU',
+    defaultNote: 'bf16; f32 for models of other types on the CPU',
     help: 'Precision of hidden states and forward pass while calibrating.',
   }),
   shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of the output.' }),
@@ -110,9 +131,8 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
   };
   const overrides = await overridesOf(given.override);
   const self = given.calibration.includes('self');
-  const wanted = given.method === 'gptq' || given.calibration.length > 0;
+  const wanted = given.method !== 'rtn' || given.targetBpw !== undefined || given.calibration.length > 0;
   if (self && given.calibration.length > 1) {
-    const { badUsage } = await import('../base/errors.js');
     throw badUsage('--calibration self does not go together with files', { got: given.calibration.join(', ') });
   }
   const source = self ? 'self' : given.calibration.length > 0 ? given.calibration : 'default';
@@ -130,9 +150,11 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
       symmetric: given.sym && !given.asym,
       damp: given.damp,
       ...(overrides.length > 0 && { overrides }),
-      ...(given.format === 'gguf' && { blocks: given.ggufType }),
+      ...(given.targetBpw !== undefined && { targetBpw: given.targetBpw }),
+      ...(given.format.includes('gguf') && blocksOf(given.ggufType)),
     },
-    format: given.format,
+    formats: given.format as QuantizeOptions['formats'],
+    tensorParallel: given.tp.map(tensorParallel),
     ...(given.scope !== undefined && { scope: given.scope }),
     keep: given.keep,
     ...(wanted && {
@@ -145,6 +167,7 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
     }),
     ...(given.states !== undefined && { states: given.states }),
     maxUncovered: given.maxUncovered,
+    calibrateAllExperts: given.calibrateAllExperts,
     shardSize: given.shardSize,
     tool: { name: 'deepseek-convert', version },
     commandLine: io.commandLine,
@@ -159,6 +182,15 @@ async function overridesOf(given: readonly string[]): Promise<Override[]> {
     if (override) return override;
     throw badUsage('--override is not understood', { got: one, expected: 'name=8, name=bits:8,group:64 or name=asym' });
   });
+}
+
+const blocksOf = (type: Given['ggufType']) =>
+  type === 'q4_k_m' || type === 'q4_k_s' ? { blocks: 'q4_k' as const, mixture: type } : { blocks: type };
+
+function tensorParallel(given: string): number {
+  const size = Number(given);
+  if (Number.isSafeInteger(size) && size >= 1 && size <= 1024) return size;
+  throw badUsage('Invalid value for --tp', { expected: 'numbers of GPUs such as 1,2,4', got: given });
 }
 
 function report(result: QuantizeResult, io: Io): CommandResult {
@@ -220,7 +252,8 @@ async function showPlan(preview: QuantizePreview, job: QuantizeOptions, given: G
   const seqLen = job.calibration?.seqLen ?? Math.min(2048, model.context);
   const tokens = job.calibration === undefined ? 0 : job.calibration.samples * seqLen;
   using env = await openEnvironment(given, io);
-  const size = (job.states ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16')) === 'f32' ? 4 : 2;
+  const { statesOf } = await import('../quant/run.js');
+  const size = statesOf(job, preview, env) === 'f32' ? 4 : 2;
   const needs = estimate(model, plan, job.recipe, tokens, size);
   const { forward, capture, solve } = needs.flops;
   const eta = await secondsFor(env.device, forward + capture + solve);

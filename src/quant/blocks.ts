@@ -1,10 +1,7 @@
 import type { LinearShape } from '../layout/types.js';
 import { blockFormats, type BlockFormatName } from '../tensor/ops.js';
+import type { GgufType } from '../targets/gguf-mixture.js';
 import type { Bits, Scheme } from './scheme.js';
-
-/** Block types that `--format gguf` writes, from the usual one down. */
-export const ggufTypes = ['q4_k', 'q5_k', 'q6_k', 'q8_0', 'q4_0', 'q3_k', 'q2_k'] as const satisfies BlockFormatName[];
-export type GgufType = (typeof ggufTypes)[number];
 
 /** What stands in for a type whose blocks of 256 do not divide a row, as in llama.cpp. */
 const smaller: Partial<Record<BlockFormatName, BlockFormatName>> = {

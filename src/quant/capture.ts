@@ -1,6 +1,7 @@
 import { badInput, bug } from '../base/errors.js';
 import type { ExpertsCall, LinearCall } from '../nn/calls.js';
 import type { Site } from '../arch/stream.js';
+import type { Block } from '../arch/types.js';
 import { binary, copyInto, gemm, hessianAdd, reduce, symmetrize, unary } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
 
@@ -23,6 +24,8 @@ export interface Evidence {
   readonly roundOnly?: boolean;
   /** Tokens that reached the linears, where the statistics are not theirs alone. */
   readonly tokens?: number;
+  /** Where the linears stand, when their inputs are those of one call. */
+  readonly block?: Block;
 }
 
 /** One Hessian of the input that the linears of a call share. Lives in `scope`. */

@@ -6,7 +6,8 @@ import type { QuantizeOptions } from './options.js';
 
 /** README.md of the output: what it is, how it was made, what was left out. Measured errors stand in the provenance. */
 export function modelCard(
-  { input, tool, recipe, format }: QuantizeOptions,
+  { input, tool, recipe }: QuantizeOptions,
+  format: string,
   { plan }: { readonly plan: QuantPlan },
   set: CalibrationSet | undefined,
 ): string {

@@ -31,7 +31,7 @@ export function estimate(model: Model, plan: QuantPlan, recipe: Recipe, tokens: 
       if (tokens === 0) continue;
       capture += seen * k * k;
       // Measuring takes five products with H, the sweep one, each refit and descent one; the factor K^3 / 3.
-      if (recipe.method === 'gptq')
+      if (recipe.method.endsWith('gptq'))
         solve += (2 * (6 + recipe.refine.rounds * (1 + recipe.refine.passes)) * rows * k * k) + k ** 3 / 3; // prettier-ignore
       else solve += 6 * rows * k * k;
     }

@@ -1,5 +1,5 @@
 import { bug } from '../base/errors.js';
-import { elementCount, type FloatDType } from '../base/dtype.js';
+import { elementCount } from '../base/dtype.js';
 import { bytesSource, fileSource } from '../base/io.js';
 import { OpenFiles } from '../arch/files.js';
 import { TensorLoader } from '../arch/load.js';
@@ -9,16 +9,16 @@ import type { GgufFileType, GgufMetadata } from '../checkpoint/gguf-config.js';
 import { planGguf } from '../checkpoint/gguf-model.js';
 import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
 import type { CheckpointWriter, PlannedTensor } from '../checkpoint/types.js';
-import type { StoredTensor } from '../layout/types.js';
-import { cast, copyInto } from '../tensor/ops.js';
+import { blockFormats, cast, copyInto, decode, encode } from '../tensor/ops.js';
+import { mixtureType } from '../targets/gguf-mixture.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
 import type { JobEnv } from '../backend/env.js';
-import type { GgufType } from './blocks.js';
+import { blocksOfCodes } from './codes-as-blocks.js';
 import { plannedBytes, type OutputPlan, type OutputTensor } from './output.js';
 import type { LinearPlan, QuantPlan } from './plan.js';
 import type { Coded } from './rtn.js';
-import type { Scheme } from './scheme.js';
-import type { Target } from './target.js';
+import type { Recipe, Scheme } from './scheme.js';
+import type { Source, Stored, Target } from './target.js';
 
 const moduleOf = (tensor: string): string => tensor.replace(/\.weight$/, '');
 
@@ -37,8 +37,8 @@ export interface GgufOutput {
 }
 
 /** A GGUF file of what the plan quantizes, in its blocks; everything else stays in its own precision. */
-export async function planGgufOutput(open: OpenModel, plan: QuantPlan, type: GgufType): Promise<GgufOutput> {
-  const { metadata, tensors, computed, notes } = await planGguf(open.checkpoint, fileType(type));
+export async function planGgufOutput(open: OpenModel, plan: QuantPlan, recipe: Recipe): Promise<GgufOutput> {
+  const { metadata, tensors, computed, notes } = await planGguf(open.checkpoint, fileType(recipe));
   const places = new Map<string, Place>();
   const out: OutputTensor[] = [];
   const through = new Map<number, OutputTensor[]>();
@@ -53,7 +53,10 @@ export async function planGgufOutput(open: OpenModel, plan: QuantPlan, type: Ggu
       out.push({ planned, origin: { kind: 'linear', name: linears[0]!.linear.name } });
       continue;
     }
-    const own = { planned: highPrecision(tensor), origin: { kind: 'values' as const, name: tensor.name } };
+    const own = {
+      planned: outerBlocks(tensor, recipe, open) ?? highPrecision(tensor),
+      origin: { kind: 'values' as const, name: tensor.name },
+    };
     out.push(own);
     const block = Number(/^blk\.(\d+)\./.exec(tensor.name)?.[1] ?? -1);
     through.set(block, [...(through.get(block) ?? []), own]);
@@ -65,11 +68,26 @@ export async function planGgufOutput(open: OpenModel, plan: QuantPlan, type: Ggu
     through.set(-1, [...(through.get(-1) ?? []), own]);
   }
   const bytes = out.reduce((sum, { planned }) => sum + plannedBytes(planned), 0);
-  const target = (env: JobEnv) => new GgufTarget(places, tensors, computed, through, env);
+  const target = (env: JobEnv) => new GgufTarget(plan, places, tensors, computed, through, env);
   return { plan: { tensors: out, through, bytes }, metadata, target, notes };
 }
 
-const fileType = (type: GgufType): GgufFileType => (type === 'q4_k' ? 'q4_k_s' : type);
+const fileType = ({ blocks = 'q4_k', mixture }: Recipe): GgufFileType =>
+  mixture ?? (blocks === 'q4_k' ? 'q4_k_s' : blocks);
+
+/** Mixtures round the embedding and the head too; pure types leave them as they are. */
+function outerBlocks(
+  { name, shape }: GgufTensor,
+  { mixture }: Recipe,
+  { model }: OpenModel,
+): PlannedTensor | undefined {
+  if (mixture === undefined || !/^(token_embd|output)\.weight$/.test(name)) return undefined;
+  const isHead = name === 'output.weight' || model.tied;
+  const wanted = mixtureType(mixture, isHead ? 'output' : 'token_embd', 0, model.blocks.length, 0);
+  const type = [wanted, 'q8_0' as const].find((one) => shape.at(-1)! % blockFormats[one].values === 0);
+  if (type === undefined) return undefined;
+  return { name, shape, dtype: 'u8', encoding: { kind: 'ggml', type } };
+}
 
 /** The linears whose weights a tensor holds; undefined where one of them is not quantized. */
 function linearsOf({ entry }: GgufTensor, plan: QuantPlan): LinearPlan[] | undefined {
@@ -88,6 +106,7 @@ function highPrecision({ name, shape, entry, staysF32 }: GgufTensor): PlannedTen
 
 /** Puts quantized linears where llama.cpp looks for them: rows by rotary pairs, experts in one tensor. */
 export class GgufTarget implements Target {
+  readonly #plan: QuantPlan;
   readonly #places: ReadonlyMap<string, Place>;
   readonly #tensors: ReadonlyMap<string, StoredWeight>;
   readonly #computed: ReadonlyMap<string, Float32Array>;
@@ -97,12 +116,14 @@ export class GgufTarget implements Target {
   readonly #stacks = new Map<string, { readonly scope: Scope; readonly tensor: Tensor; left: number }>();
 
   constructor(
+    plan: QuantPlan,
     places: ReadonlyMap<string, Place>,
     tensors: readonly GgufTensor[],
     computed: ReadonlyMap<string, Float32Array>,
     through: OutputPlan['through'],
     env: JobEnv,
   ) {
+    this.#plan = plan;
     this.#through = through;
     this.#env = env;
     this.#places = places;
@@ -115,10 +136,20 @@ export class GgufTarget implements Target {
     );
   }
 
-  store(scope: Scope, { linear }: LinearPlan, _scheme: Scheme, { blocks }: Coded): StoredTensor[] {
+  store(scope: Scope, { linear }: LinearPlan, scheme: Scheme, coded: Coded, source: Source): Stored {
     const place = this.#places.get(linear.name);
-    if (!place || !blocks) throw bug(`${linear.name} has no place in the GGUF file`);
-    const { tensor, expert } = place;
+    const own = this.#plan.linears.get(linear.name)?.scheme?.blocks;
+    if (!place || !own) throw bug(`${linear.name} has no place in the GGUF file`);
+    if (coded.blocks) return { tensors: this.#place(scope, place, coded.blocks) };
+    // Codes of another target's grid: as they are where the type can say them, else rounded anew.
+    const same = blocksOfCodes(scope, own, scheme, coded);
+    if (same) return { tensors: this.#place(scope, place, same) };
+    const blocks = encode(scope, source.weight, own, source.energy);
+    const values = decode(scope, blocks, own, source.weight.shape as [number, number], 'f32');
+    return { tensors: this.#place(scope, place, blocks), values };
+  }
+
+  #place(scope: Scope, { tensor, expert }: Place, blocks: Tensor): Stored['tensors'] {
     const { encoding } = tensor.entry;
     if (expert === undefined) {
       const part = encoding.kind === 'assembled' ? encoding.parts[0] : undefined;
@@ -159,6 +190,12 @@ export class GgufTarget implements Target {
         continue;
       }
       using scope = new Scope(env.device);
+      if (planned.encoding?.kind === 'ggml') {
+        const wide = scope.empty('f32', planned.shape);
+        await loader.load([{ name: planned.name, into: wide }]);
+        await writer.write(planned.name, encode(scope, wide, planned.encoding.type).source());
+        continue;
+      }
       const into = scope.empty(planned.dtype, planned.shape);
       await loader.load([{ name: planned.name, into }]);
       await writer.write(planned.name, into.source());

@@ -1,4 +1,3 @@
-import type { FloatDType } from '../base/dtype.js';
 import {
   binary,
   choleskyRetry,
@@ -14,7 +13,7 @@ import {
 import { Scope, Tensor } from '../tensor/tensor.js';
 import { rowErrors, type Statistics } from './capture.js';
 import { roundScales, searchGrid, type Coded } from './rtn.js';
-import { groupWidth, type Recipe, type Scheme } from './scheme.js';
+import { groupWidth, type Recipe, type Scheme, type StoredScales } from './scheme.js';
 
 export interface Solved extends Coded {
   /** tr((W - Q) H (W - Q)') by row, under the undamped H. */
@@ -39,7 +38,7 @@ export async function gptq(
   statistics: Statistics,
   scheme: Scheme,
   recipe: Recipe,
-  stored: FloatDType,
+  stored: StoredScales,
 ): Promise<Solved> {
   const k = w.dim(1);
   const group = groupWidth(scheme, k);
@@ -128,7 +127,7 @@ function refine(
   start: Coded,
   extra: number,
   { rounds, passes }: Recipe['refine'],
-  stored: FloatDType | undefined,
+  stored: StoredScales | undefined,
 ): Coded {
   const damped = copyTo(scope, h);
   unary(scope, 'affine', diagonalOf(damped), 1, extra, diagonalOf(damped));

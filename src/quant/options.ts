@@ -1,7 +1,7 @@
 import type { Accept } from '../checkpoint/types.js';
-import type { LayoutName } from '../layout/types.js';
 import type { CalibrationOptions } from '../arch/calibration.js';
 import type { Model } from '../arch/types.js';
+import type { QuantFormat } from './formats.js';
 import type { OutputPlan } from './output.js';
 import type { QuantPlan } from './plan.js';
 import type { BlockReport } from './report.js';
@@ -16,16 +16,21 @@ export interface QuantizeOptions {
   readonly overwrite?: boolean;
   readonly restart?: boolean;
   readonly recipe: Recipe;
-  readonly format: LayoutName | 'gguf';
+  /** What to write; several share one calibration, and lie in folders of `out` named after them. */
+  readonly formats: readonly QuantFormat[];
+  /** Tensor-parallel sizes that the output must divide into (vLLM). */
+  readonly tensorParallel?: readonly number[];
   /** `all`, `experts`, a part of a name or `re:...`; absent: what suits the architecture. */
   readonly scope?: string;
   readonly keep?: readonly string[];
   /** Absent: quantize without calibration (plain rounding only). `seqLen` absent: 2,048 or the model's context. */
   readonly calibration?: Omit<CalibrationOptions, 'seqLen'> & { readonly seqLen?: number };
-  /** Precision of hidden states and of the forward pass; default: f32 on the CPU, bf16 on a GPU. */
+  /** Precision of hidden states and of the forward pass; default: bf16; f32 for models of other types on the CPU. */
   readonly states?: 'f32' | 'bf16';
   /** Largest share of routed experts that no calibration token may reach. */
   readonly maxUncovered?: number;
+  /** Calibrate every expert on every token, not on those that its router sends it. */
+  readonly calibrateAllExperts?: boolean;
   readonly shardSize?: number;
   /** Sequences a batch, bytes for states: see `streamBlocks`. */
   readonly batchRows?: number;

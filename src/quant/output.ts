@@ -1,29 +1,19 @@
-import { badInput } from '../base/errors.js';
+import { badInput, bug } from '../base/errors.js';
 import { elementCount, dtypeSize, type FloatDType } from '../base/dtype.js';
 import { fileSource } from '../base/io.js';
 import { encodedBytes } from '../formats/ggml.js';
 import type { CheckpointWriter, PlannedTensor, TensorEntry } from '../checkpoint/types.js';
-import type { LayoutWriter } from '../layout/types.js';
+import type { LinearShape } from '../layout/types.js';
 import type { OpenModel } from '../arch/open.js';
 import type { StoredWeight } from '../arch/stored.js';
 import type { WeightReader } from '../arch/weights.js';
 import { copyInto } from '../tensor/ops.js';
 import type { Scope } from '../tensor/tensor.js';
+import type { OutputTensor } from '../targets/types.js';
 import type { QuantPlan } from './plan.js';
+import type { Scheme } from './scheme.js';
 
-/** Where the bytes of one output tensor come from. */
-export type Origin =
-  /** As they lie in the source. */
-  | { readonly kind: 'copy'; readonly entry: TensorEntry }
-  /** Read as values (decoded, unfused, padded with zeros) and written in the planned precision. */
-  | { readonly kind: 'values'; readonly name: string }
-  /** Made when the linear is quantized. */
-  | { readonly kind: 'linear'; readonly name: string };
-
-export interface OutputTensor {
-  readonly planned: PlannedTensor;
-  readonly origin: Origin;
-}
+export type { Origin, OutputTensor } from '../targets/types.js';
 
 /** The output's tensors in the order of the source. */
 export interface OutputPlan {
@@ -33,8 +23,15 @@ export interface OutputPlan {
   readonly bytes: number;
 }
 
-/** Every tensor of the source in its place: quantized, carried over as it is, or decoded where it must be. */
-export function planOutput(open: OpenModel, plan: QuantPlan, layout: LayoutWriter): OutputPlan {
+/**
+ * Every tensor of the source in its place: quantized (as `layout` says), carried over as it is, or decoded where it
+ * must be.
+ */
+export function planOutput(
+  open: OpenModel,
+  plan: QuantPlan,
+  layout: (linear: LinearShape, scheme: Scheme, dtype: FloatDType) => PlannedTensor[],
+): OutputPlan {
   const blockOf = new Map<string, number>();
   for (const block of open.model.blocks) for (const { name } of block.tensors) blockOf.set(name, block.index);
   const first = new Map<string, StoredWeight[]>();
@@ -64,7 +61,7 @@ export function planOutput(open: OpenModel, plan: QuantPlan, layout: LayoutWrite
       const linear = plan.linears.get(weight.name.replace(/\.(weight|bias)$/, ''));
       if (linear?.scheme && weight.name.endsWith('.weight')) {
         const origin = { kind: 'linear', name: linear.linear.name } as const;
-        for (const planned of layout.plan(linear.stored, linear.scheme, linear.dtype)) add(block, { planned, origin });
+        for (const planned of layout(linear.stored, linear.scheme, linear.dtype)) add(block, { planned, origin });
         continue;
       }
       add(block, throughTensor(open, weight, linear?.stored));
@@ -123,6 +120,7 @@ export async function writeThrough(
       await writer.write(planned.name, fileSource(origin.entry.span));
       continue;
     }
+    if (origin.kind !== 'values') throw bug(`${planned.name} is not written as it is`);
     using scope = scopeOf();
     const values = await reader.tensor(origin.name, scope, planned.dtype as FloatDType);
     const out = scope.zeros(planned.dtype, planned.shape);

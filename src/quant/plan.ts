@@ -4,6 +4,7 @@ import type { Checkpoint, TensorEntry } from '../checkpoint/types.js';
 import type { LayoutUse, LinearShape } from '../layout/types.js';
 import type { LinearSpec } from '../nn/calls.js';
 import type { Model } from '../arch/types.js';
+import { kindOf, mixtureType } from '../targets/gguf-mixture.js';
 import { blockScheme, typeOfBits } from './blocks.js';
 import { changesOf } from './overrides.js';
 import { leaveOut, type Selection } from './select.js';
@@ -31,6 +32,8 @@ export interface QuantPlan {
   readonly use: LayoutUse;
   readonly notes: readonly string[];
   readonly totals: PlanTotals;
+  /** Linears whose scheme an override of the recipe decides. */
+  readonly fixed: ReadonlySet<string>;
 }
 
 export interface PlanTotals {
@@ -62,12 +65,14 @@ export function makePlan(
   chosen: ReadonlyMap<string, SchemeChange> = new Map(),
 ): QuantPlan {
   const overridden = changesOf(model.blocks, recipe.overrides ?? []);
+  const fixed = new Set(overridden.keys());
   const carried = [...checkpoint.tensors.keys()].some((name) =>
     model.carried.some((prefix) => name.startsWith(prefix)),
   );
   // Carried parts (multi-token prediction) follow the same config and cannot be padded along.
   const widths = recipe.blocks ? unpadded : fitWidths(model, recipe.groupSize, !carried);
   const left = leaveOut(model.blocks, selection);
+  const experts = Math.max(0, ...model.blocks.map(({ moe }) => moe?.experts ?? 0));
   const linears = new Map<string, LinearPlan>();
   const notes = new Set(widths.notes);
   for (const block of model.blocks) {
@@ -83,7 +88,8 @@ export function makePlan(
       const common = { linear, block: block.index, stored, dtype: weightDType(entry) };
       const change: SchemeChange = { ...chosen.get(name), ...overridden.get(name) };
       if (recipe.blocks !== undefined) {
-        const wanted = change.bits === undefined ? recipe.blocks : typeOfBits[change.bits];
+        const usual = recipe.mixture ? mixtureType(recipe.mixture, kindOf(name), block.index, model.blocks.length, experts) : recipe.blocks; // prettier-ignore
+        const wanted = change.bits === undefined ? usual : typeOfBits[change.bits];
         const scheme = blockScheme(linear.inFeatures, wanted);
         const reason = left.get(name) ?? (scheme ? holder.refuse(stored, scheme) : `no block type divides ${linear.inFeatures} columns`); // prettier-ignore
         if (scheme?.blocks !== wanted && reason === undefined) notes.add(`${patternOf(name)}: ${scheme!.blocks}, because ${linear.inFeatures} columns are no whole blocks of ${wanted}`); // prettier-ignore
@@ -96,7 +102,7 @@ export function makePlan(
         group = fit.group;
         if (fit.note !== undefined && !left.has(name)) notes.add(`${patternOf(name)}: ${fit.note}`);
       }
-      const order = recipe.method === 'gptq' && recipe.order ? { order: 'static' as const } : {};
+      const order = recipe.method.endsWith('gptq') && recipe.order ? { order: 'static' as const } : {};
       const { bits = recipe.bits, symmetric = recipe.symmetric } = change;
       const scheme: Scheme = { bits, group, symmetric, ...order };
       const reason = left.get(name) ?? holder.refuse(stored, scheme);
@@ -115,7 +121,7 @@ export function makePlan(
       hint: 'Widen --scope, or name fewer linears in --keep.',
     });
   }
-  return { linears, config: widths.config, use: layoutUse(plans), notes: [...notes], totals: totalsOf(plans) };
+  return { linears, config: widths.config, use: layoutUse(plans), notes: [...notes], totals: totalsOf(plans), fixed };
 }
 
 const unpadded: ReturnType<typeof fitWidths> = { stored: new Map(), groups: new Map(), config: {}, notes: [] };

@@ -21,6 +21,8 @@ export interface LinearReport {
   readonly seconds: number;
   /** Hash of what the stored codes stand for. */
   readonly probe: string;
+  /** The same for targets that stand for other values, by name. */
+  readonly probes?: Readonly<Record<string, string>>;
   /** Anything out of the ordinary, one sentence. */
   readonly note?: string;
 }
@@ -32,8 +34,10 @@ export interface ExpertCoverage {
   readonly tokens: readonly number[];
   /** Experts whose Hessian was drawn towards the layer's. */
   readonly starved: number;
-  /** Experts that saw no token. */
+  /** Experts that were calibrated on no token. */
   readonly uncovered: number;
+  /** `--calibrate-all-experts`: the counts are the router's, but every expert was calibrated on all tokens. */
+  readonly calibratedOnAll?: boolean;
 }
 
 export interface BlockReport {

@@ -1,4 +1,3 @@
-import type { FloatDType } from '../base/dtype.js';
 import {
   blockCodes,
   blockFormats,
@@ -12,7 +11,7 @@ import {
   type Grid,
 } from '../tensor/ops.js';
 import type { Scope, Tensor } from '../tensor/tensor.js';
-import { codeRange, groupWidth, type Recipe, type Scheme } from './scheme.js';
+import { codeRange, groupWidth, type Recipe, type Scheme, type StoredScales } from './scheme.js';
 
 /** Codes i8 [N, K] on a grid whose scales are exactly what will be stored. */
 export interface Coded {
@@ -34,7 +33,7 @@ export function searchGrid(
   w: Tensor,
   scheme: Scheme,
   search: Recipe['search'],
-  stored: FloatDType,
+  stored: StoredScales,
   energy?: Tensor,
 ): Pick<Coded, 'grid' | 'blocks'> {
   if (scheme.blocks !== undefined) {
@@ -55,11 +54,15 @@ export function searchGrid(
 }
 
 /** What is left of scales once they are stored; f32 again, so that the sweep sees just these. */
-export function roundScales(scope: Scope, scale: Tensor, stored: FloatDType): Tensor {
-  if (stored === 'f32') return scale;
-  const rounded = cast(scope, scale, stored);
-  const back = cast(scope, rounded, 'f32');
-  scope.free(rounded);
+export function roundScales(scope: Scope, scale: Tensor, stored: StoredScales): Tensor {
+  let back = scale;
+  for (const dtype of typeof stored === 'string' ? [stored] : stored) {
+    if (dtype === 'f32') continue;
+    const rounded = cast(scope, back, dtype);
+    if (back !== scale) scope.free(back);
+    back = cast(scope, rounded, 'f32');
+    scope.free(rounded);
+  }
   return back;
 }
 
@@ -69,7 +72,7 @@ export function roundToNearest(
   w: Tensor,
   scheme: Scheme,
   search: Recipe['search'],
-  stored: FloatDType,
+  stored: StoredScales,
   energy?: Tensor,
 ): Coded {
   const searched = searchGrid(scope, w, scheme, search, stored, energy);

@@ -1,77 +1,88 @@
 import { badUsage } from '../base/errors.js';
-import { resolve } from 'node:path';
+import { join, resolve } from 'node:path';
+import type { FloatDType } from '../base/dtype.js';
 import { exists, formatBytes } from '../base/files.js';
 import { Job, requireNoOutput, type Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
-import { createWriter, isFileOutput } from '../checkpoint/writer.js';
+import { createWriter } from '../checkpoint/writer.js';
+import { deliverParts } from '../checkpoint/sidecars.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
-import { layoutWriters } from '../layout/detect.js';
-import type { LayoutName, LayoutWriter } from '../layout/types.js';
 import { calibrationTokens, type CalibrationSet } from '../arch/calibration.js';
 import { openModel, type OpenModel } from '../arch/open.js';
 import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream.js';
 import { WeightReader } from '../arch/weights.js';
 import { modelCard } from './card.js';
+import { chooseBits } from './choose.js';
 import type { QuantizeOptions, QuantizePreview, QuantizeResult } from './options.js';
-import { refuseInGguf } from './blocks.js';
-import { planGgufOutput, type GgufOutput } from './gguf.js';
-import { planOutput } from './output.js';
-import { makePlan, type Holder, type QuantPlan } from './plan.js';
+import { checkFormats, holderOf, planTarget, requireOneScheme, storedScales, type PlannedTarget } from './formats.js';
+import { makePlan, type QuantPlan } from './plan.js';
 import { fromJson, type BlockReport } from './report.js';
-import { checkRecipe, type Recipe } from './scheme.js';
+import { checkRecipe, type Recipe, type SchemeChange } from './scheme.js';
 import { defaultScope } from './select.js';
-import { layoutTarget, type Target } from './target.js';
-import { verifyGguf, verifyLinears } from './verify.js';
-import { QuantVisitor } from './visitor.js';
+import { requireShares } from './shares.js';
+import { QuantVisitor, type TargetWriter } from './visitor.js';
 
 interface Prepared extends QuantizePreview {
   readonly open: OpenModel;
-  /** Present where the output is a GGUF file. */
-  readonly gguf?: GgufOutput;
+  readonly targets: readonly PlannedTarget[];
   readonly recipe: Recipe;
   readonly scope: string;
 }
 
 async function prepare(options: QuantizeOptions): Promise<Prepared> {
-  const { input, format, config, keep = [] } = options;
+  const { input, formats, config } = options;
   checkRecipe(options.recipe);
-  const gguf = format === 'gguf';
-  const layout = format === 'gguf' ? undefined : layoutWriters[format];
-  if (!gguf && layout === undefined) throw badUsage(`--format ${format} cannot be written`, { expected: Object.keys(layoutWriters).join(', ') }); // prettier-ignore
-  if (!gguf && isFileOutput(options.out)) {
-    throw badUsage('A quantized model is a folder', {
-      got: options.out,
-      expected: 'a folder name for -o, without an extension such as .bin',
-      hint: `${format} keeps its settings in config.json beside the weights.`,
-    });
-  }
-  if (gguf && isFileOutput(options.out) && !options.out.endsWith('.gguf')) {
-    throw badUsage('The output is a GGUF file', {
-      got: options.out,
-      expected: 'a name that ends in .gguf, or a folder',
-    });
-  }
-  const freeSign = options.recipe.search.freeSign && (layout?.signedScales ?? true);
-  const { blocks, ...common } = { ...options.recipe, search: { ...options.recipe.search, freeSign } };
-  const recipe: Recipe = gguf ? { ...common, blocks: blocks ?? 'q4_k' } : common;
+  checkFormats(formats, options.out, options.recipe);
+  requireFoldable(options);
+  // Block types decide the codes where GGUF is the only output; beside others, it follows their codes.
+  const alone = formats.length === 1 && formats[0] === 'gguf';
+  const { blocks, mixture, ...common } = options.recipe;
+  const recipe: Recipe = alone ? { ...common, blocks: blocks ?? 'q4_k', ...(mixture && { mixture }) } : common;
   const open = await openModel(input, { config });
-  const scope = options.scope ?? defaultScope(open.model.modelType);
-  const holder: Holder = layout ?? { refuse: refuseInGguf };
-  const plan = makePlan(open.model, open.checkpoint, recipe, { scope, keep }, holder);
-  const file = recipe.blocks && (await planGgufOutput(open, plan, recipe.blocks));
-  const output = file?.plan ?? planOutput(open, plan, layout!);
+  try {
+    const scope = options.scope ?? defaultScope(open.model.modelType);
+    return await planAll(options, { open, recipe, scope });
+  } catch (error) {
+    await open.close();
+    throw error;
+  }
+}
+
+/** The plan of the codes and of every output; `chosen`: bits by measured sensitivity. */
+async function planAll(
+  options: QuantizeOptions,
+  { open, recipe, scope }: Pick<Prepared, 'open' | 'recipe' | 'scope'>,
+  chosen?: ReadonlyMap<string, SchemeChange>,
+): Promise<Prepared> {
+  const { formats, keep = [] } = options;
+  const selection = { scope, keep };
+  const alone = recipe.blocks !== undefined;
+  const plan = makePlan(open.model, open.checkpoint, recipe, selection, holderOf(formats), chosen);
+  requireOneScheme(formats, plan);
+  requireShares(plan, open.model, formats, options.tensorParallel ?? []);
+  const targets: PlannedTarget[] = [];
+  for (const format of formats) targets.push(await planTarget(format, open, plan, options.recipe, selection, alone));
   const inputBytes = [...open.checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0);
+  const outputs = targets.map(({ output }) => output);
   return {
-    open,
-    model: open.model,
-    ...(file && { gguf: file }),
-    recipe,
-    scope,
-    plan,
-    output,
-    inputBytes,
-    notices: [...open.notes, ...plan.notes, ...(file?.notes ?? [])],
+    ...{ open, model: open.model, targets, recipe, scope, plan, inputBytes },
+    output: {
+      tensors: outputs.flatMap(({ tensors }) => tensors),
+      through: outputs[0]!.through,
+      bytes: outputs.reduce((sum, { bytes }) => sum + bytes, 0),
+    },
+    notices: [...open.notes, ...plan.notes, ...targets.flatMap(({ notes }) => notes)],
   };
+}
+
+/** Containers that name and arrange norms in their own way cannot take up scales. */
+function requireFoldable({ recipe: { method }, formats }: QuantizeOptions): void {
+  const other = formats.find((format) => format === 'gguf' || format === 'onnx');
+  if (other === undefined || !method.startsWith('awq')) return;
+  throw badUsage(`--method ${method} does not go together with --format ${other}`, {
+    expected: 'compressed-tensors, gptq, awq or safetensors',
+    hint: 'Use --method gptq, which is better, or convert the result of --format safetensors.',
+  });
 }
 
 /** The plan alone: what becomes of each tensor, sizes. Reads headers only. */
@@ -101,7 +112,11 @@ export async function quantize(options: QuantizeOptions, env: JobEnv): Promise<Q
       ...(options.restart !== undefined && { restart: options.restart }),
     });
     try {
-      return await runJob(options, prepared, set, job, env, started);
+      const states = statesOf(options, prepared, env);
+      const chosen =
+        set && (await chooseBits({ ...prepared, set, job, env, states, commandLine: options.commandLine }));
+      const final = chosen ? await planAll(options, prepared, chosen) : prepared;
+      return await runJob(options, final, set, job, env, started);
     } catch (error) {
       await job.fail();
       throw error;
@@ -136,27 +151,40 @@ async function calibrate(
 
 function fingerprint(
   options: QuantizeOptions,
-  { open, recipe, scope }: Prepared,
+  prepared: Prepared,
   set: CalibrationSet | undefined,
   env: JobEnv,
 ): Record<string, Json> {
+  const { open, recipe, scope } = prepared;
   return {
     command: 'quantize',
     tool: options.tool.version,
     input: open.checkpoint.fingerprint,
     recipe: JSON.parse(JSON.stringify(recipe)) as Json,
     selection: { scope, keep: options.keep ?? [] },
-    format: options.format,
+    allExperts: options.calibrateAllExperts ?? false,
+    formats: [...options.formats],
+    ...(options.formats.length > 1 && { blocks: options.recipe.mixture ?? options.recipe.blocks ?? null }),
     calibration: set === undefined ? null : { text: set.hash, description: set.description },
-    computing: { device: env.device.kind, states: statesOf(options, env), batchRows: options.batchRows ?? null },
+    computing: {
+      device: env.device.kind,
+      states: statesOf(options, prepared, env),
+      batchRows: options.batchRows ?? null,
+    },
     shardSize: options.shardSize ?? null,
   };
 }
 
-const layoutOf = ({ format }: QuantizeOptions): LayoutWriter => layoutWriters[format as LayoutName];
-
-const statesOf = ({ states }: QuantizeOptions, env: JobEnv): 'f32' | 'bf16' =>
-  states ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
+/** Default: bf16 (f32 for models of other types on the CPU): what rounding a state adds is lost in what INT4 adds. */
+export function statesOf(
+  { states }: Pick<QuantizeOptions, 'states'>,
+  { plan }: Pick<QuantizePreview, 'plan'>,
+  { device }: Pick<JobEnv, 'device'>,
+): 'f32' | 'bf16' {
+  if (states !== undefined) return states;
+  const exact = device.kind === 'cpu' && [...plan.linears.values()].some(({ dtype }) => dtype !== 'bf16');
+  return exact ? 'f32' : 'bf16';
+}
 
 async function runJob(
   options: QuantizeOptions,
@@ -166,7 +194,7 @@ async function runJob(
   env: JobEnv,
   started: number,
 ): Promise<QuantizeResult> {
-  const { open, plan, output, gguf } = prepared;
+  const { open, plan, output, targets } = prepared;
   const { model, checkpoint } = open;
   const done = (verified: number): QuantizeResult => {
     const results = blockResults(job, stage, model);
@@ -195,44 +223,56 @@ async function runJob(
     const before = model.blocks.filter(({ index }) => job.done(blockStep(stage, index))).length;
     env.log.info(`Going on after block ${before} of ${model.blocks.length}`);
   }
-  const { quantization_config: _q, compression_config: _c, ...plainConfig } = checkpoint.config;
-  const layout = gguf ? undefined : layoutOf(options);
-  const config = { ...plainConfig, ...plan.config, ...(layout && { quantization_config: layout.config(plan.use) }) };
-  const writer = await createWriter({
-    job,
-    format: gguf ? 'gguf' : 'safetensors',
-    ...(gguf && { gguf: gguf.metadata }),
-    tensors: output.tensors.map(({ planned }) => planned),
-    ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
-    config,
-    companions: checkpoint.companions,
-    extraFiles: new Map([['README.md', modelCard(options, prepared, set)]]),
-    provenance: {
-      tool: options.tool,
-      recipe: { command: options.commandLine, ...fingerprint(options, prepared, set, env) },
-      inputs: checkpoint.files,
-    },
-    accept: options.accept,
-  });
+  const several = targets.length > 1;
+  const writers: CheckpointWriter[] = [];
   try {
-    await runBlocks(options, prepared, set, job, writer, env);
+    for (const [i, { format, output: own, writing }] of targets.entries()) {
+      const writer = await createWriter({
+        ...writing,
+        job,
+        ...(several && { part: format }),
+        tensors: own.tensors.map(({ planned }) => planned),
+        ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
+        companions: checkpoint.companions,
+        extraFiles: new Map([['README.md', modelCard(options, format, prepared, set)], ...writing.extraFiles]),
+        provenance: {
+          tool: options.tool,
+          recipe: { command: options.commandLine, ...fingerprint(options, prepared, set, env) },
+          inputs: checkpoint.files,
+        },
+        // The others hold the same codes, or say in the report how they differ.
+        accept: i === 0 ? options.accept : undefined,
+      });
+      writers.push(writer);
+    }
+    await runBlocks(options, prepared, set, job, writers, env);
     await checkpoint.assertUnchanged();
-    await writer.flush();
     const blocks = blockResults(job, stage, model).map(({ result }) => fromJson(result));
-    const probes = new Map(blocks.flatMap(({ linears }) => linears.map(({ name, probe }) => [name, probe] as const)));
     const checking = performance.now();
-    const verified = gguf
-      ? await verifyGguf(job.outputFolder, plan, probes, env)
-      : await verifyLinears(job.outputFolder, config, plan, probes, env);
+    let verified = 0;
+    for (const [i, target] of targets.entries()) {
+      const { format } = target;
+      await writers[i]!.flush();
+      const folder = several ? join(job.outputFolder, format) : job.outputFolder;
+      verified += await target.verify(folder, probesOf(blocks, format), env);
+    }
     env.log.info(`Verified ${verified} quantized linears as they were read back, ${seconds(checking)}`);
-    await writer.finish(provenanceReport(plan, blocks));
+    for (const writer of writers) await writer.finish(provenanceReport(plan, blocks));
+    if (several) {
+      const outputs = targets.map(({ format, output: { bytes } }) => ({ folder: format, bytes }));
+      await deliverParts(job, { schema: 1, tool: options.tool, outputs });
+    }
     const result = done(verified);
     await job.remove();
     return result;
   } finally {
-    await writer.close();
+    for (const writer of writers) await writer.close();
   }
 }
+
+/** What each linear must read back as: the codes' own values, or those that a target has in their place. */
+const probesOf = (blocks: readonly BlockReport[], format: string): Map<string, string> =>
+  new Map(blocks.flatMap(({ linears }) => linears.map(({ name, probe, probes }) => [name, probes?.[format] ?? probe])));
 
 export type { QuantizeOptions, QuantizePreview, QuantizeResult } from './options.js';
 
@@ -245,35 +285,43 @@ async function runBlocks(
   prepared: Prepared,
   set: CalibrationSet | undefined,
   job: Job,
-  writer: CheckpointWriter,
+  writers: readonly CheckpointWriter[],
   env: JobEnv,
 ): Promise<void> {
-  const { open, output, gguf } = prepared;
-  const reader = new WeightReader(open, env.device, set === undefined ? 'f32' : statesOf(options, env));
-  const file = gguf?.target(env);
-  const target: Target = file ?? layoutTarget(layoutOf(options), output, reader, env);
+  const reader = new WeightReader(
+    prepared.open,
+    env.device,
+    set === undefined ? 'f32' : statesOf(options, prepared, env),
+  );
+  const targets = prepared.targets.map((target, i): TargetWriter => ({
+    name: target.format,
+    target: target.open(reader, env),
+    writer: writers[i]!,
+  }));
   try {
-    await blocksInto(target, reader, options, prepared, set, job, writer, env);
+    await blocksInto(targets, reader, options, prepared, set, job, env);
   } finally {
-    await file?.close();
+    for (const { target } of targets) await target.close?.();
   }
 }
 
 async function blocksInto(
-  target: Target,
+  targets: readonly TargetWriter[],
   reader: WeightReader,
   options: QuantizeOptions,
-  { open, plan, recipe }: Prepared,
+  prepared: Prepared,
   set: CalibrationSet | undefined,
   job: Job,
-  writer: CheckpointWriter,
   env: JobEnv,
 ): Promise<void> {
+  const { open, plan, recipe } = prepared;
   const { model } = open;
-  const dtype = statesOf(options, env);
+  const dtype = statesOf(options, prepared, env);
   if (!job.done('outer')) {
-    await target.writeThrough(-1, writer);
-    await writer.flush();
+    for (const { target, writer } of targets) {
+      await target.writeThrough(-1, writer);
+      await writer.flush();
+    }
     await job.mark('outer');
   }
   const uncoveredBefore = model.blocks
@@ -282,13 +330,15 @@ async function blocksInto(
       const { result } = job.data(blockStep(stage, index)) as { result: Json };
       return sum + (fromJson(result).coverage?.uncovered ?? 0);
     }, 0);
-  const visitor = new QuantVisitor({
+  using visitor = new QuantVisitor({
     env,
     plan,
     recipe,
-    target,
-    writer,
+    targets,
+    plannedDType: plannedDTypes(prepared),
+    scales: storedScales(options.formats),
     maxUncovered: options.maxUncovered ?? 0.1,
+    calibrateAllExperts: options.calibrateAllExperts ?? false,
     experts: model.blocks.reduce((sum, { moe }) => sum + (moe?.experts ?? 0), 0),
     uncoveredBefore,
   });
@@ -310,6 +360,11 @@ async function blocksInto(
     },
     visitor,
   );
+}
+
+function plannedDTypes({ output }: Prepared): (name: string) => FloatDType {
+  const types = new Map(output.tensors.map(({ planned }) => [planned.name, planned.dtype]));
+  return (name) => (types.get(name) ?? 'bf16') as FloatDType;
 }
 
 function provenanceReport(plan: QuantPlan, blocks: readonly BlockReport[]): Record<string, Json> {

@@ -2,7 +2,7 @@ import { badUsage } from '../base/errors.js';
 import type { FloatDType } from '../base/dtype.js';
 import type { Scheme as LayoutScheme } from '../layout/types.js';
 import { blockFormats, type BlockFormatName } from '../tensor/ops.js';
-import type { GgufType } from './blocks.js';
+import type { GgufType, Mixture } from '../targets/gguf-mixture.js';
 
 /** How a linear is rounded: on grids of a layout, or in GGML blocks. */
 export interface Scheme extends LayoutScheme {
@@ -27,6 +27,10 @@ export interface Recipe {
   readonly refine: { readonly rounds: number; readonly passes: number };
   /** GGUF only: the block type, in place of bits, group and symmetry. */
   readonly blocks?: GgufType;
+  /** GGUF only: some linears in more bits than `blocks`, as llama.cpp mixes them. */
+  readonly mixture?: Mixture;
+  /** Mean bits a weight, scales included, that measured sensitivities are to be met with; `bits` then means nothing. */
+  readonly targetBpw?: number;
   /** Other schemes for some linears; where several fit, the last one counts. */
   readonly overrides?: readonly Override[];
 }
@@ -46,7 +50,11 @@ export interface Override extends SchemeChange {
   readonly pattern: string;
 }
 
-export const methods = ['gptq', 'rtn'] as const;
+/**
+ * `gptq`: error feedback. `rtn`: rounding alone, on the best grid. `awq`: activation-aware scales, then rounding;
+ * `awq-gptq`: the same scales, then error feedback.
+ */
+export const methods = ['gptq', 'rtn', 'awq', 'awq-gptq'] as const;
 export type Method = (typeof methods)[number];
 
 export const defaultRecipe: Recipe = {
@@ -136,6 +144,9 @@ function checkGroup(groupSize: number, what: string): void {
     expected: 'a power of two from 32 to 1024, or -1 for one group a row',
   });
 }
+
+/** The precision, or all the precisions one after another, that scales must survive without loss. */
+export type StoredScales = FloatDType | readonly FloatDType[];
 
 /** Scales are stored in the model's own precision. */
 export const scaleDType = (modelDType: string): FloatDType =>

@@ -44,7 +44,8 @@ export function leaveOut(
   const reasons = new Map<string, string>();
   for (const { name, role } of all) {
     const keeper = kept.find((pattern) => pattern.matches(name));
-    if (keeper) reasons.set(name, `kept by --keep ${keeper.given}`);
+    if (role === 'other') reasons.set(name, 'engines compute it in high precision');
+    else if (keeper) reasons.set(name, `kept by --keep ${keeper.given}`);
     else if (inScope && !inScope.matches(name)) reasons.set(name, `outside --scope ${scope}`);
     else if (inScope)
       continue; // named by the user: even a router
@@ -67,10 +68,16 @@ export function requireMatch(pattern: NamePattern, names: readonly string[]): vo
   });
 }
 
-/** Linears of a block that engines fuse: those that share an input, and all experts together. They share a scheme. */
+/**
+ * Linears of a block that engines fuse: those that share an input (but routers and such stand alone), and all experts
+ * together. They share a scheme.
+ */
 export function fusedPartners(groups: readonly (readonly LinearSpec[])[]): LinearSpec[][] {
   const experts = groups.filter((group) => group.some(({ role }) => role === 'expert')).flat();
-  const others = groups.filter((group) => group.every(({ role }) => role !== 'expert')).map((group) => [...group]);
+  const alone = ({ role }: LinearSpec) => role === 'router' || role === 'other';
+  const others = groups
+    .filter((group) => group.every(({ role }) => role !== 'expert'))
+    .flatMap((group) => [group.filter((linear) => !alone(linear)), ...group.filter(alone).map((linear) => [linear])]);
   return experts.length > 0 ? [...others, experts] : others;
 }
 

@@ -1,10 +1,9 @@
-import type { FloatDType } from '../base/dtype.js';
 import { binary, reduce } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { rowErrors, type Statistics } from './capture.js';
 import { gptq, mergeRows, type Solved } from './gptq.js';
 import { plainSearch, roundToNearest, valuesOf, type Coded } from './rtn.js';
-import type { Recipe, Scheme } from './scheme.js';
+import type { Recipe, Scheme, StoredScales } from './scheme.js';
 
 export interface Solution extends Solved {
   /** Rows on which plain rounding was better and is used. */
@@ -25,7 +24,7 @@ export async function solve(
   statistics: Statistics | undefined,
   scheme: Scheme,
   recipe: Recipe,
-  stored: FloatDType,
+  stored: StoredScales,
 ): Promise<Solution> {
   using work = new Scope(w.device);
   const measure = async (difference: Tensor) =>

@@ -1,12 +1,15 @@
 import { ConvertError } from '../base/errors.js';
+import type { FloatDType } from '../base/dtype.js';
 import type { Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
 import type { ExpertsCall, LinearCall, LinearSpec, Weights } from '../nn/calls.js';
 import type { BlockVisitor, Site } from '../arch/stream.js';
 import type { Block } from '../arch/types.js';
-import { copyInto } from '../tensor/ops.js';
+import { binary, cast, copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
+import { AllExpertStatistics } from './all-experts.js';
+import { normInFront, searchScaling, type Scaling } from './awq.js';
 import { captureLinear, type Evidence, type Statistics } from './capture.js';
 import { ExpertStatistics } from './experts.js';
 import { total } from './gptq.js';
@@ -14,18 +17,30 @@ import type { LinearPlan, QuantPlan } from './plan.js';
 import { probe } from './probe.js';
 import { meanError, toJson, type ExpertCoverage, type LinearReport } from './report.js';
 import { valuesOf } from './rtn.js';
-import { bitsPerWeight, describeScheme, type Recipe } from './scheme.js';
+import { bitsPerWeight, describeScheme, type Recipe, type StoredScales } from './scheme.js';
 import { solve } from './solve.js';
 import type { Target } from './target.js';
+
+export interface TargetWriter {
+  readonly name: string;
+  readonly target: Target;
+  readonly writer: CheckpointWriter;
+}
 
 export interface VisitorOptions {
   readonly env: JobEnv;
   readonly plan: QuantPlan;
   readonly recipe: Recipe;
-  readonly target: Target;
-  readonly writer: CheckpointWriter;
+  /** What the result is written into; the codes and what calibration goes on with are those of the plan. */
+  readonly targets: readonly TargetWriter[];
+  /** Precisions that scales must survive, for a weight of this type. */
+  readonly scales: (dtype: FloatDType) => StoredScales;
   /** Largest share of the model's routed experts that no token may reach. */
   readonly maxUncovered: number;
+  /** Every expert is calibrated on every token. */
+  readonly calibrateAllExperts: boolean;
+  /** In which precision the output holds a tensor that is not quantized. */
+  readonly plannedDType: (name: string) => FloatDType;
   /** Routed experts of the whole model. */
   readonly experts: number;
   /** Experts without tokens in blocks that an earlier run has finished. */
@@ -39,7 +54,10 @@ export class QuantVisitor implements BlockVisitor {
   #coverage: ExpertCoverage | undefined;
   #uncovered: number;
   #experts: ExpertStatistics | undefined;
+  #allExperts: AllExpertStatistics | undefined;
   #stages: Record<string, number> = {};
+  /** Norms of this block that have taken up scales, and are written. */
+  readonly #folded = new Set<string>();
 
   constructor(options: VisitorOptions) {
     this.#options = options;
@@ -56,7 +74,7 @@ export class QuantVisitor implements BlockVisitor {
       const started = performance.now();
       const statistics = await captureLinear(site, scope);
       this.#time('capture', started);
-      await this.quantize(site.linears as LinearCall['linears'], site.weights, { statistics });
+      await this.quantize(site.linears as LinearCall['linears'], site.weights, { statistics, block: site.block });
       return;
     }
     await this.#visitExperts(site);
@@ -67,16 +85,26 @@ export class QuantVisitor implements BlockVisitor {
     const count = linears[0]!.length;
     // gate and up come first; down follows with the same rows, but other inputs.
     this.#experts = await ExpertStatistics.at(site, count, this.#experts);
-    const { coverage } = this.#experts;
+    if (this.#options.calibrateAllExperts && !this.#allExperts) {
+      const natural = this.#experts.coverage;
+      this.#allExperts = new AllExpertStatistics(site, { ...natural, starved: 0, uncovered: 0, calibratedOnAll: true });
+    }
+    const source = this.#allExperts ?? this.#experts;
     if (this.#coverage === undefined) {
-      this.#coverage = coverage;
-      this.#uncovered += coverage.uncovered;
+      this.#coverage = source.coverage;
+      this.#uncovered += source.coverage.uncovered;
       this.#requireCoverage(site.block);
     }
-    await this.#experts.each(site, async (expert, evidence) => {
+    await source.each(site, async (expert, evidence) => {
       const partners = linears.map((experts) => experts[expert]!);
       await this.quantize(partners, site.weights, evidence);
     });
+  }
+
+  /** Frees what is kept from one call of a block to the next; to be called when the job ends, however it does. */
+  [Symbol.dispose](): void {
+    this.#allExperts?.[Symbol.dispose]();
+    this.#allExperts = undefined;
   }
 
   #requireCoverage(block: Block): void {
@@ -90,25 +118,35 @@ export class QuantVisitor implements BlockVisitor {
     });
   }
 
-  /** Quantizes linears that share an input as one stack, writes them, and puts what they have become into `weights`. */
+  /** Quantizes linears that share an input, writes them, and puts what they have become into `weights`. */
   async quantize(linears: readonly LinearSpec[], weights: Weights, evidence: Evidence): Promise<void> {
-    const { env, target, writer, recipe } = this.#options;
-    const plans = linears
-      .map(({ name }) => this.#planOf(name))
-      .filter((plan) => plan?.scheme !== undefined) as Planned[];
-    if (plans.length === 0) return;
+    const alike = new Map<string, Planned[]>();
+    for (const { name } of linears) {
+      const plan = this.#planOf(name);
+      if (plan?.scheme === undefined) continue;
+      const key = JSON.stringify(plan.scheme);
+      alike.set(key, [...(alike.get(key) ?? []), plan as Planned]);
+    }
+    for (const plans of alike.values()) await this.#quantizeAlike(plans, weights, evidence);
+  }
+
+  /** Linears of one scheme, as one stack. */
+  async #quantizeAlike(plans: readonly Planned[], weights: Weights, evidence: Evidence): Promise<void> {
+    const { env, targets, scales, recipe } = this.#options;
     const started = performance.now();
     using scope = new Scope(env.device);
     const { scheme, dtype, stored } = plans[0]!;
-    const w = this.#stack(scope, plans, weights);
+    let w = this.#stack(scope, plans, weights);
     const silent = evidence.statistics?.energy.every((value) => value === 0) ?? false;
     if (silent) {
       const note = 'every calibration input was zero: rounded without statistics';
       evidence = { ...evidence, statistics: undefined, note };
     }
-    const statistics = evidence.statistics && padded(scope, evidence.statistics, stored.inFeatures);
-    const method = statistics && !evidence.roundOnly ? recipe.method : 'rtn';
-    const solution = await solve(scope, w, statistics, scheme, { ...recipe, method }, dtype);
+    let statistics = evidence.statistics && padded(scope, evidence.statistics, stored.inFeatures);
+    const method = statistics && !evidence.roundOnly ? codesOf[recipe.method] : 'rtn';
+    const scaling = statistics && (await this.#scaling(scope, plans, w, statistics, weights, evidence));
+    if (scaling) ({ w, statistics } = scaling);
+    const solution = await solve(scope, w, statistics, scheme, { ...recipe, method }, scales(dtype));
     const seconds = this.#time('solve', started) / plans.length;
     const writing = performance.now();
     let row = 0;
@@ -122,11 +160,18 @@ export class QuantVisitor implements BlockVisitor {
       const coded = { codes: rows(solution.codes), grid: own, ...(blocks && { blocks: rows(blocks) }) };
       using work = new Scope(env.device);
       const q = valuesOf(work, coded, scheme);
-      for (const { name, tensor } of target.store(work, plan, scheme, coded)) await writer.write(name, tensor.source());
-      weights.set(`${plan.linear.name}.weight`, q.slice(0, 0, outFeatures).slice(1, 0, inFeatures));
+      const source = { weight: rows(w), energy: statistics?.diagonal };
+      const probes: Record<string, string> = {};
+      for (const { name: targetName, target, writer } of targets) {
+        const { tensors, values } = target.store(work, plan, scheme, coded, source);
+        for (const { name, tensor } of tensors) await writer.write(name, tensor.source());
+        if (values) probes[targetName] = await probe(values);
+      }
+      const effective = scaling ? binary(work, 'div', q, scaling.s) : q;
+      weights.set(`${plan.linear.name}.weight`, effective.slice(0, 0, outFeatures).slice(1, 0, inFeatures));
       const part = (values: Float32Array) => total(values.subarray(from, to));
       const scale = Math.max(part(solution.energy), Number.MIN_VALUE);
-      const note = noteOf(evidence, solution.damp, recipe, method);
+      const note = noteOf(evidence, solution.damp, recipe, method, scaling?.alpha);
       this.#linears.push({
         name: plan.linear.name,
         scheme: describeScheme(scheme),
@@ -140,10 +185,36 @@ export class QuantVisitor implements BlockVisitor {
         deadChannels: statistics?.energy.subarray(0, inFeatures).filter((value) => value === 0).length ?? 0,
         seconds: Math.round(seconds) / 1000,
         probe: await probe(q),
+        ...(Object.keys(probes).length > 0 && { probes }),
         ...(note !== undefined && { note }),
       });
     }
     this.#time('write', writing);
+  }
+
+  /** With awq: scales of the input channels, taken up by the norm in front, which is written at once. */
+  async #scaling(
+    scope: Scope,
+    plans: readonly Planned[],
+    w: Tensor,
+    statistics: Statistics,
+    weights: Weights,
+    { block }: Evidence,
+  ): Promise<Scaling | undefined> {
+    const { recipe, targets, scales, plannedDType } = this.#options;
+    if (!recipe.method.startsWith('awq') || block === undefined) return undefined;
+    const linears = plans.map(({ linear }) => linear);
+    const front = normInFront(block, linears);
+    if (front === undefined) return undefined;
+    const name = `${front.name}.weight`;
+    const norm = cast(scope, weights.get(name), 'f32');
+    const { scheme, dtype } = plans[0]!;
+    const how = { scheme, recipe, stored: scales(dtype) };
+    const scaling = await searchScaling(scope, w, statistics, norm, plannedDType(name), how);
+    if (!scaling) return undefined;
+    for (const { writer } of targets) await writer.write(name, scaling.norm.source());
+    this.#folded.add(name);
+    return scaling;
   }
 
   /** The weights of linears on top of each other, f32 [sum N, K], with zeros where they are padded. */
@@ -165,14 +236,17 @@ export class QuantVisitor implements BlockVisitor {
 
   async finish(block: Block): Promise<{ data: Json; detail: string }> {
     const started = performance.now();
-    const { target, writer } = this.#options;
-    await target.writeThrough(block.index, writer);
-    await writer.flush();
+    for (const { target, writer } of this.#options.targets) {
+      await target.writeThrough(block.index, writer, this.#folded);
+      await writer.flush();
+    }
     this.#time('write', started);
     const stages = Object.fromEntries(Object.entries(this.#stages).map(([name, ms]) => [name, Math.round(ms) / 1000]));
     const linears = this.#linears;
     const report = { block: block.index, linears, stages, ...(this.#coverage && { coverage: this.#coverage }) };
     const detail = this.#detail();
+    this[Symbol.dispose]();
+    this.#folded.clear();
     [this.#linears, this.#coverage, this.#experts, this.#stages] = [[], undefined, undefined, {}];
     return { data: toJson(report), detail };
   }
@@ -200,8 +274,18 @@ export class QuantVisitor implements BlockVisitor {
 
 type Planned = LinearPlan & { readonly scheme: NonNullable<LinearPlan['scheme']> };
 
-function noteOf(evidence: Evidence, damp: number, recipe: Recipe, method: string): string | undefined {
+/** How codes are chosen once channels are scaled. */
+const codesOf = { gptq: 'gptq', rtn: 'rtn', awq: 'rtn', 'awq-gptq': 'gptq' } as const;
+
+function noteOf(
+  evidence: Evidence,
+  damp: number,
+  recipe: Recipe,
+  method: string,
+  alpha: number | undefined,
+): string | undefined {
   const notes = evidence.note === undefined ? [] : [evidence.note];
+  if (alpha !== undefined) notes.push(`input channels scaled by their activation to the power ${alpha}`);
   if (method === 'gptq' && damp > recipe.damp) notes.push(`damping raised to ${damp} for a positive definite Hessian`);
   return notes.length > 0 ? notes.join('; ') : undefined;
 }

@@ -10,7 +10,7 @@ import { openCheckpoint } from '../../../src/checkpoint/open.js';
 import { Scope } from '../../../src/tensor/tensor.js';
 import { quantize, type QuantizeOptions } from '../../../src/quant/run.js';
 import { defaultRecipe } from '../../../src/quant/scheme.js';
-import { verifyLinears } from '../../../src/quant/verify.js';
+import { verifyFolder } from '../../../src/quant/verify.js';
 import { fixture, shared, testEnv } from '../../arch/support.js';
 
 const env = testEnv();
@@ -23,7 +23,7 @@ const job = (name: string, more: Partial<QuantizeOptions> = {}): QuantizeOptions
   input: v1,
   out: join(folder, name),
   recipe: defaultRecipe,
-  format: 'compressed-tensors',
+  formats: ['compressed-tensors'],
   calibration: { source: [text], samples: 8, seqLen: 64, seed: 0 },
   tool: { name: 'deepseek-convert', version: '0.0.0' },
   commandLine: 'deepseek-convert quantize',
@@ -223,7 +223,7 @@ describe('verification', () => {
     const result = await quantize(job('changed'), env);
     const config = JSON.parse(readFileSync(join(folder, 'changed/config.json'), 'utf8')) as Record<string, unknown>;
     const probes = new Map(result.blocks.flatMap((b) => b.linears).map(({ name, probe }) => [name, probe] as const));
-    const check = () => verifyLinears(join(folder, 'changed'), config, result.plan, probes, env);
+    const check = () => verifyFolder(join(folder, 'changed'), config, result.plan, probes, env);
     expect(await check()).toBe(28);
     const checkpoint = await openCheckpoint(join(folder, 'changed'));
     const { span } = checkpoint.tensors.get('model.layers.2.mlp.up_proj.weight_packed')!;

@@ -90,7 +90,7 @@ describe('the plan of a model', () => {
 
   it('plans the output in the order of the source, copying what is not quantized', async () => {
     const model = await open('v1.0/v1.0_checkpoint.bin');
-    const output = planOutput(model, plan(model), layout);
+    const output = planOutput(model, plan(model), (linear, scheme, dtype) => layout.plan(linear, scheme, dtype));
     const sources = [...model.checkpoint.tensors.keys()];
     const names = output.tensors.map(({ planned }) => planned.name.replace(/_(packed|scale|shape)$/, ''));
     expect([...new Set(names)]).toEqual(sources);
