@@ -41,11 +41,19 @@ export class Config {
 
   /** What the tensor names of embedding, layers and norm start with. */
   readonly root: string;
+  /** Whether the checkpoint stores a tensor, where that is known: for architectures that are spelled in several ways. */
+  readonly stores: ((name: string) => boolean) | undefined;
 
-  constructor(values: Readonly<Record<string, unknown>>, where: string, root = 'model') {
+  constructor(
+    values: Readonly<Record<string, unknown>>,
+    where: string,
+    root = 'model',
+    stores?: (name: string) => boolean,
+  ) {
     this.values = values;
     this.where = where;
     this.root = root;
+    this.stores = stores;
   }
 
   /** The value as it stands; absent keys and null are undefined. */

@@ -11,6 +11,8 @@ export interface ContextOptions {
   /** Real tokens of each row when rows are padded on the right; with a cache, including those that it holds. */
   lengths?: readonly number[] | Tensor;
   cache?: KvCache;
+  /** The tokens themselves, row by row: blocks may look them up. */
+  tokens?: Int32Array;
 }
 
 /** Tables of positions live as long as the weights that they are used with. */
@@ -24,7 +26,7 @@ export function forwardContext(
   weights: Weights,
   batch: number,
   length: number,
-  { start, starts, lengths, cache }: ContextOptions = {},
+  { start, starts, lengths, cache, tokens }: ContextOptions = {},
 ): ForwardContext {
   const first = starts ?? Array.from({ length: batch }, () => start ?? cache?.length ?? 0);
   const positions = new Int32Array(batch * length);
@@ -41,5 +43,6 @@ export function forwardContext(
       lengths: 'storage' in lengths ? lengths : scope.from('i32', [batch], Int32Array.from(lengths)),
     }),
     ...(cache && { cache }),
+    ...(tokens && { tokens }),
   };
 }

@@ -11,6 +11,15 @@ import type { OpenModel } from './open.js';
 const inFlight = 6;
 
 const floats: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f16', 'f64', 'f8_e4m3', 'f8_e5m2']);
+const integerTypes: ReadonlySet<DType> = new Set(['i64', 'i32', 'u32', 'i16', 'u16', 'u8', 'i8']);
+
+/** A tensor to be read, and the memory (contiguous) that it is to fill. */
+export interface LoadJob {
+  readonly name: string;
+  readonly into: Tensor;
+  /** A table of integers: other types are refused. */
+  readonly integers?: boolean;
+}
 
 /** Brings stored tensors to a device: into memory that the caller has made, converted to its dtype. */
 export class TensorLoader {
@@ -22,14 +31,12 @@ export class TensorLoader {
     this.#device = device;
   }
 
-  /** Fills `into` (contiguous) of each job with the tensor `name`. */
-  async load(jobs: readonly { name: string; into: Tensor }[]): Promise<void> {
+  async load(jobs: readonly LoadJob[]): Promise<void> {
     let next = 0;
     let failure: { error: unknown } | undefined;
     const worker = async (): Promise<void> => {
       while (next < jobs.length && !failure) {
-        const { name, into } = jobs[next++]!;
-        await this.#one(name, into).catch((error: unknown) => {
+        await this.#one(jobs[next++]!).catch((error: unknown) => {
           failure ??= { error };
         });
       }
@@ -39,7 +46,7 @@ export class TensorLoader {
     if (failure) throw failure.error;
   }
 
-  async #one(name: string, into: Tensor): Promise<void> {
+  async #one({ name, into, integers = false }: LoadJob): Promise<void> {
     const stored = this.#open.tensors.get(name);
     if (!stored) throw bug(`tensor ${name} is not in the checkpoint`);
     using scope = new Scope(this.#device);
@@ -49,18 +56,19 @@ export class TensorLoader {
       copyInto(into, dequantize(scope, codes, grid, into.dtype as 'f32'));
       return;
     }
-    await this.#entry(scope, stored.entry, into);
+    await this.#entry(scope, stored.entry, into, integers ? integerTypes : floats);
   }
 
-  async #entry(scope: Scope, entry: TensorEntry, into: Tensor): Promise<void> {
+  async #entry(scope: Scope, entry: TensorEntry, into: Tensor, allowed = floats): Promise<void> {
     const { encoding, strides } = entry;
     switch (encoding.kind) {
       case 'plain': {
-        if (!floats.has(encoding.dtype)) {
-          throw badInput('A weight has a type that is not a number with a fraction', {
+        if (!allowed.has(encoding.dtype)) {
+          const what = allowed === floats ? 'A weight has a type that is not a number with a fraction' : 'A table has a type that is not an integer'; // prettier-ignore
+          throw badInput(what, {
             where: `${entry.span.path}, tensor ${entry.name}`,
             got: encoding.dtype,
-            expected: [...floats].join(', '),
+            expected: [...allowed].join(', '),
           });
         }
         if (encoding.dtype === into.dtype && !strides) return this.#read(entry, into);

@@ -92,10 +92,11 @@ async function modelAsStored(
   where: string,
   tensors: ReadonlyMap<string, StoredWeight>,
 ): Promise<Model> {
-  const model = buildModel(config, where);
+  const stores = (name: string) => tensors.has(name);
+  const model = buildModel(config, where, stores);
   const [a, b] = [tensors.get(model.embedding), tensors.get('lm_head.weight')];
   if (!model.tied || !a || !b || (a.linear === b.linear && (await sameBytes(a.entry, b.entry)))) return model;
-  return buildModel({ ...config, tie_word_embeddings: false }, where);
+  return buildModel({ ...config, tie_word_embeddings: false }, where, stores);
 }
 
 /** Token ids that end a text, where generation_config.json knows better than config.json. */

@@ -1,6 +1,7 @@
 import { badInput, didYouMean } from '../base/errors.js';
 import { Config } from './config.js';
 import { deepseek, deepseekV2, deepseekV3, deepseekV32 } from './deepseek.js';
+import { deepseekV4 } from './deepseek-v4.js';
 import { deepseekOcr2, deepseekVl } from './deepseek-vl.js';
 import { glm4Moe } from './glm4-moe.js';
 import { llama } from './llama.js';
@@ -18,6 +19,7 @@ const architectures: Readonly<Record<string, (c: Config) => Model>> = {
   deepseek_v2: deepseekV2,
   deepseek_v3: deepseekV3,
   deepseek_v32: deepseekV32,
+  deepseek_v4: deepseekV4,
   deepseek_vl: deepseekVl,
   deepseek_vl_hybrid: deepseekVl,
   glm4_moe: glm4Moe,
@@ -34,11 +36,16 @@ const architectures: Readonly<Record<string, (c: Config) => Model>> = {
 export const modelTypes: readonly string[] = Object.keys(architectures).sort();
 
 /**
- * What a config.json describes. `where` names it in errors.
+ * What a config.json describes. `where` names it in errors; `stores` tells which tensors the checkpoint has, if any is
+ * at hand.
  * Errors: unknown model_type, keys that are wrong, missing or not understood.
  */
-export function buildModel(config: Readonly<Record<string, unknown>>, where: string): Model {
-  const c = new Config(config, where);
+export function buildModel(
+  config: Readonly<Record<string, unknown>>,
+  where: string,
+  stores?: (name: string) => boolean,
+): Model {
+  const c = new Config(config, where, 'model', stores);
   const type = c.raw('model_type');
   if (typeof type !== 'string') {
     throw badInput('The configuration does not say what model this is', {

@@ -45,18 +45,18 @@ export class ResidentModel implements Disposable {
     return this.model.blocks.map(() => new GrowingCache(scope, lengths));
   }
 
-  /** Hidden states [B S, C] behind the last block for tokens [B, S]. */
+  /** States [B S, W] behind the last block for tokens [B, S]. */
   hidden(
     scope: Scope,
     tokens: Int32Array,
     batch: number,
-    { caches, ...options }: Omit<ContextOptions, 'cache'> & { caches?: readonly KvCache[] } = {},
+    { caches, ...options }: Omit<ContextOptions, 'cache' | 'tokens'> & { caches?: readonly KvCache[] } = {},
   ): Tensor {
     const { model } = this;
     const length = tokens.length / batch;
     const ids = scope.from('i32', [batch, length], tokens);
     const contextOf = (weights: Weights, within: Scope, cache?: KvCache) =>
-      forwardContext(within, model, weights, batch, length, { ...options, ...(cache && { cache }) });
+      forwardContext(within, model, weights, batch, length, { ...options, tokens, ...(cache && { cache }) });
     let x = model.embed(ids, contextOf(this.#outer, scope));
     model.blocks.forEach((block, i) => {
       using inner = new Scope(scope.device);
@@ -68,7 +68,7 @@ export class ResidentModel implements Disposable {
     return x;
   }
 
-  /** Logits f32 [T, V] of hidden states [T, C]. */
+  /** Logits f32 [T, V] of states [T, W]. */
   logits(scope: Scope, x: Tensor): Tensor {
     const ctx = forwardContext(scope, this.model, this.#outer, 1, x.dim(0));
     return run(this.model.logits(x, ctx), ctx);

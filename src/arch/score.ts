@@ -53,7 +53,7 @@ export async function score(
     let states = await embed(reader, env, model, tokens, batches, held);
     for (const [i, block] of model.blocks.entries()) {
       stopIfAborted(env, 'Run the same command again.');
-      states = await advance(reader, env, model, block, i, batches, states, held);
+      states = await advance(reader, env, model, block, tokens, batches, states, held);
       await env.device.sync();
       env.log.progress({ stage: 'score', done: p * (model.blocks.length + 1) + i + 1, total });
     }
@@ -102,7 +102,7 @@ function plan(open: OpenModel, env: JobEnv, count: number, window: number, optio
   const limit = env.device.memory().limit;
   const free = Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
   const budget = options.stateBytes ?? free / 4;
-  const bytes = (b: Batch) => b.rows * b.length * open.model.hidden * dtypeSize(options.dtype ?? 'f32');
+  const bytes = (b: Batch) => b.rows * b.length * open.model.stateWidth * dtypeSize(options.dtype ?? 'f32');
   const passes: Batch[][] = [];
   let used = Infinity;
   for (const batch of all) {
@@ -138,16 +138,17 @@ async function advance(
   { device }: JobEnv,
   model: Model,
   block: Block,
-  index: number,
+  tokens: Int32Array,
   batches: readonly Batch[],
   states: readonly Tensor[],
   held: Scope,
 ): Promise<Tensor[]> {
   using scope = new Scope(device);
-  const weights = await reader.block(index, scope);
-  return batches.map(({ rows, length }, b) => {
+  const weights = await reader.block(model.blocks.indexOf(block), scope);
+  return batches.map(({ from, rows, length }, b) => {
     using inner = new Scope(device);
-    const ctx = forwardContext(inner, model, weights, rows, length);
+    const own = tokens.subarray(from, from + rows * length);
+    const ctx = forwardContext(inner, model, weights, rows, length, { tokens: own });
     const next = inner.move(run(block.forward(states[b]!, ctx), ctx), held);
     held.free(states[b]!);
     return next;

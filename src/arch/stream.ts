@@ -87,7 +87,7 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
   const geometry = planMemory(options);
   env.log.debug(`calibration: ${geometry.note}`);
   using states = new States(env.device, {
-    hidden: model.hidden,
+    hidden: model.stateWidth,
     dtype: options.dtype,
     rows: geometry.batches.map((batch) => batch.rows * set.seqLen),
     resident: geometry.resident,
@@ -162,7 +162,7 @@ interface Geometry {
 
 /** Values that one token's suspended forward pass holds at the widest call, states included. */
 function suspendedWidth(model: Model): number {
-  let widest = model.hidden;
+  let widest = model.stateWidth;
   for (const block of model.blocks) {
     for (const linears of block.linears) {
       const { inFeatures, role } = linears[0]!;
@@ -170,7 +170,7 @@ function suspendedWidth(model: Model): number {
       widest = Math.max(widest, inFeatures * copies + (role === 'expert' ? model.hidden * 2 : 0));
     }
   }
-  return widest + 2 * model.hidden;
+  return widest + 2 * model.stateWidth;
 }
 
 function planMemory({ open, env, set, dtype, batchRows, budget }: StreamOptions): Geometry {
@@ -185,7 +185,7 @@ function planMemory({ open, env, set, dtype, batchRows, budget }: StreamOptions)
   const allowed = budget ?? (Number.isFinite(free) ? 0.6 * free : Infinity);
   const tokens = set.n * set.seqLen;
   const size = dtypeSize(dtype);
-  const stateBytes = tokens * open.model.hidden * size;
+  const stateBytes = tokens * open.model.stateWidth * size;
   const heldBytes = tokens * suspendedWidth(open.model) * size;
   const hold = heldBytes <= allowed;
   const resident = hold || 2 * stateBytes <= allowed;
@@ -260,8 +260,9 @@ class BlockWalk {
   async #start(b: number): Promise<Suspended> {
     const { open, env, set } = this.options;
     const scope = new Scope(env.device);
-    const { rows } = this.geometry.batches[b]!;
-    const ctx = forwardContext(scope, open.model, this.weights, rows, set.seqLen);
+    const { from, rows } = this.geometry.batches[b]!;
+    const tokens = set.tokens.subarray(from * set.seqLen, (from + rows) * set.seqLen);
+    const ctx = forwardContext(scope, open.model, this.weights, rows, set.seqLen, { tokens });
     const calls = this.block.forward(await this.states.get(b, scope), ctx);
     const one: Suspended = { calls, ctx, scope, step: calls.next() };
     await this.#run(one);

@@ -30,7 +30,7 @@ export interface Block {
   readonly moe?: MoeSpec;
   /** Only the last `window` keys are seen; absent: all. */
   readonly window?: number;
-  /** x [B S, C] -> [B S, C]. */
+  /** State [B S, W] -> [B S, W], W the model's stateWidth. */
   forward(x: Tensor, ctx: ForwardContext): Calls<Tensor>;
 }
 
@@ -40,6 +40,8 @@ export interface Model {
   /** The checkpoint's config.json. */
   readonly config: Readonly<Record<string, unknown>>;
   readonly hidden: number;
+  /** Values of a token's state between two blocks: `hidden`, or several hidden states side by side. */
+  readonly stateWidth: number;
   readonly vocab: number;
   /** Longest sequence the positions were made for. */
   readonly context: number;
@@ -62,9 +64,9 @@ export interface Model {
   readonly eosIds: readonly number[];
   /** Names of tensors that are carried through untouched (vision towers, MTP layers), by prefix. */
   readonly carried: readonly string[];
-  /** tokens i32 [B, S] -> [B S, C]. */
+  /** tokens i32 [B, S] -> state [B S, W]. */
   embed(tokens: Tensor, ctx: ForwardContext): Tensor;
-  /** Final norm and head: [T, C] -> logits f32 [T, V]. */
+  /** Final norm and head: states [T, W] -> logits f32 [T, V]. */
   logits(x: Tensor, ctx: ForwardContext): Calls<Tensor>;
 }
 

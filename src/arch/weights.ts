@@ -13,6 +13,7 @@ import type { TensorSpec } from './types.js';
 /** Weights on a device, by name; experts of one kind lie in one [E, N, K] tensor. */
 class LoadedWeights implements Weights {
   readonly #tensors = new Map<string, Tensor>();
+  readonly #tables = new Map<string, Int32Array>();
   readonly #stacks = new Map<string, { names: readonly string[]; tensor: Tensor }>();
 
   constructor(scope: Scope) {
@@ -20,6 +21,9 @@ class LoadedWeights implements Weights {
   }
   add(name: string, tensor: Tensor): void {
     this.#tensors.set(name, tensor);
+  }
+  addTable(name: string, table: Int32Array): void {
+    this.#tables.set(name, table);
   }
   addStack(names: readonly string[], tensor: Tensor): void {
     this.#stacks.set(names[0]!, { names, tensor });
@@ -44,6 +48,11 @@ class LoadedWeights implements Weights {
       throw bug(`weights of ${linears.length} experts from ${linears[0]?.name} on were not loaded as one`);
     }
     return stack.tensor;
+  }
+  table(name: string): Int32Array {
+    const table = this.#tables.get(name);
+    if (!table) throw bug(`table ${name} was not loaded`);
+    return table;
   }
   /** Copies `weight` over what is there (converting), so that stacks and views of it see the new values. */
   set(name: string, weight: Tensor): void {
@@ -116,12 +125,28 @@ export class WeightReader {
       weights.addStack(names, scope.empty(dtype, [names.length, ...byName.get(names[0]!)!.shape]));
     }
     const jobs = present.map((spec) => {
-      if (!weights.has(spec.name)) weights.add(spec.name, scope.empty(spec.f32 ? 'f32' : dtype, spec.shape));
-      return { name: spec.name, into: weights.get(spec.name) };
+      const precise = spec.f32 === true || spec.below !== undefined;
+      if (!weights.has(spec.name)) weights.add(spec.name, scope.empty(precise ? 'f32' : dtype, spec.shape));
+      return { name: spec.name, into: weights.get(spec.name), integers: spec.below !== undefined };
     });
     await this.#loader.load(jobs);
     await this.#refuseNonFinite(jobs);
+    for (const { name, below } of present) {
+      if (below !== undefined) weights.addTable(name, await this.#table(name, below, weights.get(name)));
+    }
     return weights;
+  }
+
+  async #table(name: string, below: number, values: Tensor): Promise<Int32Array> {
+    const floats = await values.float32();
+    const odd = floats.find((value) => !Number.isInteger(value) || value < 0 || value >= below);
+    if (odd === undefined) return Int32Array.from(floats);
+    throw badInput('A table has an entry that points nowhere', {
+      where: `${this.#open.tensors.get(name)?.files[0] ?? this.#open.checkpoint.path}, tensor ${name}`,
+      got: String(odd),
+      expected: `0 to ${below - 1}`,
+      hint: 'config.json and weights do not belong together, or the checkpoint is damaged.',
+    });
   }
 
   async #refuseNonFinite(jobs: readonly { name: string; into: Tensor }[]): Promise<void> {

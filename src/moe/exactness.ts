@@ -42,6 +42,9 @@ export class MadeWeights implements Weights {
   set(name: string): void {
     throw bug(`weight ${name} of a finished mixture is replaced`);
   }
+  table(name: string): Int32Array {
+    return this.#beneath.table(name);
+  }
 }
 
 /** Logits of a mixture with all experts on against the dense model's. */
@@ -96,7 +99,9 @@ export class AllOnCheck implements Disposable {
     const states: Tensor[] = [];
     for (const [i, model] of this.models.entries()) {
       using work = new Scope(this.device);
-      const ctx = forwardContext(work, model, await weightsOf(i, work), 1, this.tokens.length);
+      const ctx = forwardContext(work, model, await weightsOf(i, work), 1, this.tokens.length, {
+        tokens: this.tokens,
+      });
       states.push(work.move(run(model.blocks[index]!.forward(this.#states[i]!, ctx), ctx), next));
       await this.device.sync();
     }
@@ -130,7 +135,7 @@ export class AllOnCheck implements Disposable {
 
   async load(index: number): Promise<void> {
     const path = this.#path(index);
-    const shape = [this.tokens.length, this.models[0]!.hidden];
+    const shape = [this.tokens.length, this.models[0]!.stateWidth];
     try {
       const file = await open(path, 'r');
       const { size } = await file.stat();

@@ -39,6 +39,7 @@ export function selfAttention(a: AttentionSpec): Layer & { readonly grouped: Att
     grouped: a,
     tensors: [...linearTensors([a.q, a.k, a.v, a.o]), ...norms.map(normTensor)],
     linears: [[a.q, a.k, a.v], [a.o]],
+    cached: (tokens) => 2 * a.kvHeads * a.headDim * Math.min(tokens, a.window ?? tokens),
     forward: (x, ctx) => forward(a, x, ctx),
   };
 }
@@ -61,8 +62,7 @@ function* forward(a: AttentionSpec, x: Tensor, ctx: ForwardContext): Calls<Tenso
   const kTurned = turn(ctx, a.rope, k.view(batch, length, a.kvHeads, a.headDim));
   drop(scope, [q, k], [v]);
   const vHeads = v.view(batch, length, a.kvHeads, a.headDim);
-  const offset = ctx.cache?.length ?? 0;
-  const kv = ctx.cache ? ctx.cache.append(kTurned, vHeads) : { k: kTurned, v: vHeads };
+  const kv = ctx.cache ? ctx.cache.append(kTurned, vHeads, a.window) : { k: kTurned, v: vHeads, offset: 0 };
   const o = yield* attend({
     layer: a.layer,
     q: qTurned,
@@ -71,7 +71,7 @@ function* forward(a: AttentionSpec, x: Tensor, ctx: ForwardContext): Calls<Tenso
     options: {
       causal: true,
       window: a.window ?? 0,
-      offset,
+      offset: kv.offset,
       scale: a.scale ?? a.headDim ** -0.5,
       ...(ctx.lengths && { lengths: ctx.lengths }),
     },

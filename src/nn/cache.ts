@@ -10,9 +10,12 @@ import type { KvCache } from './calls.js';
 export class GrowingCache implements KvCache {
   readonly #scope: Scope;
   readonly #lengths: number[] | undefined;
+  readonly #parts = new Map<string, KvCache>();
   #k: Tensor | undefined;
   #v: Tensor | undefined;
   #length = 0;
+  /** Tokens that no window reaches any more; the memory begins behind them. */
+  #gone = 0;
 
   constructor(scope: Scope, lengths?: readonly number[]) {
     this.#scope = scope;
@@ -23,36 +26,56 @@ export class GrowingCache implements KvCache {
     return this.#length;
   }
 
-  append(k: Tensor, v?: Tensor): { k: Tensor; v: Tensor } {
+  part(name: string): KvCache {
+    const known = this.#parts.get(name) ?? new GrowingCache(this.#scope, this.#lengths);
+    this.#parts.set(name, known);
+    return known;
+  }
+
+  append(k: Tensor, v?: Tensor, window?: number): { k: Tensor; v: Tensor; offset: number } {
     const rows = this.#lengths;
     const s = k.dim(1);
     const first = this.#length === 0;
     if (rows && !first && s !== 1) throw bug('rows of different lengths grow by one token at a time');
     if (rows && !first) rows.forEach((n, b) => (rows[b] = n + 1));
     const end = rows ? Math.max(...rows) : this.#length + s;
-    const put = (held: Tensor | undefined, x: Tensor): Tensor => {
-      const into = this.#room(held, x, Math.max(end, s));
+    const full = this.#k !== undefined && end - this.#gone > this.#k.dim(1);
+    const before = full && window && !rows ? Math.max(0, this.#length - this.#gone - (window - 1)) : 0;
+    const held = this.#length - this.#gone - before;
+    this.#gone += before;
+    const offset = this.#length - this.#gone;
+    const needed = Math.max(end - this.#gone, s);
+    const put = (old: Tensor | undefined, x: Tensor): Tensor => {
+      const into = this.#room(old, x, needed, { before, held: rows ? undefined : held, window });
+      if (s === 0) return into;
       if (rows && !first)
         rows.forEach((n, b) => copyInto(into.slice(0, b, b + 1).slice(1, n - 1, n), x.slice(0, b, b + 1)));
-      else copyInto(into.slice(1, this.#length, this.#length + s), x);
+      else copyInto(into.slice(1, offset, offset + s), x);
       return into;
     };
     this.#k = put(this.#k, k);
     if (v) this.#v = put(this.#v, v);
     this.#length = end;
-    const keys = this.#k.slice(1, 0, end);
-    return { k: keys, v: this.#v ? this.#v.slice(1, 0, end) : keys };
+    const keys = this.#k.slice(1, 0, end - this.#gone);
+    return { k: keys, v: this.#v ? this.#v.slice(1, 0, end - this.#gone) : keys, offset };
   }
 
-  #room(held: Tensor | undefined, x: Tensor, length: number): Tensor {
-    if (held && held.dim(1) >= length) return held;
-    const capacity = Math.max(32, 2 ** Math.ceil(Math.log2(length)));
+  /** Memory for `needed` tokens: what there is, or more of it with what was `held` behind the first `before`. */
+  #room(
+    old: Tensor | undefined,
+    x: Tensor,
+    needed: number,
+    { before, held, window }: { before: number; held: number | undefined; window: number | undefined },
+  ): Tensor {
+    if (old && before === 0 && old.dim(1) >= needed) return old;
+    const capacity = Math.max(32, 2 ** Math.ceil(Math.log2(window ? 2 * needed : needed)));
     const shape = [x.dim(0), capacity, x.dim(2), x.dim(3)];
     // Rows of different lengths have gaps, which are masked but must be finite.
     const grown = this.#lengths ? this.#scope.zeros(x.dtype, shape) : this.#scope.empty(x.dtype, shape);
-    if (held) {
-      copyInto(grown.slice(1, 0, held.dim(1)), held);
-      this.#scope.free(held);
+    if (old) {
+      const count = held ?? old.dim(1);
+      if (count > 0) copyInto(grown.slice(1, 0, count), old.slice(1, before, before + count));
+      this.#scope.free(old);
     }
     return grown;
   }

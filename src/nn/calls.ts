@@ -21,7 +21,7 @@ export interface LinearSpec {
   readonly inFeatures: number;
   readonly outFeatures: number;
   readonly bias?: boolean;
-  /** Routers and heads stay in high precision unless asked otherwise. */
+  /** Routers and heads stay in high precision unless asked otherwise; `other` always does: engines have no place for it. */
   readonly role: 'attention' | 'mlp' | 'expert' | 'shared-expert' | 'router' | 'head' | 'other';
 }
 
@@ -33,7 +33,7 @@ export interface LinearCall {
   readonly x: Tensor;
 }
 
-/** Answer: o [B, S, Hq, Dv]. q and k come rotated. */
+/** Answer: o [B, S, Hq, Dv]; `options.lse`, where there is one, is written too. q and k come rotated. */
 export interface AttentionCall {
   readonly kind: 'attention';
   readonly layer: number;
@@ -85,14 +85,21 @@ export interface Weights {
   stack(linears: readonly LinearSpec[]): Tensor;
   /** Replaces a linear's weight (calibration puts the quantized one here). */
   set(name: string, weight: Tensor): void;
+  /** A table of integers (TensorSpec.below), row by row. */
+  table(name: string): Int32Array;
 }
 
 /** Keys and values of earlier tokens, one layer: appended to by attention, which then sees all of them. */
 export interface KvCache {
-  /** Tokens already held. */
+  /** Tokens that went through it. */
   readonly length: number;
-  /** [B,S,H,D] each -> all so far, [B,T,H,D]. Without `v` (compressed latents), the values are the keys. */
-  append(k: Tensor, v?: Tensor): { k: Tensor; v: Tensor };
+  /**
+   * [B,S,H,D] each -> all so far, [B,T,H,D]. Without `v` (compressed latents), the values are the keys. With `window`
+   * older ones than a window needs may be gone; `offset` is where the first of the new ones stands.
+   */
+  append(k: Tensor, v?: Tensor, window?: number): { k: Tensor; v: Tensor; offset: number };
+  /** Another sequence that the layer keeps: of entries that stand for several tokens, for example. */
+  part(name: string): KvCache;
 }
 
 /** What a forward pass runs in. Tokens are [B, S]; hidden states [B S, C]. */
@@ -102,6 +109,8 @@ export interface ForwardContext {
   readonly weights: Weights;
   readonly batch: number;
   readonly length: number;
+  /** The tokens [B S] themselves, for layers that look them up; absent where only hidden states are at hand. */
+  readonly tokens?: Int32Array;
   /** i32 [B, S]. */
   readonly positions: Tensor;
   /** One more than the largest position. */

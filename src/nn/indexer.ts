@@ -54,15 +54,23 @@ export function indexQueries(i: IndexerSpec, q: Tensor, weights: Tensor, ctx: Fo
   return { q: turned, weights };
 }
 
+/** Queries [from, to) of row `b`; query s sees the first visible(s) keys. */
+export interface Queries {
+  readonly b: number;
+  readonly from: number;
+  readonly to: number;
+  readonly visible: (s: number) => number;
+}
+
 /**
- * The keys that queries [from, to) of row `b` see: idx i32 [to - from, topK], best first; those behind the query come
- * last and are to be masked. `keys` [T, width] are the row's.
+ * The keys that some queries see: idx i32 [to - from, topK], best first; those that are not visible come last and are
+ * to be masked. `keys` [T, width] are the row's.
  */
 export function chooseKeys(
-  i: IndexerSpec,
+  i: Pick<IndexerSpec, 'heads' | 'width' | 'topK'>,
   { q, weights }: IndexQueries,
   keys: Tensor,
-  { b, from, to, start }: { b: number; from: number; to: number; start: number },
+  { b, from, to, visible }: Queries,
   scope: Scope,
 ): Tensor {
   const n = to - from;
@@ -81,13 +89,13 @@ export function chooseKeys(
     total,
   );
 
-  // The router picks by softmax: scores are brought to a range that it resolves, keys behind the query far below it.
+  // The router picks by softmax: scores are brought to a range that it resolves, hidden keys far below it.
   const largest = reduce(inner, 'absmax', scores, 1).view(n, 1);
   unary(inner, 'clamp', largest, 1e-30, 3e38, largest);
   binary(inner, 'div', scores, largest, { out: scores });
   unary(inner, 'affine', scores, 40, 0, scores);
   const mask = new Float32Array(n * total);
-  for (let s = 0; s < n; s++) mask.fill(-1e9, s * total + start + from + s + 1, (s + 1) * total);
+  for (let s = 0; s < n; s++) mask.fill(-1e9, s * total + visible(from + s), (s + 1) * total);
   binary(inner, 'add', scores, inner.from('f32', [n, total], mask), { out: scores });
   return inner.move(route(inner, scores, { topK: i.topK, scoring: 'softmax' }).idx, scope);
 }

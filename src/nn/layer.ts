@@ -9,6 +9,8 @@ export interface TensorSpec {
   readonly optional?: boolean;
   /** Held in fp32 whatever the run's precision (router biases). */
   readonly f32?: boolean;
+  /** A table of integers 0 .. below - 1 (see Weights.table), held in fp32 beside that. */
+  readonly below?: number;
 }
 
 /** A part of a block: attention, or a feed-forward network. */
@@ -16,6 +18,8 @@ export interface Layer {
   readonly tensors: readonly TensorSpec[];
   /** In the order in which forward calls them; inner arrays share an input. Experts stand one by one. */
   readonly linears: readonly (readonly LinearSpec[])[];
+  /** Attention only: values that the cache of one sequence holds after `tokens` tokens. */
+  readonly cached?: (tokens: number) => number;
   /** x [B S, C], already normalised -> [B S, C], without the residual. */
   forward(x: Tensor, ctx: ForwardContext): Calls<Tensor>;
 }

@@ -54,6 +54,7 @@ export function latentAttention(a: LatentAttentionSpec): Layer & { readonly late
       ...(indexer ? indexerTensors(indexer) : []),
     ],
     linears: [fromInput, ...fromLatent, [a.kvUp], [a.o]],
+    cached: (tokens) => (a.rank + a.rope.dim + (indexer?.width ?? 0)) * tokens,
     forward: (x, ctx) => forward(a, x, ctx),
   };
 }
@@ -199,7 +200,8 @@ function* attendChosen(
     for (let from = 0; from < length; from += step) {
       const to = Math.min(from + step, length);
       const keys = row.slice(1, turned, turned + indexer.width);
-      const idx = chooseKeys(indexer, queries, keys, { b, from, to, start }, scope);
+      const visible = (s: number) => start + s + 1;
+      const idx = chooseKeys(indexer, queries, keys, { b, from, to, visible }, scope);
       const rows = chosenRows(scope, row.slice(1, 0, turned), idx);
       const seen = Int32Array.from({ length: to - from }, (_, s) => Math.min(topK, start + from + s + 1));
       const lengths = scope.from('i32', [to - from], seen);

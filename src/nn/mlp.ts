@@ -9,6 +9,8 @@ export interface FfnSpec {
   readonly up: LinearSpec;
   readonly down: LinearSpec;
   readonly activation: 'silu' | 'gelu' | 'gelu_tanh';
+  /** gate is cut off above this, up at both sides. */
+  readonly limit?: number | undefined;
 }
 
 export function gatedMlp(ffn: FfnSpec): Layer & { readonly ffn: FfnSpec } {
@@ -22,7 +24,7 @@ export function gatedMlp(ffn: FfnSpec): Layer & { readonly ffn: FfnSpec } {
 
 function* forward(ffn: FfnSpec, x: Tensor, ctx: ForwardContext): Calls<Tensor> {
   const [gate, up] = yield* linear([ffn.gate, ffn.up], x);
-  const h = swiglu(ctx.scope, gate!, up!, ffn.activation);
+  const h = swiglu(ctx.scope, gate!, up!, ffn.activation, ffn.limit);
   drop(ctx.scope, [gate, up]);
   const [y] = yield* linear([ffn.down], h);
   drop(ctx.scope, [h]);

@@ -1,5 +1,6 @@
 import { binary, expertCombine, expertSort, gather, swiglu, unary, type RouteOptions } from '../tensor/ops.js';
 import type { Tensor } from '../tensor/tensor.js';
+import { bug } from '../base/errors.js';
 import { choose, experts, linear, type Calls, type ForwardContext, type LinearSpec } from './calls.js';
 import { drop, linearTensors, type Layer } from './layer.js';
 import { gatedMlp, type FfnSpec } from './mlp.js';
@@ -12,6 +13,8 @@ export interface MoeLayerSpec {
   readonly route: Omit<RouteOptions, 'bias'>;
   /** Tensor name of the selection bias f32 [experts]. */
   readonly routeBias?: string | undefined;
+  /** A table [vocab, active] that names the experts of each token: they are looked up, only weighted by the router. */
+  readonly byToken?: { readonly name: string; readonly vocab: number } | undefined;
   readonly experts: readonly FfnSpec[];
   /** Shared experts, stored as one network. */
   readonly shared?: FfnSpec | undefined;
@@ -48,6 +51,7 @@ export function moeLayer(m: MoeLayerSpec): Layer & { readonly moe: MoeSpec } {
     tensors: [
       ...linearTensors([m.router, ...gate]),
       ...(m.routeBias ? [{ name: m.routeBias, shape: [m.experts.length], f32: true }] : []),
+      ...(m.byToken ? [{ name: m.byToken.name, shape: [m.byToken.vocab, m.route.topK], below: m.experts.length }] : []),
       ...m.experts.flatMap((e) => linearTensors([e.gate, e.up, e.down])),
       ...(shared?.tensors ?? []),
     ],
@@ -65,7 +69,11 @@ export function moeLayer(m: MoeLayerSpec): Layer & { readonly moe: MoeSpec } {
 function* forward(m: MoeLayerSpec, shared: Layer | undefined, x: Tensor, ctx: ForwardContext): Calls<Tensor> {
   const { scope, weights } = ctx;
   const [logits] = yield* linear([m.router], x);
-  const options = { ...m.route, ...(m.routeBias && { bias: weights.get(m.routeBias) }) };
+  const options = {
+    ...m.route,
+    ...(m.routeBias && { bias: weights.get(m.routeBias) }),
+    ...(m.byToken && { chosen: lookUp(weights.table(m.byToken.name), m.route.topK, ctx) }),
+  };
   const { w, idx } = yield* choose({ layer: m.layer, logits: logits!, options });
   drop(scope, [logits]);
 
@@ -87,11 +95,19 @@ function* forward(m: MoeLayerSpec, shared: Layer | undefined, x: Tensor, ctx: Fo
     linears: [m.experts.map((e) => e.gate), m.experts.map((e) => e.up)],
   });
   drop(scope, [rows]);
-  const h = swiglu(scope, gate!, up!, m.experts[0]!.activation);
+  const h = swiglu(scope, gate!, up!, m.experts[0]!.activation, m.experts[0]!.limit);
   drop(scope, [gate, up]);
   const [y] = yield* experts({ ...both, x: h, linears: [m.experts.map((e) => e.down)] });
   drop(scope, [h]);
   const out = expertCombine(scope, y!, order.place, w, base);
   drop(scope, [y, base, w, idx, order.slots, order.offsets, order.place, order.tokens]);
   return out;
+}
+
+/** The rows of a table [vocab, k] for the tokens at hand: [T k]. */
+function lookUp(table: Int32Array, k: number, { tokens }: ForwardContext): Int32Array {
+  if (!tokens) throw bug('a layer looks tokens up that its context does not have');
+  const chosen = new Int32Array(tokens.length * k);
+  tokens.forEach((token, t) => chosen.set(table.subarray(token * k, (token + 1) * k), t * k));
+  return chosen;
 }

@@ -107,10 +107,10 @@ class Comparison implements Disposable {
   async run(): Promise<SidesResult> {
     const [a, b] = this.#models;
     await this.#embed();
-    if (a.hidden === b.hidden && a.blocks.length === b.blocks.length) {
+    if (a.stateWidth === b.stateWidth && a.blocks.length === b.blocks.length) {
       await this.#pairs(a.blocks.length);
     } else {
-      const reason = `the models differ in shape: ${a.blocks.length} layers of width ${a.hidden} against ${b.blocks.length} of ${b.hidden}`;
+      const reason = `the models differ in shape: ${a.blocks.length} layers of width ${a.stateWidth} against ${b.blocks.length} of ${b.stateWidth}`;
       for (const part of ['layers', 'attention']) this.#skipped.push({ part, reason });
       for (const side of [0, 1] as const) {
         for (let i = 0; i < this.#models[side].blocks.length; i++) await this.#alone(side, i);
@@ -329,7 +329,7 @@ class Comparison implements Disposable {
     const weights = await this.#readers[side].block(i, resident);
     for (const [c, chunk] of this.#chunks.entries()) {
       using scope = new Scope(this.#env.device);
-      const ctx = forwardContext(scope, model, weights, chunk.rows, chunk.length);
+      const ctx = forwardContext(scope, model, weights, chunk.rows, chunk.length, { tokens: chunk.tokens });
       this.#put(side, c, run(model.blocks[i]!.forward(this.#x[side][c]!, ctx), ctx), scope);
       await this.#env.device.sync();
     }

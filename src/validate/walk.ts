@@ -28,10 +28,10 @@ export class Walk {
   #step: ReturnType<Calls<Tensor>['next']>;
   #chosen: Tensor | undefined;
 
-  constructor(kept: Scope, model: Model, block: Block, weights: Weights, x: Tensor, { rows, length }: Chunk) {
+  constructor(kept: Scope, model: Model, block: Block, weights: Weights, x: Tensor, { rows, length, tokens }: Chunk) {
     [this.#kept, this.#block] = [kept, block];
     this.scope = new Scope(kept.device);
-    this.#ctx = forwardContext(this.scope, model, weights, rows, length);
+    this.#ctx = forwardContext(this.scope, model, weights, rows, length, { tokens });
     this.#calls = block.forward(x, this.#ctx);
     this.#step = this.#calls.next();
   }

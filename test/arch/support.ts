@@ -54,21 +54,25 @@ export function expected(path: string): Record<string, Expected> {
   );
 }
 
-/** bf16 values of a tensor by the formula of fixtures/arch/make_arch.py. */
-function formula(name: string, shape: readonly number[]): Uint8Array {
+/** Values of a tensor by the formula of fixtures/arch/make_arch.py: bf16, or i64 below `experts`. */
+function formula(name: string, shape: readonly number[], experts: number): RawTensor {
   const start = crc32(name);
   const offset = shape.length === 1 && name.endsWith('.weight') ? 1 : 0;
-  const values = new Float32Array(shape.reduce((a, b) => a * b, 1));
+  const count = shape.reduce((a, b) => a * b, 1);
+  const table = name.endsWith('.tid2eid') ? new BigInt64Array(count) : undefined;
+  const values = new Float32Array(count);
   for (let i = 0; i < values.length; i++) {
     let x = (Math.imul(i, 0x9e3779b1) + start) | 0;
     x = Math.imul(x ^ (x >>> 16), 0x85ebca6b);
     x = Math.imul(x ^ (x >>> 13), 0xc2b2ae35);
     x ^= x >>> 16;
+    if (table) table[i] = BigInt((x >>> 8) % experts);
     values[i] = Math.fround(Math.fround((x >>> 8) / 2 ** 24 - 0.5) * Math.fround(0.7)) + offset;
   }
   const bits = new Uint32Array(values.buffer);
   const halves = Uint16Array.from(bits, (u) => (u + 0x7fff + ((u >>> 16) & 1)) >>> 16);
-  return new Uint8Array(halves.buffer);
+  const own = { shape: [...shape], data: new Uint8Array((table ?? halves).buffer) };
+  return { dtype: table ? 'I64' : 'BF16', ...own };
 }
 
 export interface RawTensor {
@@ -98,7 +102,7 @@ export function archCase(
   >;
   const tensors = new Map<string, RawTensor>();
   for (const [key, shape] of Object.entries(shapes))
-    tensors.set(key, { dtype: 'BF16', shape, data: formula(key, shape) });
+    tensors.set(key, formula(key, shape, Number(config.n_routed_experts)));
   edit.tensors?.(tensors);
   const header: Record<string, unknown> = {};
   let at = 0;
