@@ -1,5 +1,7 @@
 // y = x W' for packed 4-bit weights. Few rows of x: a kernel that reads every weight once and multiplies on tensor
 // cores; many: the weights are unpacked once into 16 bits and cuBLAS does the rest.
+#include <algorithm>
+
 #include "cuda.cuh"
 
 namespace dc {
@@ -13,120 +15,212 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1
 // Codes 0..15 at bits 0 and 16 -> two bf16 of 128 + code, exactly.
 __device__ __forceinline__ uint32_t widen(uint32_t word, int shift) { return (word >> shift & 0x000F000Fu) | 0x43004300u; }
 
-// One block: 16 rows of W, K split over its warps by groups; M <= 8 columns. A word gives the pairs (k, k + 4): x is
-// kept in that order in shared memory. Per group of 128 (or 32, 64): sum (128 + u) x on tensor cores, exact products,
-// minus (128 + zero) sum x, times the scale.
-constexpr int WARPS = 8;
+__device__ __forceinline__ void fetch_async(void* shared, const void* global, int bytes, bool there) {
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+  const int size = there ? bytes : 0;  // the rest is filled with zeros
+  if (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(size));
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(size));
+}
 
-template <int GROUP>
-__global__ void __launch_bounds__(WARPS * 32) int4_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, dc_tensor scale, const uint32_t* zero, int64_t zero_row,
-                                                        dc_tensor bias, int64_t N, int K, int group, int m0, int M) {
+// A block takes tiles of 16 rows of W one after another, K split over its warps in pieces of 128 columns; M <= 8 rows of
+// x, brought in once. A lane fetches the weights that itself multiplies, AHEAD pieces (also of the next tile) before it
+// needs them, so that nothing waits for another lane. A word gives the pairs (k, k + 4): x is kept in that order in
+// shared memory. Per group: sum (128 + u) x on tensor cores, exact products, times the scale; minus (128 + zero) scale
+// sum x, for all groups at the end of a tile.
+constexpr int WARPS = 4, AHEAD = 8, ROWS = 16, THREADS = WARPS * 32;
+
+struct Int4Layout {
+  int pieces, groups, words, M, scale_bytes;  // of a row of scales, in shared memory
+  __host__ __device__ Int4Layout(int K, int group, int M, int scale_size) : pieces((K + 127) / 128), groups((K + group - 1) / group), words(pieces * 16 + 4), M(M), scale_bytes((groups * scale_size + 3) / 4 * 4) {}
+  __host__ __device__ size_t x() const { return size_t(WARPS) * AHEAD * 64 * 16; }
+  __host__ __device__ size_t sums() const { return x() + size_t(M) * words * 16; }  // of x by group
+  __host__ __device__ size_t scales() const { return sums() + size_t(M) * groups * 4; }
+  __host__ __device__ size_t partial() const { return scales() + 2 * size_t(ROWS) * scale_bytes; }
+  __host__ __device__ size_t bytes() const { return partial() + size_t(WARPS) * ROWS * 8 * 4; }
+};
+
+// WIDE: groups of 128 or multiples. Else of 32 or 64. S: of the scales.
+template <bool WIDE, class S>
+__global__ void __launch_bounds__(THREADS) int4_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, dc_tensor scale, int scale_size, const uint32_t* zero, int64_t zero_row,
+                                                     dc_tensor bias, int64_t N, int K, int group, int m0, int M) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const int word_count = (K + 127) / 128 * 16, groups = (K + group - 1) / group;
-  uint4* xp = reinterpret_cast<uint4*>(memory);                                    // [M][word_count] pairs of 8 values
-  float* sums = reinterpret_cast<float*>(memory + size_t(M) * word_count * 16);  // [M][K / 32] sums of x
-  float* partial = sums + M * (word_count / 4);                                   // [WARPS][16][8]
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int64_t row0 = blockIdx.x * 16ll, ra = row0 + g, rb = row0 + g + 8;
-  const uint4* wa = reinterpret_cast<const uint4*>(words + (ra < N ? ra : N - 1) * word_row);
-  const uint4* wb = reinterpret_cast<const uint4*>(words + (rb < N ? rb : N - 1) * word_row);
-  const int full = K / 128;  // pieces of 16 words that lie wholly within a row
-  constexpr int AHEAD = 4;
-  // The first weights and scales are on their way while x is put in place.
-  uint4 a[AHEAD], b[AHEAD];
-  float sa[AHEAD], sb[AHEAD];
-  auto fetch = [&](int p0) {
+  const Int4Layout layout(K, group, M, scale_size);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, thread = threadIdx.x;
+  uint4* ring = reinterpret_cast<uint4*>(memory) + warp * AHEAD * 64;
+  uint4* xp = reinterpret_cast<uint4*>(memory + layout.x());
+  float* sums = reinterpret_cast<float*>(memory + layout.sums());
+  unsigned char* scales = memory + layout.scales();
+  float* partial = reinterpret_cast<float*>(memory + layout.partial());
+  const int whole = K / 128, word_count = (K + 7) / 8;  // pieces that lie wholly within a row
+  const int tiles = int((N + ROWS - 1) / ROWS);
+  const int per_group = group >> 7, shift = group == 64 ? 1 : 0;  // pieces of a group; or groups are of one or two parts of 32
+  auto row_of = [&](int tile, int r) { return min(int64_t(tile) * ROWS + r, N - 1); };
+  // The next piece to be fetched; a lane's four words of it: neighbours, or (where they have groups of their own) t,
+  // t + 4, t + 8, t + 12.
+  int fetch_tile = blockIdx.x, fetch_piece = warp;
+  const uint32_t *wa, *wb;
+  auto fetch_from = [&] { wa = words + row_of(fetch_tile, g) * word_row, wb = words + row_of(fetch_tile, g + 8) * word_row; };
+  fetch_from();
+  auto fetch = [&](int slot) {
+    if (fetch_tile < tiles) {
+      const int p = fetch_piece;
+      uint4 *a = ring + slot * 64 + lane, *b = a + 32;
+      if (WIDE && p < whole) {
+        fetch_async(a, wa + p * 16 + t * 4, 16, true);
+        fetch_async(b, wb + p * 16 + t * 4, 16, true);
+      } else if (p < layout.pieces) {
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const int p = p0 + i * WARPS < full ? p0 + i * WARPS : full - 1;
-      a[i] = __ldcs(wa + p * 4 + t);
-      b[i] = __ldcs(wb + p * 4 + t);
-      sa[i] = load(scale.data, scale.dtype, (ra < N ? ra : N - 1) * scale.stride[0] + p * 128 / group);
-      sb[i] = load(scale.data, scale.dtype, (rb < N ? rb : N - 1) * scale.stride[0] + p * 128 / group);
+        for (int j = 0; j < 4; j++) {
+          const int w = p * 16 + j * 4 + t;
+          fetch_async(reinterpret_cast<uint32_t*>(a) + j, wa + (w < word_count ? w : 0), 4, w < word_count);
+          fetch_async(reinterpret_cast<uint32_t*>(b) + j, wb + (w < word_count ? w : 0), 4, w < word_count);
+        }
+      }
+      fetch_piece += WARPS;
+      if (fetch_piece >= layout.pieces) {
+        fetch_piece = warp, fetch_tile += gridDim.x;
+        if (fetch_tile < tiles) fetch_from();
+      }
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  // A tile's scales, as they are; rows of odd length are copied by hand.
+  const bool aligned = (scale.stride[0] * scale_size) % 4 == 0 && (layout.groups * scale_size) % 4 == 0 && reinterpret_cast<uintptr_t>(scale.data) % 4 == 0;
+  auto fetch_scales = [&](int tile, int buffer) {
+    if (tile >= tiles) return;
+    unsigned char* to = scales + buffer * ROWS * layout.scale_bytes;
+    const int per = aligned ? layout.scale_bytes / 4 : layout.groups;
+    for (int i = thread; i < ROWS * per; i += THREADS) {
+      const int r = i / per, k = i % per;
+      const char* from = static_cast<const char*>(scale.data) + row_of(tile, r) * scale.stride[0] * scale_size;
+      if (aligned) fetch_async(to + r * layout.scale_bytes + k * 4, from + k * 4, 4, true);
+      else if (scale_size == 4) reinterpret_cast<float*>(to + r * layout.scale_bytes)[k] = reinterpret_cast<const float*>(from)[k];
+      else reinterpret_cast<uint16_t*>(to + r * layout.scale_bytes)[k] = reinterpret_cast<const uint16_t*>(from)[k];
     }
   };
-  if (GROUP == 128 && full > 0) fetch(warp);
-  // x into shared memory, pair by pair, with the sum of every 32 columns: four neighbouring threads.
+  fetch_scales(blockIdx.x, 0);
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) fetch(i);
+  // x, pair by pair.
   const bool vector = K % 8 == 0 && x.stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-  for (int i = threadIdx.x; i < M * word_count; i += WARPS * 32) {  // word_count is a multiple of 16: warps stay whole
-    const int m = i / word_count, w = i % word_count;
-    const bf16* from = static_cast<const bf16*>(x.data) + (m0 + m) * x.stride[0] + w * 8;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (vector) {
-      if (w * 8 < K) v = *reinterpret_cast<const uint4*>(from);
-    } else {
-      bf16* each = reinterpret_cast<bf16*>(&v);
-      for (int k = 0; k < 8; k++)
-        if (w * 8 + k < K) each[k] = from[k];
+  for (int m = 0; m < M; m++)
+    for (int w0 = thread; w0 < layout.pieces * 16; w0 += 4 * THREADS) {
+      uint4 v[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int w = w0 + i * THREADS;
+        const bf16* from = static_cast<const bf16*>(x.data) + (m0 + m) * x.stride[0] + int64_t(w) * 8;
+        v[i] = make_uint4(0, 0, 0, 0);
+        if (vector) {
+          if (w * 8 < K) v[i] = *reinterpret_cast<const uint4*>(from);
+        } else {
+          bf16* each = reinterpret_cast<bf16*>(&v[i]);
+          for (int k = 0; k < 8; k++)
+            if (w * 8 + k < K) each[k] = from[k];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int w = w0 + i * THREADS;
+        if (w >= layout.pieces * 16) break;
+        const int place = WIDE && w < whole * 16 ? (w & ~15) + (w & 3) * 4 + (w >> 2 & 3) : w;  // read by [4 j + t]
+        xp[m * layout.words + place] = make_uint4(__byte_perm(v[i].x, v[i].z, 0x5410), __byte_perm(v[i].x, v[i].z, 0x7632), __byte_perm(v[i].y, v[i].w, 0x5410), __byte_perm(v[i].y, v[i].w, 0x7632));
+      }
     }
-    xp[i] = make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
-    float sum = 0;
-#pragma unroll
-    for (uint32_t pair : {v.x, v.y, v.z, v.w}) sum += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xFFFF0000u);
-    sum += __shfl_xor_sync(__activemask(), sum, 1);
-    sum += __shfl_xor_sync(__activemask(), sum, 2);
-    if ((i & 3) == 0) sums[i / 4] = sum;
-  }
   __syncthreads();
-  float acc[4] = {};
-  auto zero_of = [&](int64_t r, int gi) { return zero && r < N ? float(zero[r / 8 * zero_row + gi] >> (r % 8 * 4) & 15) : 8.f; };
-  // c: sums of (128 + code) x over `parts` x 32 columns from part0, all of group gi.
-  auto add_group = [&](const float (&c)[4], int gi, int part0, int parts, float s0, float s1) {
-    float sx[2] = {0, 0};
+  // Sums of x by group, eight threads to a group.
+  const int part = thread % 8;
+  for (int i0 = 0; i0 < M * layout.groups; i0 += THREADS / 8) {
+    const int i = i0 + thread / 8, m = i / layout.groups, gi = i % layout.groups;
+    float sum = 0;
+    if (i < M * layout.groups)
+      for (int w = gi * (group / 8) + part; w < min((gi + 1) * (group / 8), layout.pieces * 16); w += 8) {
+        const int place = WIDE && w < whole * 16 ? (w & ~15) + (w & 3) * 4 + (w >> 2 & 3) : w;
+        const uint4 v = xp[m * layout.words + place];
 #pragma unroll
-    for (int j = 0; j < 2; j++)
-      if (2 * t + j < M)
-        for (int i = 0; i < parts; i++) sx[j] += sums[(2 * t + j) * (word_count / 4) + part0 + i];
-    const float z0 = 128.f + zero_of(ra, gi), z1 = 128.f + zero_of(rb, gi);
-    acc[0] += s0 * (c[0] - z0 * sx[0]);
-    acc[1] += s0 * (c[1] - z0 * sx[1]);
-    acc[2] += s1 * (c[2] - z1 * sx[0]);
-    acc[3] += s1 * (c[3] - z1 * sx[1]);
-  };
+        for (uint32_t pair : {v.x, v.y, v.z, v.w}) sum += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xFFFF0000u);
+      }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    sum += __shfl_xor_sync(~0u, sum, 4);
+    if (part == 0 && i < M * layout.groups) sums[i] = sum;
+  }
   auto multiply = [&](float (&c)[4], uint32_t a, uint32_t b, const uint4& v) {
     mma_bf16(c, widen(a, 0), widen(b, 0), widen(a, 4), widen(b, 4), v.x, v.y);
     mma_bf16(c, widen(a, 8), widen(b, 8), widen(a, 12), widen(b, 12), v.z, v.w);
   };
   const uint4 none = make_uint4(0, 0, 0, 0);
-  if (GROUP == 128) {
-    for (int p0 = warp; p0 < full; p0 += WARPS * AHEAD) {
-      if (p0 != warp) fetch(p0);
+  int slot = 0, buffer = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
+    // The scales were asked for a tile ago: before the last AHEAD pieces, or everything is waited for.
+    if (tile == int(blockIdx.x) || layout.pieces < WARPS * AHEAD) asm volatile("cp.async.wait_group 0;");
+    else asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1));
+    __syncthreads();
+    fetch_scales(tile + gridDim.x, buffer ^ 1);  // joins the next group
+    const unsigned char* tile_scales = scales + buffer * ROWS * layout.scale_bytes;
+    auto scale_at = [&](int r, int gi) { return to_float(reinterpret_cast<const S*>(tile_scales + r * layout.scale_bytes)[gi]); };
+    float acc[4] = {};
+    auto add = [&](const float (&c)[4], int gi) {
+      const float s0 = scale_at(g, gi), s1 = scale_at(g + 8, gi);
+      acc[0] = fmaf(s0, c[0], acc[0]), acc[1] = fmaf(s0, c[1], acc[1]);
+      acc[2] = fmaf(s1, c[2], acc[2]), acc[3] = fmaf(s1, c[3], acc[3]);
+    };
+    for (int p = warp; p < layout.pieces; p += WARPS) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1));
+      const uint4 a = ring[slot * 64 + lane], b = ring[slot * 64 + 32 + lane];
+      const uint4* v = xp + g * layout.words + p * 16 + t;
+      uint4 x4[4];
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
-        const int p = p0 + i * WARPS;
-        if (p >= full) break;
+      for (int j = 0; j < 4; j++) x4[j] = g < M ? v[4 * j] : none;
+      if (WIDE && p < whole) {
         float c[4] = {};
-        const uint4* v = xp + g * word_count + p * 16 + t * 4;
-        multiply(c, a[i].x, b[i].x, g < M ? v[0] : none);
-        multiply(c, a[i].y, b[i].y, g < M ? v[1] : none);
-        multiply(c, a[i].z, b[i].z, g < M ? v[2] : none);
-        multiply(c, a[i].w, b[i].w, g < M ? v[3] : none);
-        add_group(c, p * 128 / group, p * 4, 4, sa[i], sb[i]);
+        multiply(c, a.x, b.x, x4[0]);
+        multiply(c, a.y, b.y, x4[1]);
+        multiply(c, a.z, b.z, x4[2]);
+        multiply(c, a.w, b.w, x4[3]);
+        add(c, per_group == 1 ? p : p / per_group);
+      } else {
+        const uint32_t a4[4] = {a.x, a.y, a.z, a.w}, b4[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          float c[4] = {};
+          multiply(c, a4[j], b4[j], x4[j]);
+          add(c, min(per_group == 0 ? (p * 4 + j) >> shift : p / per_group, layout.groups - 1));
+        }
       }
+      fetch(slot);
+      slot = slot + 1 == AHEAD ? 0 : slot + 1;
     }
-  }
-  // Groups of 32 or 64, and what is left of a row: 4 words (32 columns) at a time.
-  const uint32_t* la = reinterpret_cast<const uint32_t*>(wa);
-  const uint32_t* lb = reinterpret_cast<const uint32_t*>(wb);
-  const int last = (K + 31) / 32, words_there = (K + 7) / 8;
-  for (int q = (GROUP == 128 ? full * 4 : 0) + warp; q < last; q += WARPS) {
-    const bool there = q * 4 + t < words_there;
-    float c[4] = {};
-    multiply(c, there ? la[q * 4 + t] : 0, there ? lb[q * 4 + t] : 0, g < M ? xp[g * word_count + q * 4 + t] : none);
-    const int gi = min(q * 32 / group, groups - 1);
-    add_group(c, gi, q, 1, load(scale.data, scale.dtype, (ra < N ? ra : N - 1) * scale.stride[0] + gi), load(scale.data, scale.dtype, (rb < N ? rb : N - 1) * scale.stride[0] + gi));
-  }
-  float* mine = partial + warp * 128;
-  mine[g * 8 + 2 * t] = acc[0], mine[g * 8 + 2 * t + 1] = acc[1];
-  mine[(g + 8) * 8 + 2 * t] = acc[2], mine[(g + 8) * 8 + 2 * t + 1] = acc[3];
-  __syncthreads();
-  if (threadIdx.x < 128) {
-    const int r = threadIdx.x / 8, m = threadIdx.x % 8;
-    float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += partial[w * 128 + r * 8 + m];
-    if (row0 + r < N && m < M) {
-      if (bias.data) sum += load(bias.data, bias.dtype, (row0 + r) * bias.stride[0]);
-      store(y.data, y.dtype, (m0 + m) * y.stride[0] + row0 + r, sum);
+    float* here = partial + warp * (ROWS * 8);
+    here[g * 8 + 2 * t] = acc[0], here[g * 8 + 2 * t + 1] = acc[1];
+    here[(g + 8) * 8 + 2 * t] = acc[2], here[(g + 8) * 8 + 2 * t + 1] = acc[3];
+    // What the codes' offset added: eight threads a row, each its groups.
+    const int r = thread / 8;
+    const int64_t row = row_of(tile, r);
+    float offset[8] = {};
+    for (int gi = part; gi < layout.groups; gi += 8) {
+      const float s = scale_at(r, gi) * (128.f + (zero ? float(zero[row / 8 * zero_row + gi] >> (row % 8 * 4) & 15) : 8.f));
+#pragma unroll
+      for (int m = 0; m < 8; m++)
+        if (m < M) offset[m] = fmaf(s, sums[m * layout.groups + gi], offset[m]);
+    }
+    float correction = 0;
+#pragma unroll
+    for (int m = 0; m < 8; m++) {
+      if (m >= M) break;
+      float sum = offset[m];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      sum += __shfl_xor_sync(~0u, sum, 4);
+      if (part == m) correction = sum;
+    }
+    __syncthreads();
+    float sum = -correction;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += partial[w * (ROWS * 8) + r * 8 + part];
+    if (int64_t(tile) * ROWS + r < N && part < M) {
+      if (bias.data) sum += load(bias.data, bias.dtype, row * bias.stride[0]);
+      store(y.data, y.dtype, (m0 + part) * y.stride[0] + row, sum);
     }
   }
 }
@@ -161,18 +255,23 @@ extern "C" int dc_cuda_int4_matmul(dc_context* c, const dc_call* call) {
   const dc_tensor &y = call->t[0], &x = call->t[1], &words = call->t[2], &scale = call->t[3], &zero = call->t[4], &bias = call->t[5];
   const int64_t M = x.dim[0], K = x.dim[1], N = y.dim[1], group = call->i[0];
   if (count(y) == 0) return 0;
-  const int64_t word_row = words.stride[0], padded = (K + 127) / 128 * 128;
-  const size_t fixed = WARPS * 128 * 4, each = size_t(padded) * 2 + size_t(padded) / 32 * 4;
+  const int64_t word_row = words.stride[0];
+  const auto shared = [&](int m) { return Int4Layout(int(K), int(group), m, int(dtype_size(scale.dtype))).bytes(); };
   const bool few = M <= 16 && x.dtype == DC_BF16 && x.stride[1] == 1 && y.stride[1] == 1 && word_row % 4 == 0 && reinterpret_cast<uintptr_t>(words.data) % 16 == 0 && group % 32 == 0 &&
-                   (group % 128 == 0 || 128 % group == 0) && fixed + each <= c->shared_limit;
+                   (group % 128 == 0 || 128 % group == 0) && shared(1) <= c->shared_limit;
   if (few) {
-    const int most = int((c->shared_limit - fixed) / each), columns = most < 8 ? most : 8;
-    auto kernel = group % 128 == 0 ? int4_rows<128> : int4_rows<32>;
-    for (int64_t m0 = 0; m0 < M; m0 += columns) {
-      const int m = int(M - m0 < columns ? M - m0 : columns);
-      const size_t shared = fixed + each * m;
+    int most = int(M < 8 ? M : 8);
+    while (shared(most) > c->shared_limit) most--;
+    const bool wide = group % 128 == 0;
+    auto kernel = int4_rows<true, float>;
+    DC_FLOAT(scale.dtype, S, kernel = wide ? int4_rows<true, S> : int4_rows<false, S>);
+    for (int64_t m0 = 0; m0 < M; m0 += most) {
+      const int m = int(M - m0 < most ? M - m0 : most);
       DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c->shared_limit)));
-      kernel<<<unsigned(ceil_div(N, 16)), WARPS * 32, shared, c->stream>>>(y, x, data<uint32_t>(words), word_row, scale, data<uint32_t>(zero), zero.stride[0], bias, N, int(K), int(group), int(m0), m);
+      const int64_t tiles = ceil_div(N, ROWS), per = std::max<int64_t>(1, std::min<int64_t>(5, int64_t(c->shared_limit) / int64_t(shared(m) + 1024)));
+      // As many blocks as run at once, and no more than give each the same number of tiles.
+      const int64_t rounds = ceil_div(tiles, c->multiprocessors * per), blocks = ceil_div(tiles, rounds);
+      kernel<<<unsigned(blocks), THREADS, shared(m), c->stream>>>(y, x, data<uint32_t>(words), word_row, scale, int(dtype_size(scale.dtype)), data<uint32_t>(zero), zero.stride[0], bias, N, int(K), int(group), int(m0), m);
     }
     return launched(c, "int4_matmul");
   }

@@ -85,97 +85,267 @@ __global__ void __launch_bounds__(256) expert_hessians(float* H, int64_t batch_s
 // Everything is a lower factorisation in row-major storage. The reversed factor (A = F F', F upper) is the lower one of
 // the matrix with rows and columns in reverse order, reversed back.
 
-constexpr int NB = 64;
+constexpr int NB = 128, SUB = 32, NB_PITCH = NB + 4;
 
-__global__ void load_damped(float* L, const float* H, int64_t K, int64_t row, int64_t batch_stride, const float* damp, bool reversed) {
-  const int64_t n = K * K, e = blockIdx.y;
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t r = i / K, q = i % K;
-    float v = 0;
-    if (q <= r) {
-      // reversed: element (K-1-r, K-1-q) lies in the upper triangle, so its mirror (K-1-q, K-1-r) is read
-      v = reversed ? H[e * batch_stride + (K - 1 - q) * row + (K - 1 - r)] : H[e * batch_stride + r * row + q];
-      if (q == r) v += damp[e];
+// A 32 x 32 tile of L's lower triangle. Reversed: element (K-1-r, K-1-q) lies in H's upper triangle, so its mirror
+// (K-1-q, K-1-r) is read, along r.
+__global__ void __launch_bounds__(256) load_damped(float* L, const float* H, int64_t K, int64_t row, int64_t batch_stride, const float* damp, bool reversed) {
+  __shared__ float tile[32][33];
+  const int64_t e = blockIdx.z, r0 = blockIdx.y * 32ll, q0 = blockIdx.x * 32ll;
+  const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
+  const float* h = H + e * batch_stride;
+  if (q0 <= r0) {
+    for (int k = y; k < 32; k += 8) {
+      const int64_t r = reversed ? r0 + x : r0 + k, q = reversed ? q0 + k : q0 + x;
+      if (r < K && q <= r) tile[reversed ? x : k][reversed ? k : x] = reversed ? h[(K - 1 - q) * row + (K - 1 - r)] : h[r * row + q];
     }
-    L[e * n + i] = v;
+    __syncthreads();
+  }
+  for (int k = y; k < 32; k += 8) {
+    const int64_t r = r0 + k, q = q0 + x;
+    if (r < K && q < K) L[(e * K + r) * K + q] = q > r ? 0.f : tile[k][x] + (q == r ? damp[e] : 0.f);
   }
 }
 __global__ void mean_diagonal(float* damp, const float* H, int64_t K, int64_t row, int64_t batch_stride, float factor, int32_t* info) {
   __shared__ float shared[33];
   float sum = 0;
+#pragma unroll 8
   for (int64_t i = threadIdx.x; i < K; i += blockDim.x) sum += H[blockIdx.x * batch_stride + i * row + i];
   sum = block_sum(sum, shared);
-  if (threadIdx.x == 0) damp[blockIdx.x] = factor * sum / float(K), info[blockIdx.x] = 0;
+  if (threadIdx.x == 0) damp[blockIdx.x] = factor == 0 ? 0.f : factor * sum / float(K), info[blockIdx.x] = 0;
 }
 
-// Factors the NB x NB diagonal block and writes the inverse of its factor to `inverse` (for the panel below): every
-// elimination step is applied to the block and to the identity beside it.
-__global__ void __launch_bounds__(256) factor_diagonal(float* L, int64_t K, int64_t j0, int width, float* inverse, int32_t* info) {
-  __shared__ float a[NB][NB + 1], v[NB][NB + 1];
-  __shared__ int bad;
+// Elements first, first + step, ... of a ROWS x NB tile in registers: all asked for before the first is needed.
+template <int ROWS, int THREADS>
+struct Tile {
+  static constexpr int N = ROWS * NB / THREADS;
+  float v[N];
+  template <class F>
+  __device__ void load(F element) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const int at = threadIdx.x + i * THREADS;
+      v[i] = element(at / NB, at % NB);
+    }
+  }
+  template <class F>
+  __device__ void each(F use) const {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const int at = threadIdx.x + i * THREADS;
+      use(at / NB, at % NB, v[i]);
+    }
+  }
+};
+
+// The 32 x 32 lower factor of `a`, in place, by one warp: lane r holds row r. 0, or 1 + the index of a bad pivot.
+__device__ int factor_warp(float (*a)[NB_PITCH], float (*column)[SUB]) {
+  const int lane = threadIdx.x & 31;
+  float x[SUB];
+#pragma unroll
+  for (int j = 0; j < SUB; j++) x[j] = a[lane][j];
+  float rest = a[lane][lane];  // the diagonal as it stands, of this lane's row alone: the shortest chain from pivot to pivot
+  int bad = 0;
+#pragma unroll
+  for (int j = 0; j < SUB; j++) {
+    const float d = __shfl_sync(~0u, rest, j);
+    const bool good = d > 0 && isfinite(d);
+    if (!good && !bad) bad = j + 1;
+    float y = rsqrtf(d);
+    y = y * fmaf(-0.5f * d * y, y, 1.5f);
+    y = good ? y : 1.f;
+    const float t = x[j] * y;
+    rest = fmaf(-t, t, rest);
+    x[j] = lane == j ? (good ? d * y : 1.f) : t;
+    // Column j to everybody through shared memory, two buffers in turn.
+    column[j & 1][lane] = t;
+    __syncwarp();
+#pragma unroll
+    for (int q = j + 1 & ~3; q < SUB; q += 4) {
+      const float4 c = *reinterpret_cast<const float4*>(&column[j & 1][q]);
+      if (q > j) x[q] = fmaf(-t, c.x, x[q]);
+      if (q + 1 > j) x[q + 1] = fmaf(-t, c.y, x[q + 1]);
+      if (q + 2 > j) x[q + 2] = fmaf(-t, c.z, x[q + 2]);
+      if (q + 3 > j) x[q + 3] = fmaf(-t, c.w, x[q + 3]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < SUB; j++)
+    if (j <= lane) a[lane][j] = x[j];
+  return bad;
+}
+// The inverse of that factor by one warp: lane c has its column c. a's upper triangle is not read.
+__device__ void invert_warp(float (*v)[NB_PITCH], const float (*a)[NB_PITCH], float reciprocal) {
+  const int lane = threadIdx.x & 31;
+  float y[SUB];
+#pragma unroll
+  for (int r = 0; r < SUB; r++) {
+    float sum[2] = {r == lane ? 1.f : 0.f, 0.f};
+#pragma unroll
+    for (int k0 = 0; k0 < r; k0 += 4) {
+      const float4 row = *reinterpret_cast<const float4*>(a[r] + k0);
+      const float l[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+      for (int k = k0; k < k0 + 4 && k < r; k++) sum[k & 1] = fmaf(-l[k - k0], y[k], sum[k & 1]);
+    }
+    y[r] = (sum[0] + sum[1]) * __shfl_sync(~0u, reciprocal, r);
+    v[r][lane] = y[r];
+  }
+}
+// A row p of 32 columns <- p L^-T, the row in a lane's registers.
+__device__ void substitute(float* p, const float (*a)[NB_PITCH], float reciprocal) {
+  float x[SUB];
+#pragma unroll
+  for (int j = 0; j < SUB; j += 4) *reinterpret_cast<float4*>(x + j) = *reinterpret_cast<const float4*>(p + j);
+#pragma unroll
+  for (int j = 0; j < SUB; j++) {
+    float sum = 0;
+#pragma unroll
+    for (int k0 = 0; k0 < j; k0 += 4) {
+      const float4 row = *reinterpret_cast<const float4*>(a[j] + k0);
+      const float l[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+      for (int k = k0; k < k0 + 4 && k < j; k++) sum = fmaf(l[k - k0], x[k], sum);
+    }
+    x[j] = (x[j] - sum) * __shfl_sync(~0u, reciprocal, j);
+  }
+#pragma unroll
+  for (int j = 0; j < SUB; j += 4) *reinterpret_cast<float4*>(p + j) = *reinterpret_cast<const float4*>(x + j);
+}
+
+struct FactorMemory {
+  float a[NB][NB_PITCH];  // the block, then its factor
+  float v[NB][NB_PITCH];  // the factor's inverse
+  float t[NB / 2][NB_PITCH / 2];
+  float column[2][SUB];
+};
+
+// out = sign A B for N x N matrices in shared memory, COUNT such products beside each other `step` apart along the
+// diagonal, by 512 threads.
+template <int N, int COUNT>
+__device__ void small_products(float* out, int out_pitch, int64_t out_step, float sign, const float* A, int a_pitch, int64_t a_step, const float* B, int b_pitch, int64_t b_step) {
+  constexpr int PER = 512 / COUNT, EACH = N * N / PER;  // rows of a thread's column
+  const int which = threadIdx.x / PER, within = threadIdx.x % PER, c = within % N, r0 = within / N * EACH;
+  A += which * a_step, B += which * b_step, out += which * out_step;
+  float sum[EACH] = {};
+#pragma unroll 2
+  for (int k = 0; k < N; k += 4) {
+    const float b[4] = {B[k * b_pitch + c], B[(k + 1) * b_pitch + c], B[(k + 2) * b_pitch + c], B[(k + 3) * b_pitch + c]};
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const float4 a = *reinterpret_cast<const float4*>(A + (r0 + i) * a_pitch + k);
+      sum[i] = fmaf(a.x, b[0], fmaf(a.y, b[1], fmaf(a.z, b[2], fmaf(a.w, b[3], sum[i]))));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; i++) out[(r0 + i) * out_pitch + c] = sign * sum[i];
+}
+
+// Factors the NB x NB diagonal block, 32 columns at a time, and writes the transposed inverse of the factor (for the
+// panel below): element [k][q] of `inverse` is that of row q, column k.
+__global__ void __launch_bounds__(512) factor_diagonal(float* L, int64_t K, int64_t j0, int width, float* inverse, int32_t* info, bool reversed) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  FactorMemory& m = *reinterpret_cast<FactorMemory*>(memory);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t e = blockIdx.x;
   float* block = L + e * K * K + j0 * K + j0;
-  for (int i = threadIdx.x; i < NB * NB; i += 256) {
-    const int r = i / NB, q = i % NB;
-    a[r][q] = r < width && q <= r ? block[r * K + q] : r == q ? 1.f : 0.f;
-    v[r][q] = r == q ? 1.f : 0.f;
+  {
+    Tile<NB, 512> tile;
+    tile.load([&](int r, int q) { return r < width && q <= r ? block[r * K + q] : r == q ? 1.f : 0.f; });
+    tile.each([&](int r, int q, float v) { m.a[r][q] = v, m.v[r][q] = 0; });
   }
-  if (threadIdx.x == 0) bad = 0;
   __syncthreads();
-  const int q0 = threadIdx.x & 63, r0 = threadIdx.x >> 6;  // 4 rows at a time, a thread per column
-  for (int j = 0; j < NB; j++) {
-    const float d = a[j][j];
-    const bool good = d > 0 && isfinite(d);
-    const float pivot = good ? 1.f / sqrtf(d) : 1.f;
-    if (!good && threadIdx.x == 0 && !bad) bad = j + 1;
-    // Row j of both sides, scaled: l_jj = sqrt(d), v_j = v_j / l_jj; column j below: l_rj = a_rj / l_jj.
-    const float vj = v[j][q0] * pivot, lq = q0 > j ? a[q0][j] * pivot : 0.f;
-    __syncthreads();
-    for (int r = j + 1 + r0; r < NB; r += 4) {
-      const float lr = a[r][j] * pivot;
-      if (q0 > j && q0 <= r) a[r][q0] -= lr * lq;
-      if (q0 <= j) v[r][q0] -= lr * vj;
+#pragma unroll 1
+  for (int b = 0; b < NB; b += SUB) {
+    auto* corner = reinterpret_cast<float(*)[NB_PITCH]>(&m.a[b][b]);
+    if (warp == 0) {
+      const int bad = factor_warp(corner, m.column);
+      if (lane == 0 && bad && b + bad <= width && info[e] == 0) info[e] = int32_t(reversed ? K - (j0 + b + bad - 1) : j0 + b + bad);
     }
     __syncthreads();
-    if (r0 == 0) {
-      if (q0 > j) a[q0][j] = lq;
-      else v[j][q0] = vj;
-      if (q0 == j) a[j][j] = good ? d * pivot : 1.f;
+    const float reciprocal = 1.f / corner[lane][lane];
+    const int below = NB - b - SUB;
+    if (warp < below / SUB) substitute(&m.a[b + SUB + threadIdx.x][b], corner, reciprocal);  // a lane per row
+    if (warp == 15) invert_warp(reinterpret_cast<float(*)[NB_PITCH]>(&m.v[b][b]), corner, reciprocal);
+    __syncthreads();
+    // The rest of the block: a -= P P', a warp per row, a lane per column.
+#pragma unroll 1
+    for (int q0 = b + SUB; q0 < NB; q0 += SUB) {
+      const int q = q0 + lane;
+      float p[SUB];
+#pragma unroll
+      for (int k = 0; k < SUB; k += 4) *reinterpret_cast<float4*>(p + k) = *reinterpret_cast<const float4*>(&m.a[q][b + k]);
+#pragma unroll 1
+      for (int r = q0 + warp; r < NB; r += 16) {
+        float sum[4] = {};
+#pragma unroll
+        for (int k = 0; k < SUB; k += 4) {
+          const float4 x = *reinterpret_cast<const float4*>(&m.a[r][b + k]);
+          sum[0] = fmaf(x.x, p[k], sum[0]), sum[1] = fmaf(x.y, p[k + 1], sum[1]), sum[2] = fmaf(x.z, p[k + 2], sum[2]), sum[3] = fmaf(x.w, p[k + 3], sum[3]);
+        }
+        if (q <= r) m.a[r][q] -= (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      }
     }
     __syncthreads();
   }
-  for (int i = threadIdx.x; i < NB * NB; i += 256) {
+  // The inverse of [A 0; C B] is [A^-1 0; -B^-1 C A^-1 B^-1]: from 32 to 64, from 64 to 128.
+  constexpr int T_PITCH = NB_PITCH / 2, H = NB / 2;
+  float *a = &m.a[0][0], *v = &m.v[0][0], *t = &m.t[0][0];
+  constexpr int64_t across = int64_t(H) * NB_PITCH + H;
+  small_products<SUB, 2>(t, T_PITCH, SUB, 1, a + SUB * NB_PITCH, NB_PITCH, across, v, NB_PITCH, across);
+  __syncthreads();
+  small_products<SUB, 2>(v + SUB * NB_PITCH, NB_PITCH, across, -1, v + SUB * NB_PITCH + SUB, NB_PITCH, across, t, T_PITCH, SUB);
+  __syncthreads();
+  small_products<H, 1>(t, T_PITCH, 0, 1, a + H * NB_PITCH, NB_PITCH, 0, v, NB_PITCH, 0);
+  __syncthreads();
+  small_products<H, 1>(v + H * NB_PITCH, NB_PITCH, 0, -1, v + H * NB_PITCH + H, NB_PITCH, 0, t, T_PITCH, 0);
+  __syncthreads();
+#pragma unroll 4
+  for (int i = threadIdx.x; i < NB * NB; i += 512) {
     const int r = i / NB, q = i % NB;
-    if (r < width && q <= r) block[r * K + q] = a[r][q];
-    inverse[e * NB * NB + i] = v[r][q];
+    if (r < width && q <= r) block[r * K + q] = m.a[r][q];
+    inverse[e * NB * NB + i] = m.v[q][r];
   }
-  if (threadIdx.x == 0 && bad && info[e] == 0 && bad <= width) info[e] = int32_t(j0) + bad;
 }
 
-// Panel below the diagonal block: P <- P inverse', one block per 64 rows, in place.
+constexpr int PANEL_ROWS = 32;
+
+struct PanelMemory {
+  float p[NB][PANEL_ROWS + 4];  // transposed
+  float inverse[NB][NB_PITCH];
+};
+
+// Panel below the diagonal block: P <- P L^-T, one block per 32 rows, in place.
 __global__ void __launch_bounds__(256) scale_panel(float* L, int64_t K, int64_t j0, int width, const float* inverse) {
-  __shared__ float p[64][NB + 1], v[NB][NB + 1];
-  const int64_t e = blockIdx.y, r0 = j0 + width + blockIdx.x * 64ll;
+  extern __shared__ __align__(16) unsigned char memory[];
+  PanelMemory& m = *reinterpret_cast<PanelMemory*>(memory);
+  const int64_t e = blockIdx.y, r0 = j0 + width + blockIdx.x * int64_t(PANEL_ROWS);
   float* panel = L + e * K * K + r0 * K + j0;
-  for (int i = threadIdx.x; i < 64 * NB; i += 256) {
-    const int r = i / NB, q = i % NB;
-    p[r][q] = r0 + r < K && q < width ? panel[r * K + q] : 0.f;
-    v[r][q] = inverse[e * NB * NB + i];
+  {
+    Tile<NB, 256> factor;
+    Tile<PANEL_ROWS, 256> rows;
+    rows.load([&](int r, int q) { return r0 + r < K && q < width ? panel[r * K + q] : 0.f; });
+    factor.load([&](int k, int q) { return inverse[e * NB * NB + k * NB + q]; });
+    rows.each([&](int r, int q, float v) { m.p[q][r] = v; });
+    factor.each([&](int k, int q, float v) { m.inverse[k][q] = v; });
   }
   __syncthreads();
-  const int x = threadIdx.x & 15, y = threadIdx.x >> 4;
+  const int x = threadIdx.x % 32 * 4, y = threadIdx.x / 32 * 4;  // four columns of four rows
   float sum[4][4] = {};
-#pragma unroll 8
-  for (int k = 0; k < NB; k++)
+#pragma unroll 4
+  for (int k = 0; k < NB; k++) {
+    const float4 f = *reinterpret_cast<const float4*>(&m.inverse[k][x]), p = *reinterpret_cast<const float4*>(&m.p[k][y]);
+    const float left[4] = {p.x, p.y, p.z, p.w}, right[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) sum[i][j] += p[y + 16 * i][k] * v[x + 16 * j][k];
+      for (int j = 0; j < 4; j++) sum[i][j] = fmaf(left[i], right[j], sum[i][j]);
+  }
+#pragma unroll
   for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 4; j++) {
-      const int r = y + 16 * i, q = x + 16 * j;
-      if (r0 + r < K && q < width) panel[r * K + q] = sum[i][j];
-    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (r0 + y + i < K && x + j < width) panel[(y + i) * K + x + j] = sum[i][j];
 }
 
 __global__ void store_factor(float* F, int64_t row, int64_t batch_stride, const float* L, int64_t K, bool reversed) {
@@ -205,7 +375,7 @@ int trailing(dc_context* c, float* L, int64_t K, int64_t batch, int64_t j0, int6
   const int64_t m = K - from;
   if (m <= 0) return 0;
   bf16 *left = nullptr, *right = nullptr;
-  const bool split = width >= 256;
+  const bool split = width >= 256 || (width >= 128 && m * (to - from) >= (1 << 20));
   if (split) {
     const size_t half = size_t(batch) * m * 3 * width * 2;
     left = static_cast<bf16*>(scratch(c, 0, half));
@@ -287,17 +457,20 @@ extern "C" int dc_cuda_cholesky(dc_context* c, const dc_call* call) {
   const int64_t h_batch = d ? H.stride[0] : 0;
   mean_diagonal<<<unsigned(batch), 256, 0, c->stream>>>(damp, data<float>(H), K, H.stride[d], h_batch, float(call->f[0]), data<int32_t>(info));
   const dim3 all(grid_for(c, K * K, 256), unsigned(batch));
-  load_damped<<<all, 256, 0, c->stream>>>(L, data<float>(H), K, H.stride[d], h_batch, damp, reversed);
-  // Two levels: 64-wide steps inside panels of `outer` columns, whose effect on the rest is one big product.
+  const unsigned tiles = unsigned(ceil_div(K, 32));
+  load_damped<<<dim3(tiles, tiles, unsigned(batch)), 256, 0, c->stream>>>(L, data<float>(H), K, H.stride[d], h_batch, damp, reversed);
+  DC_CUDA(cudaFuncSetAttribute(factor_diagonal, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(FactorMemory))));
+  DC_CUDA(cudaFuncSetAttribute(scale_panel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(PanelMemory))));
+  // Two levels: 128-wide steps inside panels of `outer` columns, whose effect on the rest is one big product.
   const int64_t outer = K >= 8192 ? 1024 : K >= 2048 ? 512 : 256;
   for (int64_t p0 = 0; p0 < K; p0 += outer) {
     const int64_t p1 = K - p0 < outer ? K : p0 + outer;
     for (int64_t j = p0; j < p1; j += NB) {
       const int width = int(K - j < NB ? K - j : NB);
-      factor_diagonal<<<unsigned(batch), 256, 0, c->stream>>>(L, K, j, width, inverse, data<int32_t>(info));
+      factor_diagonal<<<unsigned(batch), 512, sizeof(FactorMemory), c->stream>>>(L, K, j, width, inverse, data<int32_t>(info), reversed);
       const int64_t below = K - j - width;
       if (below > 0) {
-        scale_panel<<<dim3(unsigned(ceil_div(below, 64)), unsigned(batch)), 256, 0, c->stream>>>(L, K, j, width, inverse);
+        scale_panel<<<dim3(unsigned(ceil_div(below, PANEL_ROWS)), unsigned(batch)), 256, sizeof(PanelMemory), c->stream>>>(L, K, j, width, inverse);
         if (j + width < p1 && trailing(c, L, K, batch, j, width, j + width, p1)) return 1;
       }
     }

@@ -153,10 +153,20 @@ __global__ void reduce_rows(dc_tensor dst, dc_tensor src, int kind, int64_t n) {
     return;
   }
   float sum = reduce_start(kind);
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) sum = reduce_step(kind, sum, load(src.data, src.dtype, base + j));
-  if (kind == DC_RMAX || kind == DC_ABSMAX) sum = block_max(sum, shared);
-  else if (kind == DC_RMIN) sum = -block_max(-sum, shared);
-  else sum = block_sum(sum, shared);
+  if (kind == DC_SUM || kind == DC_MEAN || kind == DC_SUMSQ) {
+    float low = 0;  // compensated: rows may be long
+    for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
+      const float x = load(src.data, src.dtype, base + j), v = (kind == DC_SUMSQ ? x * x : x) - low, t = sum + v;
+      low = (t - sum) - v;
+      sum = t;
+    }
+    sum = block_sum(sum, shared);
+  } else {
+    for (int64_t j = threadIdx.x; j < n; j += blockDim.x) sum = reduce_step(kind, sum, load(src.data, src.dtype, base + j));
+    const bool missing = __syncthreads_or(sum != sum);  // fmaxf would lose it
+    sum = kind == DC_RMIN ? -block_max(-sum, shared) : block_max(sum, shared);
+    if (missing) sum = NAN;
+  }
   if (threadIdx.x == 0) store(dst.data, dst.dtype, blockIdx.x, kind == DC_MEAN ? sum / float(n) : sum);
 }
 

@@ -1,42 +1,13 @@
 // Quantization to integer grids: search of the grids, rounding, the LDLQ sweep.
-#include "cuda.cuh"
+#include "grid.cuh"
 
 namespace dc {
 namespace {
 
-__device__ __forceinline__ float code_of(float v, float scale, float zero, float low, float high) {
-  const float q = rintf(__fadd_rn(__fdiv_rn(v, scale), zero));  // no fused multiply: the CPU rounds twice too
-  return q >= low ? (q <= high ? q : high) : low;
-}
-
-// A matrix, or one of a batch: element (e, n, j) of a tensor of rank 2 or 3 with rows of stride 1.
-struct Rows {
-  void* data;
-  int dtype;
-  int64_t batch, row;
-  explicit Rows(const dc_tensor& t)
-      : data(t.data), dtype(t.dtype), batch(t.rank == 3 ? t.stride[0] : 0), row(t.rank == 3 ? t.stride[1] : t.stride[0]) {}
-  __device__ int64_t at(int64_t e, int64_t n) const { return e * batch + n * row; }
-};
-struct Grid {
-  Rows scale, zero;
-  const int32_t* column_group;
-  int64_t group;
-  float low, high;
-  __device__ int64_t group_of(int64_t j) const { return column_group ? column_group[j] : j / group; }
-  __device__ float scale_at(int64_t e, int64_t n, int64_t g) const { return static_cast<const float*>(scale.data)[scale.at(e, n) + g]; }
-  __device__ float zero_at(int64_t e, int64_t n, int64_t g) const { return zero.data ? static_cast<const float*>(zero.data)[zero.at(e, n) + g] : 0.f; }
-};
-struct Shape {
-  int64_t batch, rows, columns;
-  explicit Shape(const dc_tensor& t)
-      : batch(t.rank == 3 ? t.dim[0] : 1), rows(t.rank == 3 ? t.dim[1] : t.dim[0]), columns(t.rank == 3 ? t.dim[2] : t.dim[1]) {}
-};
-
 __global__ void quantize_rows(Rows codes, Rows W, Grid grid, int64_t columns) {
   const int64_t n = blockIdx.x, e = blockIdx.y;
   for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) {
-    const int64_t g = grid.group_of(j);
+    const int64_t g = grid.group_of(e, j);
     static_cast<int8_t*>(codes.data)[codes.at(e, n) + j] =
         int8_t(code_of(load(W.data, W.dtype, W.at(e, n) + j), grid.scale_at(e, n, g), grid.zero_at(e, n, g), grid.low, grid.high));
   }
@@ -44,7 +15,7 @@ __global__ void quantize_rows(Rows codes, Rows W, Grid grid, int64_t columns) {
 __global__ void dequantize_rows(Rows W, Rows codes, Grid grid, int64_t columns) {
   const int64_t n = blockIdx.x, e = blockIdx.y;
   for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) {
-    const int64_t g = grid.group_of(j);
+    const int64_t g = grid.group_of(e, j);
     const float code = static_cast<const int8_t*>(codes.data)[codes.at(e, n) + j];
     store(W.data, W.dtype, W.at(e, n) + j, (code - grid.zero_at(e, n, g)) * grid.scale_at(e, n, g));
   }
@@ -122,105 +93,170 @@ __global__ void __launch_bounds__(128) search_scales(Rows scale, Rows zero, Rows
 }
 
 // --- LDLQ -----------------------------------------------------------------------------------------------------------
-// v_j = W_j + sum_{i<j} (W_i - Q_i) R_ij / R_jj. Three levels: 16 columns are swept by one thread a row in registers;
-// their errors reach the rest of a 128-column block through shared memory; blocks reach their 1,024-column panel, and
-// panels the rest of the matrix, by bf16x3 products on tensor cores. `pending` (the sums above) lives in Q, whose
-// columns are not needed before their block is swept.
+// v_j = W_j + sum_{i<j} (W_i - Q_i) R_ij / R_jj. Three levels: 128 columns of a row are swept in the registers of four
+// lanes, the factor's block in shared memory; blocks reach their 1,024-column panel, and panels the rest of the matrix,
+// by bf16x3 products on tensor cores. `pending` (the sums above) lives in Q, whose columns are not needed before their
+// block is swept.
 
-constexpr int BLOCK = 128, MICRO = 16, SWEEP_ROWS = 64, SWEEP_THREADS = 256;
+constexpr int BLOCK = 128, PANEL = 1024, SWEEP_ROWS = 64, SWEEP_THREADS = 256, PITCH = BLOCK + 4;
 
-__global__ void __launch_bounds__(SWEEP_THREADS) sweep_block(Rows codes, Rows Q, Rows W, Rows R, Grid grid, float* error, int64_t error_batch, int64_t error_row, bool first, bf16* D, bf16* D_inner,
-                                                             int64_t d_batch, int64_t d_row, int64_t d_part, int64_t rows, int64_t j0, int width) {
-  extern __shared__ __align__(16) float memory[];
-  float(*U)[BLOCK] = reinterpret_cast<float(*)[BLOCK]>(memory);                      // R_ij / R_jj
-  float(*x)[BLOCK + 1] = reinterpret_cast<float(*)[BLOCK + 1]>(memory + BLOCK * BLOCK);  // v as it stands
-  float* diagonal = memory + BLOCK * BLOCK + SWEEP_ROWS * (BLOCK + 1);
-  float(*d)[SWEEP_ROWS] = reinterpret_cast<float(*)[SWEEP_ROWS]>(diagonal + BLOCK);
-  int8_t(*code_tile)[BLOCK + 4] = reinterpret_cast<int8_t(*)[BLOCK + 4]>(d + MICRO);
+struct SweepMemory {
+  float U[BLOCK][BLOCK];          // R_ij / R_jj; columns 16 c + 4 i + l stand at 16 c + 4 l + i, the four of a lane together
+  float tile[SWEEP_ROWS][PITCH];  // v, then W, then the values
+  float diagonal[BLOCK], inverse[BLOCK];
+  int8_t codes[SWEEP_ROWS][PITCH];
+};
+
+struct RowGrid {
+  const Grid& grid;
+  int64_t e, n, j0;
+  bool uniform;  // one group for all columns of the block
+  int width;
+  __device__ void at(int column, float& s, float& z) const {
+    const int64_t j = j0 + (column < width ? column : width - 1), g = grid.group_of(e, j);
+    s = grid.scale_at(e, n, g), z = grid.zero_at(e, n, g);
+  }
+};
+
+// Sixteen columns from k0 on, one after another; v[i] is this lane's column k0 + 4 i + l, of LIVE that remain or more.
+// The loops around it are not unrolled: what does not fit the instruction cache takes five times as long.
+template <int LIVE, bool KEEP>
+__device__ __forceinline__ void sweep_sixteen(float (&v)[32], float (&s)[4], float (&z)[4], float& loss, SweepMemory& m, const RowGrid& row, int local, int l, int k0) {
+  float next_s[4], next_z[4];  // on their way while this sixteen is swept
+  if (!row.uniform && k0 + 16 < BLOCK)
+#pragma unroll
+    for (int i = 0; i < 4; i++) row.at(k0 + 16 + 4 * i + l, next_s[i], next_z[i]);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int column = k0 + 4 * i + l;
+    const float w = m.tile[local][column], r = m.diagonal[column], inverse = __frcp_rn(s[i]);
+    float value_here = 0, code_here = 0, miss = 0;
+#pragma unroll
+    for (int owner = 0; owner < 4; owner++) {
+      const float now = KEEP && v[i] != v[i] ? w : v[i];  // what has no gradient stays
+      const float code = code_near(now, s[i], inverse, z[i], row.grid.low, row.grid.high), value = (code - z[i]) * s[i];
+      const float difference = __shfl_sync(~0u, w - value, owner, 4);
+      if (l == owner) value_here = value, code_here = code, miss = (v[i] - value) * r;
+      const float4* u = reinterpret_cast<const float4*>(m.U[k0 + 4 * i + owner] + k0 + 4 * l);
+#pragma unroll
+      for (int c = 0; c < LIVE / 4; c++) {
+        const float4 x = u[4 * c];  // beyond the block: of no use, and inside SweepMemory
+        v[4 * c] = fmaf(difference, x.x, v[4 * c]), v[4 * c + 1] = fmaf(difference, x.y, v[4 * c + 1]);
+        v[4 * c + 2] = fmaf(difference, x.z, v[4 * c + 2]), v[4 * c + 3] = fmaf(difference, x.w, v[4 * c + 3]);
+      }
+    }
+    loss = fmaf(miss, miss, loss);
+    m.tile[local][column] = value_here;
+    m.codes[local][column] = int8_t(code_here);
+  }
+#pragma unroll
+  for (int i = 0; i + 4 < LIVE; i++) v[i] = v[i + 4];
+  if (!row.uniform && k0 + 16 < BLOCK)
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[i] = next_s[i], z[i] = next_z[i];
+}
+
+template <bool KEEP>
+__global__ void __launch_bounds__(SWEEP_THREADS, 2) sweep_block(Rows codes, Rows Q, Rows W, Rows R, Grid grid, float* error, int64_t error_batch, int64_t error_row, bool first, bf16* D, bf16* D_inner,
+                                                                int64_t d_batch, int64_t d_row, int64_t d_part, int64_t rows, int64_t j0, int width) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  SweepMemory& m = *reinterpret_cast<SweepMemory*>(memory);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t e = blockIdx.y, row0 = blockIdx.x * int64_t(SWEEP_ROWS);
   const float* r = static_cast<const float*>(R.data) + e * R.batch;
-  for (int i = threadIdx.x; i < BLOCK; i += SWEEP_THREADS) diagonal[i] = i < width ? r[(j0 + i) * R.row + j0 + i] : 1.f;
-  __syncthreads();
-  for (int i = threadIdx.x; i < BLOCK * BLOCK; i += SWEEP_THREADS) {
-    const int a = i / BLOCK, b = i % BLOCK;
-    U[a][b] = a < width && b < width && b > a ? r[(j0 + a) * R.row + j0 + b] / diagonal[b] : 0.f;
-  }
   const float* w = static_cast<const float*>(W.data);
   float* q = static_cast<float*>(Q.data);
-  for (int i = threadIdx.x; i < SWEEP_ROWS * BLOCK; i += SWEEP_THREADS) {
-    const int a = i / BLOCK, b = i % BLOCK;
-    x[a][b] = row0 + a < rows && b < width ? w[W.at(e, row0 + a) + j0 + b] + (first ? 0.f : q[Q.at(e, row0 + a) + j0 + b] / diagonal[b]) : 0.f;
-  }
+  const float d = threadIdx.x < width ? r[(j0 + threadIdx.x) * R.row + j0 + threadIdx.x] : 0.f;
+  if (threadIdx.x < BLOCK) m.diagonal[threadIdx.x] = d, m.inverse[threadIdx.x] = d == 0 ? 0.f : 1.f / d;
   __syncthreads();
-  const int local = threadIdx.x % SWEEP_ROWS, part = threadIdx.x / SWEEP_ROWS;  // 4 threads a row for the updates
+  // A thread has one column of the factor's block; 16 of its elements are asked for before the first is needed.
+  {
+    const int b = threadIdx.x % BLOCK, place = b / 16 * 16 + b % 4 * 4 + b / 4 % 4;
+    const float* column = r + j0 * R.row + j0 + b;
+    const float inverse = m.inverse[b];
+#pragma unroll 1
+    for (int a0 = threadIdx.x / BLOCK; a0 < BLOCK; a0 += 32) {
+      float u[16];
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        const int a = a0 + 2 * i;
+        u[i] = a < width && b < width && b > a ? column[a * R.row] : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < 16; i++) m.U[a0 + 2 * i][place] = u[i] * inverse;
+    }
+  }
+  // A warp brings in its own eight rows, a lane the columns lane, lane + 32, ...: v to the tile, W to the lane.
+  const int64_t first_row = row0 + warp * 8;
+  float own[8][4];
+#pragma unroll
+  for (int a = 0; a < 8; a++) {
+    const float *from = w + W.at(e, first_row + a) + j0, *pending = q + Q.at(e, first_row + a) + j0;
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+      const int column = lane + 32 * b;
+      const bool in = first_row + a < rows && column < width;
+      own[a][b] = in ? from[column] : 0.f;
+      m.tile[warp * 8 + a][column] = in && !first ? pending[column] : 0.f;
+    }
+  }
+#pragma unroll
+  for (int a = 0; a < 8; a++)
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+      float& at = m.tile[warp * 8 + a][lane + 32 * b];
+      at = fmaf(at, m.inverse[lane + 32 * b], own[a][b]);
+    }
+  __syncwarp();
+  const int local = threadIdx.x / 4, l = threadIdx.x % 4;
   const int64_t n = row0 + local;
-  float loss = 0;
-  for (int k0 = 0; k0 < BLOCK && k0 < width; k0 += MICRO) {
-    if (part == 0 && n < rows) {
-      // Everything the chain needs is fetched before it starts.
-      float v[MICRO], w0[MICRO], s[MICRO], z[MICRO], r0[MICRO];
-      const int64_t at = W.at(e, n) + j0 + k0;
-      const bool same = grid.column_group == nullptr && grid.group % MICRO == 0;  // j0 and k0 are multiples of MICRO
-      const int64_t g0 = same ? (j0 + k0) / grid.group : 0;
+  float v[32], s[4], z[4], loss = 0;
 #pragma unroll
-      for (int k = 0; k < MICRO; k++) {
-        const bool in = k0 + k < width;
-        const int64_t g = same ? g0 : in ? grid.group_of(j0 + k0 + k) : 0;
-        v[k] = x[local][k0 + k];
-        w0[k] = in ? w[at + k] : 0.f;
-        s[k] = grid.scale_at(e, n, g);
-        z[k] = grid.zero_at(e, n, g);
-        r0[k] = diagonal[k0 + k];
-      }
+  for (int i = 0; i < 32; i++) v[i] = m.tile[local][4 * i + l];
+  __syncwarp();
 #pragma unroll
-      for (int k = 0; k < MICRO; k++) {
-        const float code = code_of(v[k], s[k], z[k], grid.low, grid.high), value = (code - z[k]) * s[k];
-        const float difference = k0 + k < width ? w0[k] - value : 0.f;
-        const float miss = k0 + k < width ? (v[k] - value) * r0[k] : 0.f;
-        loss += miss * miss;
-        code_tile[local][k0 + k] = int8_t(code);
-        x[local][k0 + k] = value;  // v is not needed any more
-        d[k][local] = difference;
+  for (int a = 0; a < 8; a++)
 #pragma unroll
-        for (int i = k + 1; i < MICRO; i++) v[i] = fmaf(difference, U[k0 + k][k0 + i], v[i]);
-      }
-    }
-    __syncthreads();
-    float mine[MICRO];
+    for (int b = 0; b < 4; b++) m.tile[warp * 8 + a][lane + 32 * b] = own[a][b];
+  const bool uniform = grid.column_group == nullptr && grid.group % BLOCK == 0;
+  const RowGrid row{grid, e, n < rows ? n : rows - 1, j0, uniform, width};
 #pragma unroll
-    for (int k = 0; k < MICRO; k++) mine[k] = d[k][local];
-    for (int j = k0 + MICRO + part * 4; j < BLOCK; j += 4 * SWEEP_THREADS / SWEEP_ROWS) {
-      float sum[4];
+  for (int i = 0; i < 4; i++) row.at(4 * i + l, s[i], z[i]);
+  __syncthreads();
+#pragma unroll 1
+  for (int k0 = 0; k0 < BLOCK / 2 && k0 < width; k0 += 16) sweep_sixteen<32, KEEP>(v, s, z, loss, m, row, local, l, k0);
+#pragma unroll 1
+  for (int k0 = BLOCK / 2; k0 < width; k0 += 16) sweep_sixteen<16, KEEP>(v, s, z, loss, m, row, local, l, k0);
+  __syncwarp();
+  // A warp's rows out again, neighbouring lanes to neighbouring memory.
+#pragma unroll 1
+  for (int a = 0; a < 8 && first_row + a < rows; a++) {
+    const int64_t r1 = first_row + a;
+    const float* from = w + W.at(e, r1) + j0;
+    float* values = q + Q.at(e, r1) + j0;
+    int8_t* out_codes = static_cast<int8_t*>(codes.data) + codes.at(e, r1) + j0;
+    bf16 *out = D + e * d_batch + r1 * d_row, *inner = D_inner + (e * rows + r1) * 3 * BLOCK;
+    float before[4];
+    if (D)
 #pragma unroll
-      for (int i = 0; i < 4; i++) sum[i] = x[local][j + i];
+      for (int b = 0; b < 4; b++) before[b] = lane + 32 * b < width ? from[lane + 32 * b] : 0.f;
 #pragma unroll
-      for (int k = 0; k < MICRO; k++) {
-        const float4 u = *reinterpret_cast<const float4*>(&U[k0 + k][j]);
-        sum[0] = fmaf(mine[k], u.x, sum[0]), sum[1] = fmaf(mine[k], u.y, sum[1]), sum[2] = fmaf(mine[k], u.z, sum[2]), sum[3] = fmaf(mine[k], u.w, sum[3]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++) x[local][j + i] = sum[i];
-    }
-    __syncthreads();
-  }
-  // Everything out, neighbouring threads to neighbouring memory.
-  for (int i = threadIdx.x; i < SWEEP_ROWS * BLOCK; i += SWEEP_THREADS) {
-    const int a = i / BLOCK, b = i % BLOCK;
-    const int64_t r1 = row0 + a;
-    if (r1 >= rows || b >= width) continue;
-    const float value = x[a][b];
-    static_cast<int8_t*>(codes.data)[codes.at(e, r1) + j0 + b] = code_tile[a][b];
-    q[Q.at(e, r1) + j0 + b] = value;
-    if (D) {
-      const float difference = w[W.at(e, r1) + j0 + b] - value;
+    for (int b = 0; b < 4; b++) {
+      const int column = lane + 32 * b;
+      if (column >= width) continue;
+      const float value = m.tile[warp * 8 + a][column];
+      out_codes[column] = m.codes[warp * 8 + a][column];
+      values[column] = value;
+      if (!D) continue;
+      const float difference = before[b] - value;
       const bf16 high = from_float<bf16>(difference), low = from_float<bf16>(difference - to_float(high));
-      bf16* out = D + e * d_batch + r1 * d_row + b;
-      out[0] = high, out[d_part] = low, out[2 * d_part] = high;
-      bf16* inner = D_inner + (e * rows + r1) * 3 * BLOCK + b;
-      inner[0] = high, inner[width] = low, inner[2 * width] = high;
+      out[column] = high, out[d_part + column] = low, out[2 * d_part + column] = high;
+      inner[column] = high, inner[width + column] = low, inner[2 * width + column] = high;
     }
   }
-  if (part == 0 && n < rows && error) {
+  loss += __shfl_xor_sync(~0u, loss, 1);
+  loss += __shfl_xor_sync(~0u, loss, 2);
+  if (l == 0 && n < rows && error) {
     float* out = error + e * error_batch + n * error_row;
     *out = (j0 == 0 ? 0.f : *out) + loss;
   }
@@ -234,6 +270,18 @@ __global__ void split_factor(bf16* out, int64_t out_batch, int64_t columns, Rows
     const bf16 high = from_float<bf16>(v), low = from_float<bf16>(v - to_float(high));
     bf16* p = out + e * out_batch + i;
     p[0] = high, p[n] = high, p[2 * n] = low;
+  }
+}
+
+// W - Q of columns j0..j0 + width, in two bf16 parts: high, low, high.
+__global__ void split_difference(bf16* out, int64_t out_batch, int64_t out_row, Rows W, Rows Q, int64_t j0, int64_t width, int64_t rows) {
+  const int64_t e = blockIdx.y, n = rows * width;
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t r = i / width, j = i % width;
+    const float v = static_cast<const float*>(W.data)[W.at(e, r) + j0 + j] - static_cast<const float*>(Q.data)[Q.at(e, r) + j0 + j];
+    const bf16 high = from_float<bf16>(v), low = from_float<bf16>(v - to_float(high));
+    bf16* p = out + e * out_batch + r * out_row + j;
+    p[0] = high, p[width] = low, p[2 * width] = high;
   }
 }
 
@@ -280,10 +328,6 @@ __global__ void unpack_lines(dc_tensor codes, dc_tensor words, Fields fields, in
   }
 }
 
-Grid grid_of(const dc_call* call, int scale, int zero, int column_group, int64_t low, int64_t high, int64_t group) {
-  return {Rows(call->t[scale]), Rows(call->t[zero]), data<int32_t>(call->t[column_group]), group, float(low), float(high)};
-}
-
 }  // namespace
 }  // namespace dc
 
@@ -314,56 +358,85 @@ extern "C" int dc_cuda_dequantize(dc_context* c, const dc_call* call) {
   return launched(c, "dequantize");
 }
 
+namespace {
+
+// Products of fp32 matrices [E][N x height] and [E][height x columns] on tensor cores: two bf16 parts each, three of the
+// four products of parts (accuracy about 2^-16 of each term). The left one lies as [high | low | high], the right one as
+// high above high above low, so that one product of three times the depth does it.
+struct Split {
+  dc_context* c;
+  Shape shape;
+  bf16 *left = nullptr, *block = nullptr, *right = nullptr;  // left: PANEL columns, block: the 128 swept last
+  int open() {
+    const size_t rows = size_t(shape.batch) * shape.rows;
+    left = static_cast<bf16*>(scratch(c, 0, rows * 3 * (PANEL + BLOCK) * 2));
+    right = static_cast<bf16*>(scratch(c, 1, size_t(shape.batch) * 3 * PANEL * shape.columns * 2));
+    if (!left || !right) return 1;
+    block = left + rows * 3 * PANEL;
+    return 0;
+  }
+  int64_t row() const { return 3 * PANEL; }
+  int64_t batch() const { return shape.rows * row(); }
+  // C[:, from..to] += left R[i0..i0 + height, from..to]
+  int add(Rows C, bool inner, int64_t height, Rows R, int64_t i0, int64_t from, int64_t to) const {
+    const int64_t columns = to - from, E = shape.batch, N = shape.rows, s_batch = 3 * height * columns;
+    if (columns <= 0) return 0;
+    split_factor<<<dim3(grid_for(c, height * columns, 256), unsigned(E)), 256, 0, c->stream>>>(right, s_batch, columns, R, i0, height, from);
+    const dc_tensor c_view{static_cast<float*>(C.data) + from, DC_F32, 3, {E, N, columns, 1}, {C.batch, C.row, 1, 0}};
+    const dc_tensor a_view = inner ? dc_tensor{block, DC_BF16, 3, {E, N, 3 * height, 1}, {N * 3 * BLOCK, 3 * BLOCK, 1, 0}}
+                                   : dc_tensor{left, DC_BF16, 3, {E, N, 3 * height, 1}, {batch(), row(), 1, 0}};
+    const dc_tensor b_view{right, DC_BF16, 3, {E, 3 * height, columns, 1}, {s_batch, columns, 1, 0}};
+    return gemm(c, c_view, a_view, b_view, 1, 1, 0);
+  }
+};
+
+}  // namespace
+
+int dc::sweep(dc_context* c, Rows codes, Rows Q, Rows W, Rows R, const Grid& grid, const dc_tensor* error, const Shape& shape, bool given) {
+  const int64_t K = shape.columns, N = shape.rows, E = shape.batch;
+  const bool single = K <= BLOCK;
+  Split split{c, shape};
+  if (!single) {
+    if (split.open()) return 1;
+    if (!given)
+      for (int64_t e = 0; e < E; e++)
+        DC_CUDA(cudaMemset2DAsync(static_cast<float*>(Q.data) + e * Q.batch, size_t(Q.row) * 4, 0, size_t(K) * 4, size_t(N), c->stream));
+  }
+  const auto kernel = given ? sweep_block<true> : sweep_block<false>;
+  DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(SweepMemory))));
+  const int64_t e_batch = error && error->rank == 2 ? error->stride[0] : 0, e_row = !error ? 0 : error->rank == 2 ? error->stride[1] : error->stride[0];
+  for (int64_t p0 = 0; p0 < K; p0 += PANEL) {
+    const int64_t p1 = K - p0 < PANEL ? K : p0 + PANEL, part = p1 - p0;
+    for (int64_t j = p0; j < p1; j += BLOCK) {
+      const int width = int(p1 - j < BLOCK ? p1 - j : BLOCK);
+      kernel<<<dim3(unsigned(ceil_div(N, SWEEP_ROWS)), unsigned(E)), SWEEP_THREADS, sizeof(SweepMemory), c->stream>>>(
+          codes, Q, W, R, grid, error ? data<float>(*error) : nullptr, e_batch, e_row, single && !given, single ? nullptr : split.left + (j - p0), split.block, split.batch(),
+          split.row(), part, N, j, width);
+      if (launched(c, "sweep")) return 1;
+      if (!single && split.add(Q, true, width, R, j, j + width, p1)) return 1;
+    }
+    if (p1 < K && split.add(Q, false, part, R, p0, p1, K)) return 1;
+  }
+  return 0;
+}
+
+int dc::add_gradient(dc_context* c, Rows G, Rows W, Rows Q, Rows H, const Shape& shape) {
+  Split split{c, shape};
+  if (split.open()) return 1;
+  for (int64_t p0 = 0; p0 < shape.columns; p0 += PANEL) {
+    const int64_t part = shape.columns - p0 < PANEL ? shape.columns - p0 : PANEL;
+    split_difference<<<dim3(grid_for(c, shape.rows * part, 256), unsigned(shape.batch)), 256, 0, c->stream>>>(split.left, split.batch(), split.row(), W, Q, p0, part, shape.rows);
+    if (split.add(G, false, part, H, p0, 0, shape.columns)) return 1;
+  }
+  return 0;
+}
+
 extern "C" int dc_cuda_ldlq(dc_context* c, const dc_call* call) {
   const dc_tensor &codes = call->t[0], &Q = call->t[1], &W = call->t[2], &R = call->t[3], &error = call->t[7];
-  const Shape shape(W);
-  const int64_t K = shape.columns, N = shape.rows, E = shape.batch;
   if (count(W) == 0) return 0;
   for (const dc_tensor* t : {&codes, &Q, &W, &R})
     if (t->stride[t->rank - 1] != 1 && t->dim[t->rank - 1] > 1) return fail(c, "ldlq: rows of stride 1 expected");
-  const Grid grid = grid_of(call, 4, 5, 6, call->i[0], call->i[1], call->i[2]);
-  const Rows rq(Q), rr(R);
-  const int64_t panel = K < 1024 ? ceil_div(K, BLOCK) * BLOCK : 1024;
-  const bool single = K <= BLOCK;
-  bf16 *D = nullptr, *S = nullptr, *D_inner = nullptr;
-  if (!single) {
-    D = static_cast<bf16*>(scratch(c, 0, size_t(E) * N * 3 * (panel + BLOCK) * 2));
-    D_inner = D + E * N * 3 * panel;
-    S = static_cast<bf16*>(scratch(c, 1, size_t(E) * 3 * panel * K * 2));
-    if (!D || !S) return 1;
-    for (int64_t e = 0; e < E; e++)  // pending sums start at zero
-      DC_CUDA(cudaMemset2DAsync(data<float>(Q) + e * rq.batch, size_t(rq.row) * 4, 0, size_t(K) * 4, size_t(N), c->stream));
-  }
-  const size_t shared = (size_t(BLOCK) * BLOCK + SWEEP_ROWS * (BLOCK + 1) + BLOCK + MICRO * SWEEP_ROWS) * 4 + SWEEP_ROWS * (BLOCK + 4);
-  DC_CUDA(cudaFuncSetAttribute(sweep_block, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  const int64_t d_row = 3 * panel, d_batch = N * d_row;
-  // pending[:, from..to] += D R: the `height` columns of D that were swept last (`inner`: one block, else the panel),
-  // R from row i0.
-  auto spread = [&](bool inner, int64_t height, int64_t i0, int64_t from, int64_t to) -> int {
-    const int64_t columns = to - from;
-    if (columns <= 0) return 0;
-    // D lies as [high | low | high], R as high above high above low: one product of three times the depth.
-    const int64_t s_batch = 3 * height * columns;
-    split_factor<<<dim3(grid_for(c, height * columns, 256), unsigned(E)), 256, 0, c->stream>>>(S, s_batch, columns, rr, i0, height, from);
-    const dc_tensor C{data<float>(Q) + from, DC_F32, 3, {E, N, columns, 1}, {rq.batch, rq.row, 1, 0}};
-    const dc_tensor A = inner ? dc_tensor{D_inner, DC_BF16, 3, {E, N, 3 * height, 1}, {N * 3 * BLOCK, 3 * BLOCK, 1, 0}}
-                              : dc_tensor{D, DC_BF16, 3, {E, N, 3 * height, 1}, {d_batch, d_row, 1, 0}};
-    const dc_tensor B{S, DC_BF16, 3, {E, 3 * height, columns, 1}, {s_batch, columns, 1, 0}};
-    return gemm(c, C, A, B, 1, 1, 0);
-  };
-  for (int64_t p0 = 0; p0 < K; p0 += panel) {
-    const int64_t p1 = K - p0 < panel ? K : p0 + panel, part = p1 - p0;
-    for (int64_t j = p0; j < p1; j += BLOCK) {
-      const int width = int(p1 - j < BLOCK ? p1 - j : BLOCK);
-      const int64_t e_batch = error.rank == 2 ? error.stride[0] : 0, e_row = error.rank == 2 ? error.stride[1] : error.stride[0];
-      sweep_block<<<dim3(unsigned(ceil_div(N, SWEEP_ROWS)), unsigned(E)), SWEEP_THREADS, shared, c->stream>>>(
-          Rows(codes), rq, Rows(W), rr, grid, data<float>(error), e_batch, e_row, single, D ? D + (j - p0) : nullptr, D_inner, d_batch, d_row, part, N, j, width);
-      if (launched(c, "ldlq")) return 1;
-      if (spread(true, width, j, j + width, p1)) return 1;
-    }
-    if (p1 < K && spread(false, part, p0, p1, K)) return 1;
-  }
-  return 0;
+  return sweep(c, Rows(codes), Rows(Q), Rows(W), Rows(R), grid_of(call, 4, 5, 6, call->i[0], call->i[1], call->i[2]), present(error) ? &error : nullptr, Shape(W), false);
 }
 
 extern "C" int dc_cuda_pack(dc_context* c, const dc_call* call) {

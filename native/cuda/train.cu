@@ -9,7 +9,7 @@ __global__ void fake_quant_groups(dc_tensor y, dc_tensor w, const float* scale, 
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < rows * K; i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t n = i / K, j = i % K, g = n * groups + j / group;
     const float s = scale[g], z = zero ? zero[g] : 0.f;
-    const float q = fminf(fmaxf(rintf(__fadd_rn(__fdiv_rn(load(w.data, w.dtype, n * w.stride[0] + j), s), z)), low), high);
+    const float q = fminf(fmaxf(rintf(__fadd_rn(__fdiv_rn(load(w.data, w.dtype, n * w.stride[0] + j), s), z)), low), high) + 0.f;  // no -0
     store(y.data, y.dtype, n * y.stride[0] + j, s * (q - z));
   }
 }

@@ -11,9 +11,11 @@ const ops = resolve(folder, 'test/ops');
 for (const name of readdirSync(ops).filter((file) => file.endsWith('.test.js')).sort()) {
   await import(pathToFileURL(join(ops, name)).href);
 } // prettier-ignore
-const result = await runAll((name) => name.includes(' on cuda') && name.includes(filter));
+await import(pathToFileURL(resolve(folder, 'test/arch/device.test.js')).href);
+// The CPU's own too: a GPU host's processor may have units (AMX) that others lack.
+const result = await runAll((name) => / on (cuda|cpu)/.test(name) && name.includes(filter));
 const width = Math.max(...result.rows.map((row) => row.name.length));
-console.log(`\n${'op tests on CUDA'.padEnd(width)}  passed  failed      ms`);
+console.log(`\n${'op tests'.padEnd(width)}  passed  failed      ms`);
 for (const row of result.rows) {
   console.log(`${row.name.padEnd(width)}  ${String(row.passed).padStart(6)}  ${String(row.failed).padStart(6)}  ${row.ms.toFixed(0).padStart(6)}`); // prettier-ignore
 }

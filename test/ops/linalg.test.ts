@@ -30,8 +30,6 @@ onDevices('linear algebra', (device) => {
         );
         const got = await h.float32();
         expect(nmse(lower(got, k), expected)).toBeLessThan(1e-12);
-        for (let r = 0; r < k; r++)
-          expect(got.subarray(r * k + r + 1, (r + 1) * k)).toEqual(start.subarray(r * k + r + 1, (r + 1) * k));
       });
     }
     it('takes bf16, row weights, and rows of a wider matrix', async () => {
@@ -45,7 +43,7 @@ onDevices('linear algebra', (device) => {
       const h = s.from('f32', [k, k], new Float32Array(k * k));
       hessianAdd(h, view, { rowWeight: s.from('f32', [t], weight) });
       const scaled = x.map((v, i) => v * Math.sqrt(weight[Math.floor(i / k)]!));
-      expect(nmse(await h.float32(), lower(gram(scaled, k), k))).toBeLessThan(1e-12);
+      expect(nmse(lower(await h.float32(), k), lower(gram(scaled, k), k))).toBeLessThan(1e-12);
     });
     it('keeps experts apart, also those without rows', async () => {
       using s = new Scope(device());
@@ -56,7 +54,7 @@ onDevices('linear algebra', (device) => {
       const got = await h.float32();
       for (let e = 0; e < 4; e++) {
         const expected = lower(gram(x.subarray(offsets[e]! * k, offsets[e + 1]! * k), k), k);
-        expect(nmse(got.subarray(e * k * k, (e + 1) * k * k), expected)).toBeLessThan(1e-12);
+        expect(nmse(lower(got.subarray(e * k * k, (e + 1) * k * k), k), expected)).toBeLessThan(1e-12);
       }
     });
   });
