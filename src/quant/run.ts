@@ -15,6 +15,7 @@ import { modelCard } from './card.js';
 import { chooseBits } from './choose.js';
 import type { QuantizeOptions, QuantizePreview, QuantizeResult } from './options.js';
 import { checkFormats, holderOf, planTarget, requireOneScheme, storedScales, type PlannedTarget } from './formats.js';
+import { sampledDigest } from './input.js';
 import { makePlan, type QuantPlan } from './plan.js';
 import { fromJson, type BlockReport } from './report.js';
 import { checkRecipe, type Recipe, type SchemeChange } from './scheme.js';
@@ -27,6 +28,8 @@ interface Prepared extends QuantizePreview {
   readonly targets: readonly PlannedTarget[];
   readonly recipe: Recipe;
   readonly scope: string;
+  /** Tells inputs of the same shape apart. */
+  readonly weights: string;
 }
 
 async function prepare(options: QuantizeOptions): Promise<Prepared> {
@@ -41,7 +44,8 @@ async function prepare(options: QuantizeOptions): Promise<Prepared> {
   const open = await openModel(input, { config });
   try {
     const scope = options.scope ?? defaultScope(open.model.modelType);
-    return await planAll(options, { open, recipe, scope });
+    const weights = await sampledDigest(open.checkpoint.files);
+    return await planAll(options, { open, recipe, scope, weights });
   } catch (error) {
     await open.close();
     throw error;
@@ -51,7 +55,7 @@ async function prepare(options: QuantizeOptions): Promise<Prepared> {
 /** The plan of the codes and of every output; `chosen`: bits by measured sensitivity. */
 async function planAll(
   options: QuantizeOptions,
-  { open, recipe, scope }: Pick<Prepared, 'open' | 'recipe' | 'scope'>,
+  { open, recipe, scope, weights }: Pick<Prepared, 'open' | 'recipe' | 'scope' | 'weights'>,
   chosen?: ReadonlyMap<string, SchemeChange>,
 ): Promise<Prepared> {
   const { formats, keep = [] } = options;
@@ -65,15 +69,20 @@ async function planAll(
   const inputBytes = [...open.checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0);
   const outputs = targets.map(({ output }) => output);
   return {
-    ...{ open, model: open.model, targets, recipe, scope, plan, inputBytes },
+    ...{ open, model: open.model, targets, recipe, scope, weights, plan, inputBytes },
     output: {
       tensors: outputs.flatMap(({ tensors }) => tensors),
       through: outputs[0]!.through,
       bytes: outputs.reduce((sum, { bytes }) => sum + bytes, 0),
     },
-    notices: [...open.notes, ...plan.notes, ...targets.flatMap(({ notes }) => notes)],
+    notices: [...open.notes, ...plan.notes, ...targets.flatMap(({ notes }) => notes), ...later(recipe, chosen)],
   };
 }
+
+const later = ({ targetBpw }: Recipe, chosen: unknown): string[] =>
+  targetBpw === undefined || chosen !== undefined
+    ? []
+    : [`Bits are chosen from measured sensitivities when the job runs: ${targetBpw} a weight on average.`];
 
 /** Containers that name and arrange norms in their own way cannot take up scales. */
 function requireFoldable({ recipe: { method }, formats }: QuantizeOptions): void {
@@ -155,11 +164,12 @@ function fingerprint(
   set: CalibrationSet | undefined,
   env: JobEnv,
 ): Record<string, Json> {
-  const { open, recipe, scope } = prepared;
+  const { open, recipe, scope, weights } = prepared;
   return {
     command: 'quantize',
     tool: options.tool.version,
     input: open.checkpoint.fingerprint,
+    weights,
     recipe: JSON.parse(JSON.stringify(recipe)) as Json,
     selection: { scope, keep: options.keep ?? [] },
     allExperts: options.calibrateAllExperts ?? false,
