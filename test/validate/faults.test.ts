@@ -1,8 +1,10 @@
-import { readFile, writeFile } from 'node:fs/promises';
+import { open, readFile, writeFile } from 'node:fs/promises';
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import type { JobEnv } from '../../src/backend/env.js';
+import { openModel } from '../../src/arch/open.js';
+import { runMoe } from '../../src/moe/run.js';
 import { gateFailure, runValidate, type ValidateOptions } from '../../src/validate/run.js';
 import type { ValidateReport } from '../../src/validate/report.js';
 import { Damage, cpu, dense, fixture, moe, scaleBy, shared, toBits, toNumber, type Edit } from './models.js';
@@ -104,6 +106,16 @@ describe('what is intact passes', () => {
     expect(gateFailure(report)).toBeUndefined();
   });
 
+  it.each([
+    ['dense', dense],
+    ['MoE', moe],
+  ])('a bit-exact copy of the %s model passes at the bounds of exact', async (name, model) => {
+    const report = await validate(model, await damage.copy(model, `copy-${name}`, none), { profile: 'exact' });
+    expect(failed(report)).toEqual([]);
+    expect(report.weights!.identical).toBe(report.weights!.compared);
+    expect(report.logits.kl.max).toBe(0);
+  });
+
   it('gives the same report twice', async () => {
     const candidate = await damage.copy(dense, 'twice', { 'model.layers.1.mlp.up_proj.weight': scaleBy(1.1) });
     const run = (): Promise<ValidateReport> => validate(dense, candidate, { generations: 2, newTokens: 8 });
@@ -165,7 +177,7 @@ describe('planted faults are caught and named', () => {
     });
     const report = await validate(dense, await damage.copy(dense, 'rope', none, change));
     expect(report.weights!.identical).toBe(report.weights!.compared);
-    expect(failed(report)).toContain('maxLayer0Change');
+    expect(gate(report, 'maxLayer0Change')).toMatchObject({ status: 'fail', layer: 0, where: 'layer 0' });
     expect(report.diagnosis[0]).toContain('the two configurations disagree');
   });
 
@@ -220,3 +232,77 @@ describe('planted faults are caught and named', () => {
     expect(failed(report)).toEqual(expect.arrayContaining(['minDistinctRatio', 'maxRepIncrease']));
   });
 });
+
+describe('dense against the mixture that we make of it', () => {
+  let mixture: string;
+  beforeAll(async () => {
+    mixture = join(damage.folder, 'mixture');
+    await runMoe(
+      {
+        input: dense,
+        out: mixture,
+        method: 'split',
+        container: 'glm4_moe',
+        experts: 8,
+        active: 4,
+        dense: 0,
+        pad: 'auto',
+        refit: true,
+        calibration: { source: 'default', samples: 8, seqLen: 128, seed: 0 },
+        rounds: 1,
+        steps: 5,
+        seed: 0,
+        tool: { name: 'test', version: '0' },
+        commandLine: 'test',
+      },
+      env,
+    );
+  });
+  const texts: string[] = [];
+
+  it('passes the gates for restructured models, and every part of it was measured', async () => {
+    const report = await validate(dense, mixture, { texts, samples: 4, seqLen: 256 });
+    expect(report.profile).toBe('restructured');
+    expect(failed(report)).toEqual([]);
+    // What it costs is real: half of the neurons are off for each token.
+    expect(gate(report, 'maxKl').value).toBeGreaterThan(0.1);
+    expect(gate(report, 'maxLayerError').value).toBeGreaterThan(0.2);
+    // The attention is the dense model's: equal on the dense model's input, moved on its own stream.
+    expect(gate(report, 'maxAttentionJs').value).toBeLessThan(1e-6);
+    expect(gate(report, 'maxLayer0Change')).toMatchObject({ status: 'pass', value: 0 });
+    expect(report.attention!.freeRunning.mean.divergence).toBeGreaterThan(1e-4);
+    expect(report.routing!.layers.map(({ layer, active }) => [layer, active])).toEqual([0, 1, 2, 3].map((l) => [l, 4]));
+    const skipped = report.gates.filter(({ status }) => status === 'skipped').map(({ id }) => id);
+    expect(skipped).toEqual(['minRoutingAgreement', 'minDistinctRatio', 'maxRepIncrease']);
+  });
+
+  it('routed experts of one layer in disorder are found in that layer', async () => {
+    const edits = Object.fromEntries(Array.from({ length: 8 }, (_, e) => [`model.layers.2.mlp.experts.${e}.down_proj.weight`, scaleBy(-1)])); // prettier-ignore
+    const report = await validate(dense, await damage.copy(mixture, 'mixture-damaged', edits), { texts, samples: 4, seqLen: 256 }); // prettier-ignore
+    expect(failed(report)).toContain('maxLayerError');
+    expect(gate(report, 'maxLayerError')).toMatchObject({ layer: 2 });
+    expect(report.diagnosis.join()).toContain('Layer 2');
+  });
+
+  it('a router that sends everything to the same experts leaves dead ones', async () => {
+    const path = await damage.copy(mixture, 'mixture-router', none);
+    await rewriteF32(path, 'model.layers.1.mlp.gate.e_score_correction_bias', (values) => values.forEach((_, e) => (values[e] = e < 4 ? 100 : 0))); // prettier-ignore
+    const report = await validate(dense, path, { texts, samples: 4, seqLen: 256 });
+    expect(report.routing!.layers[1]!.dead).toEqual([4, 5, 6, 7]);
+    // A quarter of all experts is the bound; these are 4 of 32.
+    expect(gate(report, 'maxDeadExperts')).toMatchObject({ value: 4 / 32, where: 'most in layer 1: 4', layer: 1 });
+  });
+});
+
+/** Changes an fp32 tensor of a folder in place. */
+async function rewriteF32(path: string, tensor: string, change: (values: Float32Array) => void): Promise<void> {
+  const opened = await openModel(path);
+  const { span } = opened.checkpoint.tensors.get(tensor)!;
+  await opened.close();
+  const file = await open(span.path, 'r+');
+  const bytes = new Uint8Array(span.bytes);
+  await file.read(bytes, 0, span.bytes, span.offset);
+  change(new Float32Array(bytes.buffer));
+  await file.write(bytes, 0, span.bytes, span.offset);
+  await file.close();
+}
