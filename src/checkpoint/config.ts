@@ -73,9 +73,13 @@ export function missingConfig(path: string, tried: readonly string[]): Error {
 
 function readConfig(path: string): FoundConfig {
   using file = new OpenFile(path);
-  if (file.size > 64 * 2 ** 20) throw badInput('The config is too large', { where: path, got: `${file.size} bytes` });
-  const bytes = Buffer.from(file.read(0, file.size, 'config'));
-  const config = parseJson(bytes, { where: path, lenient: true });
+  if (file.size > 16 * 2 ** 20) throw badInput('The config is too large', { where: path, got: `${file.size} bytes` });
+  return parseConfig(Buffer.from(file.read(0, file.size, 'config')), path);
+}
+
+/** A config's bytes; `path` is what errors name. */
+export function parseConfig(bytes: Buffer, path: string): FoundConfig {
+  const config = parseJson(bytes, { where: path, lenient: true, maxValues: 1_000_000 });
   if (!isJsonObject(config)) throw badInput('The config is no JSON object', { where: path });
   return { config, path, bytes };
 }

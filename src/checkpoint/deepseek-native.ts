@@ -31,6 +31,9 @@ const modules: readonly (readonly [hf: string, native: string, split: 0 | 1 | un
 const toNative = new Map(modules.map(([hf, native, split]) => [hf, { name: native, split }]));
 const toHf = new Map(modules.map(([hf, native, split]) => [native, { name: hf, split }]));
 
+/** Real names have some 60 characters. */
+const maxName = 1024;
+
 const expertOf = (name: string): number | undefined => {
   const match = /(?:^|\.)experts\.(\d+)\./.exec(name);
   return match === null ? undefined : Number(match[1]);
@@ -38,7 +41,7 @@ const expertOf = (name: string): number | undefined => {
 
 /** Hugging Face name and split dimension of a native name; undefined for names that are not DeepSeek's. */
 export function hfName(native: string): { name: string; split: 0 | 1 | undefined } | undefined {
-  const parts = native.split('.');
+  const parts = native.length > maxName ? [] : native.split('.');
   const found = parts.length >= 2 ? toHf.get(parts.at(-2)!) : undefined;
   if (found === undefined) return undefined;
   parts[parts.length - 2] = found.name;

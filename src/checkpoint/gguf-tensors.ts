@@ -13,6 +13,9 @@ export interface GgufTensor {
   readonly staysF32: boolean;
 }
 
+/** Experts of a layer; the largest models have 512. A number far beyond would only cost memory. */
+const maxExperts = 65_536;
+
 type Config = Readonly<Record<string, unknown>>;
 const size = (config: Config, key: string): number => {
   const value = config[key];
@@ -93,6 +96,7 @@ export function tensorsToGguf(
     if (expert !== null && projectionOf.has(expert[2]!)) {
       const key = `${at}.ffn_${projectionOf.get(expert[2]!)!}_exps.weight`;
       const list = experts.get(key) ?? [];
+      if (Number(expert[1]) >= maxExperts) throw unknownTensor(entry, 'GGUF has no room for so many experts');
       list[Number(expert[1])] = entry;
       experts.set(key, list);
       continue;
@@ -203,7 +207,14 @@ export function tensorsFromGguf(
 
 /** [E, rows, columns] as E tensors of the same bytes. */
 function split(entry: TensorEntry): TensorEntry[] {
-  const [count, ...shape] = entry.shape as [number, ...number[]];
+  const [count, ...shape] = entry.shape;
+  if (count === undefined || shape.length !== 2 || count > maxExperts) {
+    throw badInput('Not the shape of experts', {
+      where: `${entry.span.path}, tensor ${JSON.stringify(entry.name)}`,
+      expected: `[at most ${maxExperts}, rows, columns]`,
+      got: `[${entry.shape.join(', ')}]`,
+    });
+  }
   const bytes = encodedBytes(shape, entry.encoding);
   return Array.from({ length: count }, (_, e) => ({
     ...entry,

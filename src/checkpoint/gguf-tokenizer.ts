@@ -365,6 +365,8 @@ function mergesOf(tokens: readonly string[], types: readonly number[], scores: r
   const found: { pair: [string, string]; score: number; left: number; right: number }[] = [];
   tokens.forEach((token, id) => {
     if (types[id] !== kinds.normal) return;
+    // Cutting takes the square of the length; the longest pieces of real vocabularies have 128 characters.
+    if (token.length > 512) return;
     const points = [...token];
     for (let cut = 1; cut < points.length; cut++) {
       const pair: [string, string] = [points.slice(0, cut).join(''), points.slice(cut).join('')];

@@ -158,8 +158,13 @@ async function allowedRoots(folder: string): Promise<string[]> {
 /** Reads `weight_map`: tensor name -> plain file name. */
 export function readIndex(path: string): Map<string, string> {
   using file = new OpenFile(path);
-  if (file.size > 256 * 2 ** 20) throw badInput('The index is too large', { where: path, got: `${file.size} bytes` });
-  const index = parseJson(file.read(0, file.size, 'index'), { where: path, lenient: true });
+  if (file.size > 64 * 2 ** 20) throw badInput('The index is too large', { where: path, got: `${file.size} bytes` });
+  return parseIndex(file.read(0, file.size, 'index'), path);
+}
+
+/** The same of an index's bytes; `path` is what errors name. */
+export function parseIndex(bytes: Buffer, path: string): Map<string, string> {
+  const index = parseJson(bytes, { where: path, lenient: true, maxValues: 2_000_000 });
   const map = isJsonObject(index) ? index['weight_map'] : undefined;
   if (!isJsonObject(map)) throw badInput('The index has no weight_map', { where: path });
   const result = new Map<string, string>();

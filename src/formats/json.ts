@@ -10,7 +10,7 @@ export interface JsonOptions {
   readonly where: string;
   /** Nesting beyond this is refused (default 64; real configs nest 10 deep). */
   readonly maxDepth?: number;
-  /** Values beyond this count are refused (default 20 million; the largest real headers hold 1 million). */
+  /** Values beyond this count are refused (default 4 million; the largest real headers and tokenizers hold 1 to 2 million). */
   readonly maxValues?: number;
   /**
    * What Python's json writes and reads beyond the standard: NaN, Infinity, and integers of any size (rounded).
@@ -63,7 +63,7 @@ class Parser {
     readonly options: JsonOptions,
   ) {
     this.#maxDepth = options.maxDepth ?? 64;
-    this.#maxValues = options.maxValues ?? 20_000_000;
+    this.#maxValues = options.maxValues ?? 4_000_000;
   }
 
   document(): JsonValue {

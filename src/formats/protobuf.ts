@@ -74,8 +74,11 @@ export function* fieldsOf(proto: Protobuf, start: number, end: number): Generato
 
 const utf8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
 
+/** Names of modules are far shorter; what looks at names takes longer than they are long. */
+const maxName = 1024;
+
 export function text(proto: Protobuf, field: Field): string {
-  if (field.wire !== 2 || field.end - field.start > 65_536)
+  if (field.wire !== 2 || field.end - field.start > maxName)
     throw proto.fail('a name that is no short text', field.start);
   try {
     return utf8.decode(proto.bytes(field));

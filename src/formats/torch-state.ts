@@ -108,11 +108,13 @@ function findState(root: PyValue, path: string, notes: string[]): PyDict {
 
 function commonPrefix(names: readonly string[]): string {
   let prefix = '';
-  for (;;) {
+  // Real wrappers nest twice or so.
+  for (let depth = 0; depth < 8; depth++) {
     const next = prefixes.map((p) => prefix + p).find((p) => names.every((name) => name.startsWith(p) && name !== p));
-    if (next === undefined || names.length === 0) return prefix;
+    if (next === undefined || names.length === 0) break;
     prefix = next;
   }
+  return prefix;
 }
 
 export const elementBytes = (encoding: Encoding): number =>

@@ -9,11 +9,12 @@ import { Job } from '../../../src/base/job.js';
 import { llama3Factors, planGguf } from '../../../src/checkpoint/gguf-model.js';
 import type { GgufPlan } from '../../../src/checkpoint/gguf-model.js';
 import { configToGguf, shortest } from '../../../src/checkpoint/gguf-config.js';
+import { tokenizerFromGguf } from '../../../src/checkpoint/gguf-tokenizer.js';
 import { archOfModel } from '../../../src/checkpoint/gguf-arch.js';
 import { openCheckpoint } from '../../../src/checkpoint/open.js';
 import type { Checkpoint, PlannedTensor, TensorEntry } from '../../../src/checkpoint/types.js';
 import { createWriter } from '../../../src/checkpoint/writer.js';
-import { ggufTypes } from '../../../src/formats/gguf.js';
+import { ggufTypes, type GgufValue } from '../../../src/formats/gguf.js';
 import { badInputMessage } from '../../support/refusal.js';
 import { numbers } from '../../support/values.js';
 
@@ -170,6 +171,33 @@ describe('what GGUF cannot say', () => {
     const llama = await openCheckpoint(join(fixture, 'llama'));
     const odd = { ...llama.config, num_attention_heads: 5 };
     expect(await badInputMessage(() => tensorsToGguf(llama.tensors, odd, archOfModel('llama')))).toContain('5 heads');
+  });
+});
+
+describe('hostile GGUF models', () => {
+  const entry = (name: string, shape: number[]): TensorEntry => ({ name, shape, encoding: { kind: 'plain', dtype: 'f32' }, span: { path: 'x.gguf', offset: 0, bytes: 0 } }); // prettier-ignore
+  const named = (...entries: TensorEntry[]) => new Map(entries.map((one) => [one.name, one]));
+
+  it('a stack of 2^40 experts without rows, expert number 4,000,000,000', async () => {
+    const { tensorsFromGguf, tensorsToGguf } = await import('../../../src/checkpoint/gguf-tensors.js');
+    const { config } = await openCheckpoint(join(fixture, 'qwen3_moe'));
+    const arch = archOfModel('qwen3_moe');
+    for (const shape of [[2 ** 40, 0, 8], [4], []]) {
+      const stack = named(entry('blk.0.ffn_up_exps.weight', shape));
+      expect(await badInputMessage(() => tensorsFromGguf(stack, config, arch))).toContain('Not the shape of experts');
+    }
+    const far = named(entry('model.layers.0.mlp.experts.4000000000.up_proj.weight', [8, 8]));
+    expect(await badInputMessage(() => tensorsToGguf(far, config, arch))).toContain('no room for so many experts');
+  });
+
+  it('a token of a million characters', () => {
+    const metadata = new Map<string, GgufValue>([
+      ['tokenizer.ggml.model', { type: 'string', value: 'llama' }],
+      ['tokenizer.ggml.tokens', { type: 'array', of: 'string', value: ['a', 'b', 'ab', 'ab'.repeat(500_000)] }],
+    ]);
+    const { files } = tokenizerFromGguf(metadata);
+    const { model } = JSON.parse(files.get('tokenizer.json')!) as { model: { merges: string[][] } };
+    expect(model.merges).toEqual([['a', 'b']]);
   });
 });
 
