@@ -104,8 +104,9 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
   X(attention_backward, "dq dk dv do o q k v lse [lengths]", "causal window offset", "scale")                          \
   /* Two attentions on the same positions (Hkv and D may differ), maps never stored. out f32 [B,Hq,S,3]: Jensen-Shannon
      divergence (nats), cosine, overlap of the top-8 keys (of min(8, keys); ties to the lower position), all of the rows
-     without key position 0 and renormalised; NaN where a query has no other key. */                                   \
-  X(attention_compare, "out qa ka qb kb [lengths]", "causal window offset", "scale_a scale_b")                         \
+     without key position 0 and renormalised (which takes sinks out as well); cap > 0: soft cap on that side's scores, as
+     for attention; NaN where a query has no other key. */                                                             \
+  X(attention_compare, "out qa ka qb kb [lengths]", "causal window offset", "scale_a scale_b cap_a cap_b")             \
   /* -- experts ----------------------------------------------------------------------------------------------- */     \
   /* Router: logits [T,E] -> idx i32 [T,k], w f32 [T,k]. scoring: 0 softmax, 1 sigmoid, 2 sqrt(softplus). Selection by
      score + bias[E]; weights from score alone. groups > 1: the best `top_groups` groups by (group_score 0: max,

@@ -78,6 +78,7 @@ extern "C" int dc_cpu_attention_compare(dc_context* c, const dc_call* call) {
                 row[a] = scores[a].data() + i * T + first;
                 const float scale = float(call->f[a]);
                 kernels.scale(row[a], scale, n);
+                if (call->f[2 + a] > 0) kernels.unary(row[a], n, DC_SOFTCAP, float(call->f[2 + a]), 0);
                 found = top(row[a], n, best[a]);
                 const double sum = kernels.exp_sum(row[a], 1, kernels.max(row[a], n), n);
                 kernels.scale(row[a], float(1 / sum), n);

@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(128) backward_keys(dc_tensor dk, dc_tensor dv,
 // --- comparison ---------------------------------------------------------------------------------------------------------
 // A block per query: both rows of scores in shared memory (long rows: in work memory), then the three figures.
 
-__global__ void __launch_bounds__(128) compare_rows(float* out, dc_tensor qa, dc_tensor ka, dc_tensor qb, dc_tensor kb, Problem p, float scale_b, int Ga, int Gb, int Db, float* work) {
+__global__ void __launch_bounds__(128) compare_rows(float* out, dc_tensor qa, dc_tensor ka, dc_tensor qb, dc_tensor kb, Problem p, float scale_b, float cap_b, int Ga, int Gb, int Db, float* work) {
   extern __shared__ float row_memory[];
   __shared__ float shared[33];
   __shared__ float best_value[4];
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(128) compare_rows(float* out, dc_tensor qa, dc
   for (int side = 0; side < 2; side++) {
     const dc_tensor& k = side ? kb : ka;
     const int D = side ? Db : p.D, kh = h / (side ? Gb : Ga);
-    const float scale = side ? scale_b : p.scale;
+    const float scale = side ? scale_b : p.scale, cap = side ? cap_b : p.cap;
     const float* qs = query + (side ? p.D : 0);
     float* row = rows + side * n;
     float top = -INFINITY;
@@ -398,6 +398,7 @@ __global__ void __launch_bounds__(128) compare_rows(float* out, dc_tensor qa, dc
       float dot = 0;
       for (int d = lane; d < D; d += 32) dot = fmaf(qs[d], load(k.data, k.dtype, ki + d), dot);
       dot = warp_sum(dot) * scale;
+      if (cap > 0) dot = cap * tanhf(dot / cap);
       if (lane == 0) row[i] = dot;
       top = fmaxf(top, dot);
     }
@@ -512,6 +513,7 @@ extern "C" int dc_cuda_attention_compare(dc_context* c, const dc_call* call) {
   const dc_tensor &out = call->t[0], &qa = call->t[1], &ka = call->t[2], &qb = call->t[3], &kb = call->t[4];
   if (count(out) == 0) return 0;
   Problem p = problem_of(call, qa, ka, 0, call->t[5]);
+  p.cap = float(call->f[2]);
   const size_t queries = size_t(qa.dim[3] + qb.dim[3]) * 4, rows = size_t(p.T) * 8;
   size_t shared = queries + rows;
   float* work = nullptr;
@@ -522,6 +524,6 @@ extern "C" int dc_cuda_attention_compare(dc_context* c, const dc_call* call) {
   }
   DC_CUDA(cudaFuncSetAttribute(compare_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   compare_rows<<<dim3(unsigned(p.S), unsigned(p.H), unsigned(p.B)), 128, shared, c->stream>>>(
-      data<float>(out), qa, ka, qb, kb, p, float(call->f[1]), p.G, int(qb.dim[2] / kb.dim[2]), int(qb.dim[3]), work);
+      data<float>(out), qa, ka, qb, kb, p, float(call->f[1]), float(call->f[3]), p.G, int(qb.dim[2] / kb.dim[2]), int(qb.dim[3]), work);
   return launched(c, "attention_compare");
 }

@@ -26,12 +26,11 @@ export function compareHeads(scope: Scope, a: AttentionCall, b: AttentionCall): 
   const windows = [a.options.window ?? 0, b.options.window ?? 0];
   const window = windows.includes(0) ? 0 : Math.max(...windows);
   using inner = new Scope(scope.device);
-  const all = attentionCompare(
-    inner,
-    { q: a.q, k: a.k, scale: a.options.scale },
-    { q: b.q, k: b.k, scale: b.options.scale },
-    { causal: a.options.causal ?? true, window, offset: a.options.offset ?? 0 },
-  );
+  const all = attentionCompare(inner, side(a), side(b), {
+    causal: a.options.causal ?? true,
+    window,
+    offset: a.options.offset ?? 0,
+  });
   const queries = length - 1;
   const used = inner.empty('f32', [rows, heads, queries, 3]);
   copyInto(used, all.slice(2, 1, length));
@@ -40,6 +39,8 @@ export function compareHeads(scope: Scope, a: AttentionCall, b: AttentionCall): 
   copyInto(sums, perHead);
   return { sums, queries: rows * queries };
 }
+
+const side = ({ q, k, options: { scale, cap = 0 } }: AttentionCall) => ({ q, k, scale, cap });
 
 /** Largest absolute difference of the queries and keys of two calls, f32 [2]; undefined where shapes differ. */
 export function largestDifference(scope: Scope, a: AttentionCall, b: AttentionCall): Tensor | undefined {

@@ -206,6 +206,11 @@ for (const shape of attentionShapes) {
     const near = (x: Tensor) => ops.add(in_.s, x, in_.normal(d, [...x.shape], 0.1));
     return [ops.attentionCompare(in_.s, { q, k, scale }, { q: near(q), k: near(k), scale }, { offset })];
   }, 1e3); // prettier-ignore
+  forFloats(`attention_compare soft caps ${label}`, (in_, d) => {
+    const [q, k] = qkv(in_, d, shape);
+    const near = (x: Tensor) => ops.add(in_.s, x, in_.normal(d, [...x.shape], 0.1));
+    return [ops.attentionCompare(in_.s, { q, k, scale, cap: 3 }, { q: near(q), k: near(k), scale, cap: 4 }, { offset, window: 20 })];
+  }, 1e3); // prettier-ignore
 }
 
 // --- experts ---

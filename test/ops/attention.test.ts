@@ -194,13 +194,13 @@ onDevices('attention_compare', (device, random) => {
     }
   });
 
-  test('other head counts and widths, window, lengths, ties to the lower index', async () => {
+  test('other head counts and widths, a soft cap on one side, window, lengths, ties to the lower index', async () => {
     using s = new Scope(device());
     const [B, S, T, H] = [2, 60, 64, 4];
-    const part = (Hk: number, D: number, scale: number) => ({
-      D, Hk, scale, q: rounded('bf16', random.normals(B * S * H * D)), k: rounded('bf16', random.normals(B * T * Hk * D)),
+    const part = (Hk: number, D: number, scale: number, cap: number) => ({
+      D, Hk, scale, cap, q: rounded('bf16', random.normals(B * S * H * D)), k: rounded('bf16', random.normals(B * T * Hk * D)),
     }); // prettier-ignore
-    const models = [part(2, 8, 0.5), part(4, 12, 0.3)] as const;
+    const models = [part(2, 8, 0.5, 2.5), part(4, 12, 0.3, 0)] as const;
     models[0].q.fill(0, 0, H * 8); // query 0 of sequence 0 gives equal scores everywhere: ties
     models[1].q.fill(0, 0, H * 12);
     const [offset, window, lengths] = [4, 30, [64, 37]];
@@ -210,11 +210,11 @@ onDevices('attention_compare', (device, random) => {
         for (let i = 0; i < S; i++) {
           const keys = Array.from({ length: T }, (_, t) => t).filter((t) => t >= 1 && t <= i + offset && t > i + offset - window && t < lengths[b]!); // prettier-ignore
           if (keys.length === 0) continue;
-          const rows = models.map(({ q, k, D, Hk, scale }) => {
+          const rows = models.map(({ q, k, D, Hk, scale, cap }) => {
             const scores = keys.map((t) => {
               let x = 0;
               for (let d = 0; d < D; d++) x += q[((b * S + i) * H + h) * D + d]! * k[((b * T + t) * Hk + Math.floor(h / (H / Hk))) * D + d]!; // prettier-ignore
-              return scale * x;
+              return cap > 0 ? cap * Math.tanh((scale * x) / cap) : scale * x;
             });
             const most = Math.max(...scores);
             const sum = scores.reduce((a, x) => a + Math.exp(x - most), 0);
@@ -227,7 +227,7 @@ onDevices('attention_compare', (device, random) => {
           const shared = rows[0]!.best.filter((n) => rows[1]!.best.includes(n)).length;
           expected.set([js, dot(p, q) / Math.sqrt(dot(p, p) * dot(q, q)), shared / Math.min(8, keys.length)], ((b * H + h) * S + i) * 3); // prettier-ignore
         }
-    const [a, b] = models.map((m) => ({ q: tensor(s, 'bf16', [B, S, H, m.D], m.q, { pad: 1 }), k: tensor(s, 'bf16', [B, T, m.Hk, m.D], m.k, { order: [0, 2, 1, 3] }), scale: m.scale })); // prettier-ignore
+    const [a, b] = models.map((m) => ({ q: tensor(s, 'bf16', [B, S, H, m.D], m.q, { pad: 1 }), k: tensor(s, 'bf16', [B, T, m.Hk, m.D], m.k, { order: [0, 2, 1, 3] }), scale: m.scale, cap: m.cap })); // prettier-ignore
     const y = attentionCompare(s, a!, b!, { offset, window, lengths: tensor(s, 'i32', [B], lengths) });
     await expectClose(y, expected, 10);
     expect(await bytesOf(attentionCompare(s, a!, b!, { offset, window, lengths: tensor(s, 'i32', [B], lengths) }))).toEqual(await bytesOf(y)); // prettier-ignore

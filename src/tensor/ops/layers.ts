@@ -214,17 +214,25 @@ export function attentionBackward(
   return { dq, dk, dv };
 }
 
-/** f32 [B,Hq,S,3]: Jensen-Shannon divergence, cosine, top-8 overlap of two models' attention rows, sink excluded. */
+/**
+ * f32 [B,Hq,S,3]: Jensen-Shannon divergence, cosine, top-8 overlap of two models' attention rows, the first key excluded.
+ * Learned sinks (an extra score in the denominator) cancel out: rows are compared over keys alone.
+ */
 export function attentionCompare(
   s: Scope,
-  a: { q: Tensor; k: Tensor; scale: number },
-  b: { q: Tensor; k: Tensor; scale: number },
+  a: { q: Tensor; k: Tensor; scale: number; cap?: number },
+  b: { q: Tensor; k: Tensor; scale: number; cap?: number },
   o: Pick<AttentionOptions, 'causal' | 'window' | 'offset' | 'lengths'> = {},
 ): Tensor {
   ensure(a.q.dim(2) === b.q.dim(2), 'attention_compare', 'head counts', a.q, b.q);
   ensureRows('attention_compare', a.q, a.k, b.q, b.k);
   const y = s.empty('f32', [a.q.dim(0), a.q.dim(2), a.q.dim(1), 3]);
   const ints = [+(o.causal ?? true), o.window ?? 0, o.offset ?? 0];
-  y.device.run('attention_compare', [y, a.q, a.k, b.q, b.k, o.lengths], ints, [a.scale, b.scale]);
+  y.device.run('attention_compare', [y, a.q, a.k, b.q, b.k, o.lengths], ints, [
+    a.scale,
+    b.scale,
+    a.cap ?? 0,
+    b.cap ?? 0,
+  ]);
   return y;
 }
