@@ -6,7 +6,7 @@ import { cli, fixture, v1, workFolder } from './support.js';
 vi.setConfig({ testTimeout: 300_000 });
 const folder = workFolder();
 const out = (name: string): string => join(folder, name);
-const quick = ['--samples', '8', '--seq-len', '128', '--rounds', '1', '--router-steps', '2', '--threads', '1', '-q', '--device', 'cpu']; // prettier-ignore
+const quick = ['--samples', '8', '--seq-len', '128', '--rounds', '1', '--router-steps', '2', '--threads', '1', '-q', '--device', 'cpu', '--no-validate']; // prettier-ignore
 const json = (text: string) => JSON.parse(text) as Record<string, never>;
 
 describe('the documents’ own form', () => {

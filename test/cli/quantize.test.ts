@@ -4,7 +4,7 @@ import { describe, expect, it } from 'vitest';
 import { cli, fixture, json, listing, v1, workFolder } from './support.js';
 
 const folder = workFolder();
-const small = ['--calibration', fixture('samples.jsonl'), '--samples', '4', '--seq-len', '32', '--progress', 'none'];
+const small = ['--calibration', fixture('samples.jsonl'), '--samples', '4', '--seq-len', '32', '--progress', 'none', '--no-validate']; // prettier-ignore
 const out = (name: string): string => join(folder, name);
 
 interface Done {

@@ -10,7 +10,7 @@ const seed = Number(process.env.DEEPSEEK_CONVERT_TEST_SEED ?? Date.now() % 1_000
 const folder = workFolder();
 const args = (name: string, ...more: string[]): string[] => [
   'quantize', v1, '-o', join(folder, name),
-  '--calibration', fixture('samples.jsonl'), '--samples', '8', '--seq-len', '64', '--progress', 'plain', ...more,
+  '--calibration', fixture('samples.jsonl'), '--samples', '8', '--seq-len', '64', '--validate-samples', '2', '--progress', 'plain', ...more,
 ]; // prettier-ignore
 
 let state = seed;
