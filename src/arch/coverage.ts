@@ -17,6 +17,10 @@ export interface Coverage {
 /** Buffers that old versions of transformers saved; they are computed from the config. */
 const buffers = /\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$/;
 
+/** Whether a tensor that the architecture does not compute with is carried through untouched. */
+export const isCarried = (model: Pick<Model, 'carried'>, name: string): boolean =>
+  model.carried.some((prefix) => name.startsWith(prefix)) || buffers.test(name);
+
 const show = (names: readonly string[]): string =>
   names.slice(0, 6).join(', ') + (names.length > 6 ? ` and ${names.length - 6} more` : '');
 
@@ -33,7 +37,7 @@ export function coverage(
   const unknown: string[] = [];
   for (const name of tensors.keys()) {
     if (specs.has(name)) claimed.push(name);
-    else if (model.carried.some((prefix) => name.startsWith(prefix)) || buffers.test(name)) carried.push(name);
+    else if (isCarried(model, name)) carried.push(name);
     else unknown.push(name);
   }
   const where = checkpoint.path;

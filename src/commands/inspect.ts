@@ -5,8 +5,10 @@ import { elementCount } from '../base/dtype.js';
 import { formatBytes } from '../base/files.js';
 import { flag } from '../base/options.js';
 import { columns, count, short } from '../base/text.js';
+import type { StoredWeight } from '../arch/stored.js';
 import type { Model } from '../arch/types.js';
 import type { Checkpoint } from '../checkpoint/types.js';
+import { outlook, type Outlook } from './outlook.js';
 import { inputOptions, input } from './shared.js';
 import { encodingName, summarize, type ModelSummary } from './summary.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
@@ -33,19 +35,27 @@ export const command = defineCommand({
     const { openCheckpoint } = await import('../checkpoint/open.js');
     const checkpoint = await openCheckpoint(given.input, { config: given.config, configOptional: true });
     try {
-      return await report(checkpoint, given.tensors, io);
+      return await report(checkpoint, given, io);
     } finally {
       await checkpoint.close();
     }
   },
 });
 
-async function report(checkpoint: Checkpoint, listed: boolean, io: Io): Promise<CommandResult> {
+interface Given {
+  readonly input: string;
+  readonly config?: string | undefined;
+  readonly tensors: boolean;
+}
+
+async function report(checkpoint: Checkpoint, given: Given, io: Io): Promise<CommandResult> {
   const { config, configPath } = checkpoint;
+  const listed = given.tensors;
   const notes = [...checkpoint.notes];
-  const model = await understand(checkpoint, notes);
-  const summary = model && summarize(model, checkpoint);
+  const { model, stored: weights } = await understand(checkpoint, notes);
+  const summary = model && summarize(model, weights);
   notes.push(...(summary?.problems ?? []));
+  const would = summary?.problems.length === 0 ? await outlook(given.input, given.config) : undefined;
   const files = await Promise.all(checkpoint.files.map(async (path) => ({ path, bytes: (await stat(path)).size })));
   const stored = histogram(checkpoint);
   const tokenizer = checkpoint.companions.find((path) => /tokenizer\.(json|model)$/.test(path));
@@ -63,6 +73,7 @@ async function report(checkpoint: Checkpoint, listed: boolean, io: Io): Promise<
     ...(model && shape(model)),
     experts: summary?.experts ?? null,
     memory: summary?.memory ?? null,
+    would: would ?? null,
     stored,
     quantization: quantization ?? null,
     tokenizer: tokenizer ?? null,
@@ -77,6 +88,7 @@ async function report(checkpoint: Checkpoint, listed: boolean, io: Io): Promise<
     ['Stored as', stored.map((s) => `${s.type}: ${plural(s.tensors, 'tensor')}, ${formatBytes(s.bytes)}`).join('; ')],
     ...(quantization ? [['Quantized', `${quantization.method}${quantization.bits ? `, ${quantization.bits} bits` : ''}`]] : []),
     ['Tokenizer', tokenizer === undefined ? 'none' : basename(tokenizer)],
+    ...(would ? outlookRows(would) : []),
   ]; // prettier-ignore
   const parts = [
     columns(
@@ -89,20 +101,41 @@ async function report(checkpoint: Checkpoint, listed: boolean, io: Io): Promise<
   return { data, text: parts.join('\n\n') };
 }
 
-/** The architecture, or undefined with a note why not: what is stored can be shown all the same. */
-async function understand({ config, configPath }: Checkpoint, notes: string[]): Promise<Model | undefined> {
+interface Understood {
+  /** Undefined, with a note why: what is stored can be shown all the same. */
+  readonly model: Model | undefined;
+  readonly stored: ReadonlyMap<string, StoredWeight>;
+}
+
+async function understand({ config, configPath, tensors }: Checkpoint, notes: string[]): Promise<Understood> {
+  const nothing = { model: undefined, stored: new Map<string, StoredWeight>() };
   if (configPath === undefined) {
     notes.push('No config.json beside it and no --config: only what is stored is known.');
-    return undefined;
+    return nothing;
   }
   const { buildModel } = await import('../arch/registry.js');
+  const { storedWeights } = await import('../arch/stored.js');
+  const { detectLayout } = await import('../layout/detect.js');
   try {
-    return buildModel(config, configPath);
+    const stored = storedWeights(tensors, detectLayout(config, configPath));
+    return { model: buildModel(config, configPath, (name) => stored.has(name)), stored };
   } catch (error) {
     if (!(error instanceof ConvertError) || error.kind !== 'input') throw error;
     notes.push(error.message.replace(/\s*\n\s*/g, ' '));
-    return undefined;
+    return nothing;
   }
+}
+
+function outlookRows({ quantize, moe }: Outlook): string[][] {
+  const bytes = ({ from, to }: { from: number; to: number }) => `${formatBytes(from)} -> ${formatBytes(to)}`;
+  const quantizing = 'refused' in quantize
+    ? quantize.refused
+    : `${plural(quantize.linears, 'linear')} to ${quantize.bitsPerWeight.toFixed(2)} bits, ${quantize.left.reduce((n, { linears }) => n + linears, 0)} left in high precision, ${bytes(quantize.bytes)}`; // prettier-ignore
+  const dividing = 'refused' in moe ? moe.refused : `${moe.shape}, ${bytes(moe.bytes)}`;
+  return [
+    ['quantize would', quantizing],
+    ['moe would', dividing],
+  ];
 }
 
 const shape = ({ blocks, hidden, heads, kvHeads, headDim, vocab, tied, context }: Model) => ({
@@ -118,10 +151,10 @@ const shape = ({ blocks, hidden, heads, kvHeads, headDim, vocab, tied, context }
 
 function modelRows(model: Model, { parameters, experts, memory }: ModelSummary): string[][] {
   const { total, active } = parameters;
-  const each = memory.kvCachePerToken;
+  const streams = model.stateWidth / model.hidden;
   const rows = [
     ['Parameters', `${short(total)} (${count(total)})${active < total ? `, ${short(active)} active a token` : ''}`],
-    ['Layers', `${model.blocks.length}, hidden ${model.hidden}`],
+    ['Layers', `${model.blocks.length}, hidden ${model.hidden}${streams > 1 ? ` in ${streams} streams` : ''}`],
     ['Attention', `${plural(model.heads, 'head')} of ${model.headDim}, ${model.kvHeads} for keys and values`],
   ];
   if (experts) {
@@ -135,7 +168,7 @@ function modelRows(model: Model, { parameters, experts, memory }: ModelSummary):
     ['Weights need', `${formatBytes(memory.bf16)} at bf16, ${formatBytes(memory.int4)} at INT4 (groups of 128)`],
     [
       'KV cache needs',
-      `${formatBytes(each)} a token, ${formatBytes(each * model.context)} for the whole context (bf16)`,
+      `${formatBytes(memory.kvCachePerToken)} a token, ${formatBytes(memory.kvCache)} for the whole context (bf16)`,
     ],
   );
   return rows;

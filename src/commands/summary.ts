@@ -1,5 +1,7 @@
+import { isCarried } from '../arch/coverage.js';
+import type { StoredWeight } from '../arch/stored.js';
 import type { Model, TensorSpec } from '../arch/types.js';
-import type { Checkpoint, TensorEntry } from '../checkpoint/types.js';
+import type { TensorEntry } from '../checkpoint/types.js';
 import { elementCount } from '../base/dtype.js';
 import type { LinearSpec } from '../nn/calls.js';
 
@@ -10,7 +12,8 @@ export interface ModelSummary {
     readonly bf16: number;
     /** Linears of the blocks at 4 bits with a bf16 scale per 128 inputs; the rest as in bf16. */
     readonly int4: number;
-    /** Keys and values of one token at bf16. */
+    /** The cache of one sequence of the model's context at bf16, and of one token on average. */
+    readonly kvCache: number;
     readonly kvCachePerToken: number;
   };
   readonly experts: ExpertSummary | undefined;
@@ -29,12 +32,12 @@ export interface ExpertSummary {
 
 const quantizable = ({ role }: LinearSpec): boolean => role !== 'router' && role !== 'head' && role !== 'other';
 
-export function summarize(model: Model, { tensors, config }: Checkpoint): ModelSummary {
+/** `stored`: what the checkpoint holds, by the names that architectures use. */
+export function summarize(model: Model, stored: ReadonlyMap<string, StoredWeight>): ModelSummary {
   const specs = [...model.outer, ...model.blocks.flatMap((block) => block.tensors)];
-  const stored = new Set([...tensors.keys()].map(stem));
-  const has = (name: string) => tensors.has(name) || (name.endsWith('.weight') && stored.has(stem(name)));
-  const present = specs.filter((spec) => spec.optional !== true || has(spec.name));
-  const total = sum(present.map(({ shape }) => elementCount(shape)));
+  const present = specs.filter((spec) => spec.optional !== true || stored.has(spec.name));
+  const total = sum(present.filter(({ below }) => below === undefined).map(({ shape }) => elementCount(shape)));
+  const cached = 2 * sum(model.blocks.map(({ attention }) => attention.cached?.(model.context) ?? 0));
   let sleeping = 0;
   let int4 = 2 * total;
   for (const block of model.blocks) {
@@ -49,7 +52,7 @@ export function summarize(model: Model, { tensors, config }: Checkpoint): ModelS
   const first = model.blocks.find((block) => block.moe)?.moe;
   return {
     parameters: { total, active: Math.round(total - sleeping) },
-    memory: { bf16: 2 * total, int4, kvCachePerToken: kvValues(model, config) * 2 },
+    memory: { bf16: 2 * total, int4, kvCache: cached, kvCachePerToken: Math.round(cached / model.context) },
     experts: first && {
       routed: first.experts,
       active: first.active,
@@ -57,49 +60,32 @@ export function summarize(model: Model, { tensors, config }: Checkpoint): ModelS
       width: first.width,
       layers: model.blocks.filter((block) => block.moe).map((block) => block.index),
     },
-    problems: compare(specs, stored, tensors, model),
+    problems: compare(specs, stored, model),
   };
 }
 
 const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
 const weights = ({ inFeatures, outFeatures }: LinearSpec): number => inFeatures * outFeatures;
 
-/** Values that one token leaves in the cache: latent attention keeps one compressed vector and the rotary part. */
-function kvValues({ blocks, kvHeads, headDim }: Model, config: Checkpoint['config']): number {
-  const { kv_lora_rank: rank, qk_rope_head_dim: rope } = config;
-  const each = typeof rank === 'number' && typeof rope === 'number' ? rank + rope : 2 * kvHeads * headDim;
-  return blocks.length * each;
-}
-
-/** Quantized layouts store `X.weight` as `X.weight_packed`, `X.qweight` and so on: compared is what stands before. */
-const stem = (name: string): string => name.slice(0, Math.max(0, name.lastIndexOf('.')));
-
-function compare(
-  specs: readonly TensorSpec[],
-  stored: ReadonlySet<string>,
-  tensors: ReadonlyMap<string, TensorEntry>,
-  model: Model,
-): string[] {
+function compare(specs: readonly TensorSpec[], stored: ReadonlyMap<string, StoredWeight>, model: Model): string[] {
   const problems: string[] = [];
   const tell = (names: readonly string[], what: string) => {
     if (names.length === 0) return;
     const more = names.length > 3 ? ` and ${names.length - 3} more` : '';
     problems.push(`${what}: ${names.slice(0, 3).join(', ')}${more}.`);
   };
-  const missing = specs.filter((spec) => spec.optional !== true && !stored.has(stem(spec.name)));
+  const missing = specs.filter((spec) => spec.optional !== true && !stored.has(spec.name));
   tell(missing.map(({ name }) => name), 'The architecture expects tensors that are not there'); // prettier-ignore
-  const otherShape = specs.filter(({ name, shape }) => {
-    const entry = tensors.get(name);
-    return entry !== undefined && entry.shape.join() !== shape.join();
+  const otherShape = specs.flatMap(({ name, shape }) => {
+    const own = stored.get(name);
+    // Quantized layouts round widths up.
+    return own !== undefined && own.linear === undefined && own.shape.join() !== shape.join()
+      ? [`${name} [${own.shape.join(', ')}], expected [${shape.join(', ')}]`]
+      : [];
   });
-  tell(
-    otherShape.map(({ name, shape }) => `${name} [${tensors.get(name)!.shape.join(', ')}], expected [${shape.join(', ')}]`), // prettier-ignore
-    'Shapes differ from the config',
-  );
-  const known = new Set(specs.map(({ name }) => stem(name)));
-  const unknown = [...tensors.keys()].filter(
-    (name) => !known.has(stem(name)) && !model.carried.some((prefix) => name.startsWith(prefix)),
-  );
+  tell(otherShape, 'Shapes differ from the config');
+  const known = new Set(specs.map(({ name }) => name));
+  const unknown = [...stored.keys()].filter((name) => !known.has(name) && !isCarried(model, name));
   tell(unknown, 'Tensors that the architecture does not know');
   return problems;
 }

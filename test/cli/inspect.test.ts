@@ -1,6 +1,7 @@
 import { cpSync, existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { archCase } from '../arch/support.js';
 import { cli, fixture, json, v1, workFolder } from './support.js';
 
 const folder = workFolder();
@@ -9,7 +10,17 @@ interface Inspected {
   supported: boolean;
   parameters: { total: number; active: number };
   experts: { routed: number; active: number; shared: number; layers: number[] } | null;
-  memory: { bf16: number; int4: number; kvCachePerToken: number };
+  memory: { bf16: number; int4: number; kvCache: number; kvCachePerToken: number };
+  context: number;
+  would: {
+    quantize: {
+      linears: number;
+      left: { reason: string; linears: number }[];
+      bitsPerWeight: number;
+      bytes: { from: number; to: number };
+    };
+    moe: { shape: string; bytes: { from: number; to: number } } | { refused: string };
+  } | null;
   stored: { type: string; tensors: number; values: number; bytes: number }[];
   notes: string[];
   tensors?: { name: string; type: string; shape: number[] }[];
@@ -35,6 +46,7 @@ describe('inspect', () => {
     expect(parameters).toEqual({ total, active: total });
     expect(memory.bf16).toBe(2 * total);
     expect(memory.kvCachePerToken).toBe(4 * 2 * 2 * 64 * 2);
+    expect(memory.kvCache).toBe(512 * memory.kvCachePerToken);
     expect(experts).toBeNull();
     expect(stored).toEqual([{ type: 'bf16', tensors: 38, values: total, bytes: 2 * total }]);
     expect(notes).toEqual([]);
@@ -50,6 +62,34 @@ describe('inspect', () => {
     const config = JSON.parse(readFileSync(fixture('moe-6m/config.json'), 'utf8')) as Record<string, number>;
     const expert = 3 * config.hidden_size! * config.moe_intermediate_size!;
     expect(parameters.total - parameters.active).toBe(experts!.layers.length * 6 * expert);
+  });
+  it('says what quantize and moe would do', async () => {
+    const { would } = await inspected(v1);
+    expect(would!.quantize).toMatchObject({ linears: 28, left: [{ reason: 'the head stays in high precision', linears: 1 }] }); // prettier-ignore
+    // 4 bits, and a bf16 scale each 128 weights.
+    expect(would!.quantize.bitsPerWeight).toBe(4 + 16 / 128);
+    expect(would!.quantize.bytes.to).toBeLessThan(would!.quantize.bytes.from * 0.6);
+    expect(JSON.stringify(would!.moe)).toContain('8 experts of 128, 2 active, 1 shared');
+    const moe = await inspected(fixture('moe-6m'));
+    expect(JSON.stringify(moe.would!.moe)).toMatch(/refused.*a mixture of experts already/);
+    const { stdout } = await cli(['inspect', v1]);
+    expect(stdout).toMatch(/quantize would +28 linears to 4\.13 bits, 1 left in high precision, 12\.1 MB -> 6\.\d+ MB/);
+    expect(stdout).toMatch(/moe would +8 experts of 128/);
+  });
+  it('counts what is cached: latents, windows, compressed entries', async () => {
+    // Latent attention keeps rank + turned channels a token and layer, here 128 + 32.
+    const { memory } = await inspected(fixture('moe-6m'));
+    const config = JSON.parse(readFileSync(fixture('moe-6m/config.json'), 'utf8')) as Record<string, number>;
+    const each = config.kv_lora_rank! + config.qk_rope_head_dim!;
+    expect(memory.kvCachePerToken).toBe(2 * config.num_hidden_layers! * each);
+    const mistral = await inspected(archCase('mistral'));
+    // Two layers of two heads of 8, keys and values, of the last 8 of 64 tokens.
+    expect(mistral.memory.kvCache).toBe(2 * (2 * 2 * 2 * 8) * 8);
+    const v4 = await inspected(archCase('deepseek_v4'));
+    expect(v4.notes).toEqual([]);
+    // Windows of 8 in four layers; entries of 16 each 4, 8 and 4 tokens; keys of 8 beside those of each 4.
+    expect(v4.memory.kvCache).toBe(2 * (4 * 16 * 8 + 2 * 16 * 16 + 16 * 8 + 2 * 8 * 16));
+    expect(v4.would!.quantize.left).toContainEqual({ reason: 'engines compute it in high precision', linears: 14 });
   });
   it('lists tensors', async () => {
     const { tensors } = await inspected(v1, '--tensors');
