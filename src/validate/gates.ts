@@ -63,7 +63,7 @@ const worstText = (m: Measurements, of: (t: Measurements['logits']['texts'][numb
 };
 
 const requantize =
-  'Quantize again with a better method (gptq or autoround instead of rtn), smaller groups (--group-size 32), or more bits for the layer named here';
+  'Quantize again with a better method (gptq instead of rtn, more calibration text), smaller groups (--group-size 32), or more bits for the layer named here';
 
 /**
  * The gates, as data. How the defaults were found (docs/validation.md):
@@ -185,7 +185,7 @@ export const gates: readonly Gate[] = [
     bounds: { exact: 1e-2, quantized: 0.3, restructured: 0.7 },
     meaning: 'One broken layer shows here however much the rest of a deep model makes up for it.',
     remedy:
-      'Convert this layer with more bits or leave it out (--ignore); if it should be intact, look at its tensors with inspect --tensors',
+      'Convert this layer with more bits or leave it out (--keep layers.N); if it should be intact, look at its tensors with inspect --tensors',
     measure: (m) => worstLayer(m) ?? 'the two models have no comparable layers',
   },
   {

@@ -97,7 +97,7 @@ function verdict(report: ValidateReport, failed: readonly GateResult[]): Markup 
         <b>Passed</b><span>all ${checked} gates hold (bounds for ${report.profile} models)</span>
       </div>`
     : markup`<div class="verdict fail">
-        <b>Failed</b><span>${failed.length} of ${checked} gates: ${failed.map((g) => g.flag).join(', ')}</span>
+        <b>Failed</b><span>${failed.length} of ${checked} gates: ${failed.map((g, i) => markup`${i > 0 && ', '}<span class="flag">${g.flag}</span>`)}</span>
       </div>`;
 }
 

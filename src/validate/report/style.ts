@@ -47,7 +47,7 @@ table{border-collapse:collapse;width:100%;font-size:.9rem}
 caption{text-align:left;color:var(--soft);font-size:.85rem;padding:.2rem 0}
 th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--rule);vertical-align:top}
 th{font-weight:600;white-space:nowrap}
-td.num,th.num{text-align:right;white-space:nowrap}th small,td small code{white-space:nowrap}
+td code{overflow-wrap:normal}.flag{white-space:nowrap}td.num,th.num{text-align:right;white-space:nowrap}th small,td small code{white-space:nowrap}
 th button{all:unset;cursor:pointer;font-weight:600}
 th button:focus-visible{outline:2px solid var(--link);outline-offset:2px}
 th[aria-sort] button::after{content:" \\2195";color:var(--soft);font-weight:400}
