@@ -21,7 +21,11 @@ export const command = defineCommand({
     topK: integer({ default: 0, min: 0, help: 'Only that many of the most probable tokens; 0: all.' }),
     ...seedOption,
     ignoreEos: flag({ help: 'Go on behind the token that ends a text.' }),
-    computeDtype: choice(['f32', 'bf16'], { default: 'f32', help: 'Precision of weights and states while computing.' }),
+    dtype: choice(['f32', 'bf16'], {
+      default: 'f32',
+      aliases: ['compute-dtype'],
+      help: 'Precision of weights and states while computing.',
+    }),
     ...inputOptions,
     ...deviceOptions,
   },
@@ -47,7 +51,7 @@ export const command = defineCommand({
       const tokenizer = await open.tokenizer();
       const ids = await Promise.all(prompts.map((prompt) => tokenizer.encode(prompt, { special: true })));
       using env = await openEnvironment(given, io);
-      using model = await ResidentModel.load(open, env, given.computeDtype);
+      using model = await ResidentModel.load(open, env, given.dtype);
       const started = performance.now();
       const { greedy, temperature, topP, topK, seed, maxNewTokens, ignoreEos } = given;
       const drawn = await generate(model, env, ids, {

@@ -17,7 +17,11 @@ export const command = defineCommand({
     window: integer({ min: 2, defaultNote: "the model's context", help: 'Tokens of one sequence.' }),
     maxTokens: integer({ min: 2, help: 'Only the beginning of each text.' }),
     special: flag({ default: true, help: 'Put the tokens around a text that the tokenizer asks for (BOS).' }),
-    computeDtype: choice(['f32', 'bf16'], { default: 'f32', help: 'Precision of weights and states while computing.' }),
+    dtype: choice(['f32', 'bf16'], {
+      default: 'f32',
+      aliases: ['compute-dtype'],
+      help: 'Precision of weights and states while computing.',
+    }),
     ...inputOptions,
     ...deviceOptions,
   },
@@ -41,7 +45,7 @@ export const command = defineCommand({
         const all = await tokenizer.encode(text, { special: given.special });
         const ids = given.maxTokens === undefined ? all : all.subarray(0, given.maxTokens);
         const started = performance.now();
-        const options = { dtype: given.computeDtype, ...(given.window !== undefined && { window: given.window }) };
+        const options = { dtype: given.dtype, ...(given.window !== undefined && { window: given.window }) };
         const { logprobs, ...numbers } = await score(open, env, ids, options);
         io.log.info(
           `${given.text[i]}: ${count(ids.length)} tokens in ${duration((performance.now() - started) / 1000)}`,
@@ -54,7 +58,15 @@ export const command = defineCommand({
       const rows = results.map((r) => [r.file, `${count(r.tokens.length)} tokens`, `perplexity ${r.perplexity.toFixed(4)}`, `${r.meanLogprob.toFixed(5)} nats a token`]); // prettier-ignore
       if (results.length > 1) rows.push(['together', `${count(scored)} scored`, `perplexity ${perplexity.toFixed(4)}`, `${(sum / scored).toFixed(5)} nats a token`]); // prettier-ignore
       return {
-        data: { model: given.input, perplexity, meanLogprob: sum / scored, scored, texts: results },
+        data: {
+          model: given.input,
+          perplexity,
+          meanLogprob: sum / scored,
+          scored,
+          tokens: results.reduce((n, { tokens }) => n + tokens.length, 0),
+          logprobs: results.flatMap(({ tokens }) => tokens.map(({ logprob }) => logprob)),
+          texts: results,
+        },
         text: columns(rows, 'lrrr'),
       };
     } finally {

@@ -65,15 +65,29 @@ describe('score', () => {
 
   it("gives transformers' log-probabilities and their mean", async () => {
     const { tokens, logprobs } = expected.score;
-    const flags = ['--text', path, '--max-tokens', String(tokens.length), '--device', 'cpu', '--json'];
+    const flags = [
+      '--text',
+      path,
+      '--max-tokens',
+      String(tokens.length),
+      '--device',
+      'cpu',
+      '--dtype',
+      'f32',
+      '--json',
+    ];
     const result = json<{
       perplexity: number;
+      tokens: number;
+      logprobs: (number | null)[];
       texts: { tokens: { id: number; logprob: number | null }[]; scored: number }[];
     }>(await cli(['score', v1, ...flags]));
     const [only] = result.texts;
     expect(only!.tokens.map(({ id }) => id)).toEqual(tokens);
     expect(only!.tokens[0]!.logprob).toBeNull();
     only!.tokens.slice(1).forEach(({ logprob }, t) => expect(logprob).toBeCloseTo(logprobs[t]!, 3));
+    expect(result.tokens).toBe(tokens.length);
+    expect(result.logprobs).toEqual(only!.tokens.map(({ logprob }) => logprob));
     const mean = logprobs.reduce((a, b) => a + b, 0) / logprobs.length;
     expect(result.perplexity / Math.exp(-mean)).toBeCloseTo(1, 4);
   });
