@@ -2,8 +2,7 @@ import { readdir, realpath, stat } from 'node:fs/promises';
 import { basename, dirname, join, sep } from 'node:path';
 import { badInput } from '../base/errors.js';
 import { ioError } from '../base/files.js';
-import { isJsonObject, parseJson } from '../formats/json.js';
-import { OpenFile } from '../formats/source.js';
+import { readIndex } from './shard-index.js';
 
 /** Files with weights, and which of them must hold which tensor. */
 export interface Located {
@@ -153,31 +152,4 @@ async function allowedRoots(folder: string): Promise<string[]> {
   const real = await realpath(folder);
   const snapshots = dirname(real);
   return basename(snapshots) === 'snapshots' ? [real, join(dirname(snapshots), 'blobs')] : [real];
-}
-
-/** Reads `weight_map`: tensor name -> plain file name. */
-export function readIndex(path: string): Map<string, string> {
-  using file = new OpenFile(path);
-  if (file.size > 64 * 2 ** 20) throw badInput('The index is too large', { where: path, got: `${file.size} bytes` });
-  return parseIndex(file.read(0, file.size, 'index'), path);
-}
-
-/** The same of an index's bytes; `path` is what errors name. */
-export function parseIndex(bytes: Buffer, path: string): Map<string, string> {
-  const index = parseJson(bytes, { where: path, lenient: true, maxValues: 2_000_000 });
-  const map = isJsonObject(index) ? index['weight_map'] : undefined;
-  if (!isJsonObject(map)) throw badInput('The index has no weight_map', { where: path });
-  const result = new Map<string, string>();
-  for (const tensor in map) {
-    const name = map[tensor];
-    if (typeof name !== 'string' || name === '' || name === '.' || name === '..' || /[/\\\0]/.test(name)) {
-      throw badInput('weight_map must name plain files of the same folder', {
-        where: `${path}, ${JSON.stringify(tensor)}`,
-        got: JSON.stringify(name)?.slice(0, 120) ?? 'none',
-      });
-    }
-    result.set(tensor, name);
-  }
-  if (result.size === 0) throw badInput('The index names no tensors', { where: path });
-  return result;
 }

@@ -26,6 +26,7 @@ export function joinScales(
   for (const [name, entry] of tensors) {
     if (!name.endsWith('.weight') || entry.shape.length !== 2) continue;
     const isFp8 = entry.encoding.kind === 'plain' && entry.encoding.dtype === 'f8_e4m3';
+    if (!isFp8 && !mayBeFp4(entry)) continue;
     const scale = scaleNames(name).map((other) => tensors.get(other)).find((other) => other !== undefined); // prettier-ignore
     if (scale === undefined) {
       if (isFp8 && block !== undefined) throw missing(entry, 'scale', scaleNames(name).join(' or '));
@@ -74,12 +75,15 @@ function fp8(weight: TensorEntry, scale: TensorEntry, block: readonly [number, n
   });
 }
 
+const mayBeFp4 = ({ encoding }: TensorEntry): boolean =>
+  encoding.kind === 'plain'
+    ? encoding.dtype === 'i8' || encoding.dtype === 'u8'
+    : encoding.kind === 'opaque' && encoding.name === 'F4';
+
 /** I8 beside an E8M0 scale is FP4 in disguise: `expert_dtype: fp4` may stand beside a model-wide fp8 config. */
 function fp4(weight: TensorEntry, scale: TensorEntry): Scaled | undefined {
-  const { encoding } = weight;
-  const packed = encoding.kind === 'plain' && (encoding.dtype === 'i8' || encoding.dtype === 'u8');
-  const named = encoding.kind === 'opaque' && encoding.name === 'F4';
-  if (!(packed || named) || scaleElementOf(scale) !== 'f8_e8m0') return undefined;
+  const packed = weight.encoding.kind === 'plain';
+  if (scaleElementOf(scale) !== 'f8_e8m0') return undefined;
   const [rows, columns] = weight.shape as [number, number];
   const block = [1, 32] as const;
   requireShape(weight, scale, [rows, packed ? 2 * columns : columns], block);
@@ -101,8 +105,9 @@ function requireShape(
   shape: readonly number[],
   block: readonly [number, number],
 ): void {
+  const [rows, columns] = scale.shape;
   const expected = shape.map((size, d) => Math.ceil(size / block[d]!));
-  if (expected.join() === scale.shape.join()) return;
+  if (scale.shape.length === 2 && rows === expected[0] && columns === expected[1]) return;
   throw badInput('A scale does not fit its weight', {
     where: `${scale.span.path}, tensor ${JSON.stringify(scale.name)}`,
     expected: `[${expected.join(', ')}] for ${weight.name} [${shape.join(', ')}] in blocks of ${block.join(' x ')}`,

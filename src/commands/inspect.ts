@@ -13,6 +13,9 @@ import { inputOptions, input } from './shared.js';
 import { encodingName, summarize, type ModelSummary } from './summary.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
+/** Tensors beyond which plans would take longer than a look at the model should: inspect answers within a second. */
+const mostForeseen = 20_000;
+
 export const command = defineCommand({
   name: 'inspect',
   description:
@@ -55,7 +58,9 @@ async function report(checkpoint: Checkpoint, given: Given, io: Io): Promise<Com
   const { model, stored: weights } = await understand(checkpoint, notes);
   const summary = model && summarize(model, weights);
   notes.push(...(summary?.problems ?? []));
-  const would = summary?.problems.length === 0 ? await outlook(given.input, given.config) : undefined;
+  const foreseen = checkpoint.tensors.size <= mostForeseen;
+  if (!foreseen) notes.push('So many tensors are not planned here: quantize --dry-run and moe --dry-run say what they would do.'); // prettier-ignore
+  const would = summary?.problems.length === 0 && foreseen ? await outlook(given.input, given.config) : undefined;
   const files = await Promise.all(checkpoint.files.map(async (path) => ({ path, bytes: (await stat(path)).size })));
   const stored = histogram(checkpoint);
   const tokenizer = checkpoint.companions.find((path) => /tokenizer\.(json|model)$/.test(path));

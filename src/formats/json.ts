@@ -1,5 +1,4 @@
-import { badInput } from '../base/errors.js';
-import type { ConvertError } from '../base/errors.js';
+import { badInput, ConvertError } from '../base/errors.js';
 
 /** Objects have no prototype: `__proto__` and `constructor` are names like any other. */
 export type JsonValue = null | boolean | number | string | JsonValue[] | JsonObject;
@@ -24,6 +23,15 @@ export interface JsonOptions {
 export const isJsonObject = (value: unknown): value is JsonObject =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
 
+/** Text of valid UTF-8; undefined for other bytes. */
+export function decodeUtf8(bytes: Uint8Array): string | undefined {
+  try {
+    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
+  } catch {
+    return undefined;
+  }
+}
+
 /**
  * Parses JSON strictly: UTF-8 only, no duplicate keys, no integer that a double cannot hold, bounded depth.
  * JSON.parse hides duplicate keys (two readers could see two models in one file) and rounds integers above 2^53.
@@ -38,6 +46,16 @@ export function parseJson(bytes: Uint8Array | string, options: JsonOptions): Jso
   return new Parser(text, options).document();
 }
 
+/** The same, undefined for what it refuses: where another reading follows that says what is wrong. */
+export function tryJson(text: string, options: JsonOptions): JsonValue | undefined {
+  try {
+    return parseJson(text, options);
+  } catch (error) {
+    if (error instanceof ConvertError) return undefined;
+    throw error;
+  }
+}
+
 const code = (character: string): number => character.charCodeAt(0);
 const [quote, backslash, comma, colon, minus, digit0, digit9] = ['"', '\\', ',', ':', '-', '0', '9'].map(code) as [
   number, number, number, number, number, number, number]; // prettier-ignore
@@ -45,6 +63,10 @@ const [openBrace, closeBrace, openBracket, closeBracket] = ['{', '}', '[', ']'].
   number, number, number, number]; // prettier-ignore
 const escapes: Record<string, string> = { '"': '"', '\\': '\\', '/': '/', b: '\b', f: '\f', n: '\n', r: '\r', t: '\t' };
 const numberPattern = /-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?/y;
+/** What a string cannot hold as it stands. */
+const notPlain = /[\\\u0000-\u001f]/;
+/** Longer texts may be all of the rest of a damaged file, again and again. */
+const plainLimit = 4096;
 const literalPattern = /true|false|null|NaN|-?Infinity/y;
 const literals = new Map<string, JsonValue>([
   ['true', true],
@@ -123,6 +145,15 @@ class Parser {
 
   #string(): string {
     const start = ++this.#at;
+    // Without escapes, as nearly all are: found at once rather than looked at character by character.
+    const end = this.text.indexOf('"', start);
+    if (end >= 0 && end - start < plainLimit) {
+      const plain = this.text.slice(start, end);
+      if (!notPlain.test(plain)) {
+        this.#at = end + 1;
+        return plain;
+      }
+    }
     let plainFrom = start;
     let result = '';
     for (;;) {

@@ -1,6 +1,6 @@
 import type { DType } from '../base/dtype.js';
 import { badInput, didYouMean } from '../base/errors.js';
-import { isJsonObject, parseJson } from './json.js';
+import { decodeUtf8, isJsonObject, parseJson, tryJson } from './json.js';
 import type { JsonObject, JsonValue } from './json.js';
 import { hashHeaders, safeU64 } from './source.js';
 import type { RandomAccess } from './source.js';
@@ -68,16 +68,55 @@ export function readSafetensors(source: RandomAccess): SafetensorsFile {
     });
   }
   const bytes = source.read(8, length, 'header');
+  const dataStart = 8 + length;
+  const found = readUsual(bytes, path, dataStart) ?? readAny(bytes, path, dataStart);
+  requireContiguous(found.tensors, dataStart, size, path);
+  return { ...found, notes: [], headerHash: hashHeaders(size, [bytes]), dataStart };
+}
+
+type Listing = Pick<SafetensorsFile, 'tensors' | 'metadata'>;
+
+const metadataPattern = /\{(?:"__metadata__":(\{(?:"[^"\\]*":"[^"\\]*",?)*\})(?:,(?=")|(?=\})))?/y;
+const count = '(?:0|[1-9]\\d{0,14})';
+const entryPattern = new RegExp(
+  `"([^"\\\\\\u0000-\\u001f]+)":\\{"dtype":"(\\w+)","shape":\\[((?:${count}(?:,(?=\\d)|(?=\\])))*)\\],"data_offsets":\\[(${count}),(${count})\\]\\}([,}])`,
+  'y',
+);
+
+/**
+ * A header in the form that the libraries write, without building objects of it: a model of 90,000 tensors opens in
+ * half the time. Undefined when anything in it is otherwise; then the header is read as any JSON.
+ */
+function readUsual(bytes: Buffer, path: string, dataStart: number): Listing | undefined {
+  const text = decodeUtf8(bytes);
+  if (text === undefined) return undefined;
+  metadataPattern.lastIndex = 0;
+  const start = metadataPattern.exec(text);
+  if (start === null) return undefined;
+  const listed = start[1] === undefined ? null : tryJson(start[1], { where: path });
+  if (listed === undefined) return undefined;
+  const tensors = new Map<string, TensorEntry>();
+  for (let at = metadataPattern.lastIndex; ; at = entryPattern.lastIndex) {
+    entryPattern.lastIndex = at;
+    const [, name, type, dims, begin, end, next] = entryPattern.exec(text) ?? [];
+    const dtype = dtypes.get(type ?? '');
+    if (name === undefined || dtype === undefined || name === '__metadata__' || tensors.has(name)) return undefined;
+    const shape = dims === '' ? [] : dims!.split(',').map(Number);
+    if (shape.length > 64) return undefined;
+    tensors.set(name, place(name, type!, dtype, shape, Number(begin), Number(end), path, dataStart));
+    if (next === '}') return /^ *$/.test(text.slice(entryPattern.lastIndex)) ? { tensors: [...tensors.values()], metadata: readMetadata(listed, path) } : undefined; // prettier-ignore
+  }
+}
+
+function readAny(bytes: Buffer, path: string, dataStart: number): Listing {
   const header = parseJson(bytes, { where: `${path}, header`, maxDepth: 32, integersOnly: true });
   if (!isJsonObject(header)) throw badInput('The safetensors header is no JSON object', { where: path });
-  const dataStart = 8 + length;
   const metadata = readMetadata(header['__metadata__'] ?? null, path);
   const tensors: TensorEntry[] = [];
   for (const name in header) {
     if (name !== '__metadata__') tensors.push(readTensor(name, header[name]!, path, dataStart));
   }
-  requireContiguous(tensors, dataStart, size, path);
-  return { tensors, notes: [], headerHash: hashHeaders(size, [bytes]), metadata, dataStart };
+  return { tensors, metadata };
 }
 
 function readMetadata(value: JsonValue, path: string): Record<string, string> {
@@ -99,15 +138,39 @@ function readTensor(name: string, value: JsonValue, path: string, dataStart: num
   if (offsets.length !== 2 || begin! > end!) {
     throw badInput('Bad data_offsets', { where, expected: '[begin, end]', got: JSON.stringify(offsets) });
   }
+  return place(name, value['dtype'] as string, dtype, shape, begin!, end!, path, dataStart);
+}
+
+/** Checks a tensor's shape against its bytes. */
+function place(
+  name: string,
+  type: string,
+  dtype: { encoding: Encoding; bits: number },
+  shape: readonly number[],
+  begin: number,
+  end: number,
+  path: string,
+  dataStart: number,
+): TensorEntry {
+  const where = (): string => `${path}, tensor ${JSON.stringify(name)}`;
+  if (begin > end) throw badInput('Bad data_offsets', { where: where(), expected: '[begin, end]', got: `[${begin},${end}]` }); // prettier-ignore
   const bits = shape.reduce((product, dim) => times(product, dim, shape, where), dtype.bits);
   if (bits % 8 !== 0) {
-    throw badInput('The tensor ends inside a byte', { where, got: `${bits} bits`, expected: 'a multiple of 8 bits' });
+    throw badInput('The tensor ends inside a byte', {
+      where: where(),
+      got: `${bits} bits`,
+      expected: 'a multiple of 8 bits',
+    });
   }
-  if (bits / 8 !== end! - begin!) {
-    const expected = `${bits / 8} bytes for ${value['dtype'] as string} [${shape.join(', ')}]`;
-    throw badInput('Size of a tensor disagrees with its offsets', { where, expected, got: `${end! - begin!} bytes` });
+  if (bits / 8 !== end - begin) {
+    const expected = `${bits / 8} bytes for ${type} [${shape.join(', ')}]`;
+    throw badInput('Size of a tensor disagrees with its offsets', {
+      where: where(),
+      expected,
+      got: `${end - begin} bytes`,
+    });
   }
-  const span = { path, offset: dataStart + begin!, bytes: end! - begin! };
+  const span = { path, offset: dataStart + begin, bytes: end - begin };
   return { name, shape, encoding: dtype.encoding, span };
 }
 
@@ -136,9 +199,10 @@ function readIntegers(value: JsonObject, key: string, where: string): number[] {
   throw badInput(`Bad ${key}`, { where, expected: 'non-negative integers', got });
 }
 
-function times(product: number, dim: number, shape: readonly number[], where: string): number {
+function times(product: number, dim: number, shape: readonly number[], where: () => string): number {
   const result = product * dim;
-  if (!Number.isSafeInteger(result)) throw badInput('Shape overflows', { where, got: `[${shape.join(', ')}]` });
+  if (!Number.isSafeInteger(result))
+    throw badInput('Shape overflows', { where: where(), got: `[${shape.join(', ')}]` });
   return result;
 }
 

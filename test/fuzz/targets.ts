@@ -6,7 +6,7 @@ import { parseConfig } from '../../src/checkpoint/config.js';
 import { fromNative } from '../../src/checkpoint/deepseek-native.js';
 import { detectFormat } from '../../src/checkpoint/detect.js';
 import { fromGguf } from '../../src/checkpoint/gguf-model.js';
-import { parseIndex } from '../../src/checkpoint/locate.js';
+import { parseIndex } from '../../src/checkpoint/shard-index.js';
 import { fromOnnx } from '../../src/checkpoint/onnx-model.js';
 import { joinScales } from '../../src/checkpoint/scales.js';
 import { ggmlBlocks } from '../../src/formats/ggml.js';
