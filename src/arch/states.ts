@@ -1,6 +1,6 @@
 import { open, readdir, rm, type FileHandle } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
-import { badInput, bug } from '../base/errors.js';
+import { ConvertError, badInput, bug, noResource } from '../base/errors.js';
 import { ioError, renameDurable } from '../base/files.js';
 import { dtypeSize, elementCount } from '../base/dtype.js';
 import type { Device } from '../backend/device.js';
@@ -22,7 +22,7 @@ export interface StatesOptions {
  * The hidden states [tokens, hidden] of all calibration batches between two blocks. They are written to a file as they
  * are (which is what makes a killed job go on bit-identically), and held on the device as well where memory allows.
  */
-export class States implements Disposable {
+export class States implements AsyncDisposable {
   readonly #device: Device;
   readonly #options: StatesOptions;
   readonly #offsets: number[] = [];
@@ -68,13 +68,11 @@ export class States implements Disposable {
       copyInto(state, x.view(...shape));
     }
     this.#nextFile ??= await create(this.#options.path('next'));
-    const writing = this.#device.writeFile(
-      state.buffer,
-      state.byteOffset,
-      this.#nextFile.fd,
-      this.#offsets[b]!,
-      state.bytes,
-    );
+    const writing = this.#device
+      .writeFile(state.buffer, state.byteOffset, this.#nextFile.fd, this.#offsets[b]!, state.bytes)
+      .catch((error: unknown) => {
+        throw cannotWrite(error, this.#options.path('next'));
+      });
     if (this.#options.resident) {
       writing.catch(() => undefined); // awaited in `next`
       this.#writes.push(writing);
@@ -87,7 +85,7 @@ export class States implements Disposable {
 
   /** All batches are put: they are the states from now on. */
   async next(): Promise<void> {
-    await Promise.all(this.#writes.splice(0));
+    await this.#written();
     this.#scope[Symbol.dispose]();
     [this.#scope, this.#nextScope] = [this.#nextScope, new Scope(this.#device)];
     [this.#now, this.#next] = [this.#next, []];
@@ -148,15 +146,30 @@ export class States implements Disposable {
     return [this.#options.rows[b]!, this.#options.hidden];
   }
 
-  [Symbol.dispose](): void {
+  /** All writes have ended; throws what the first failed one said. */
+  async #written(): Promise<void> {
+    const ends = await Promise.allSettled(this.#writes.splice(0));
+    const failed = ends.find((end) => end.status === 'rejected');
+    if (failed) throw failed.reason;
+  }
+
+  /** Transfers hold memory and descriptors: both go when the last one has ended. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#written().catch(() => undefined); // has reported itself, or something else went wrong first
     this.#scope[Symbol.dispose]();
     this.#nextScope[Symbol.dispose]();
-    // Transfers that failed half-way have reported themselves; the descriptors go when nothing uses them any more.
-    const files = [this.#file, this.#nextFile];
-    void Promise.allSettled(this.#writes).then(async () => {
-      for (const file of files) await file?.close();
-    });
+    for (const file of [this.#file, this.#nextFile]) await file?.close();
   }
+}
+
+function cannotWrite(error: unknown, path: string): unknown {
+  if (!(error instanceof ConvertError) || error.kind !== 'resource') return error;
+  return noResource('The calibration states cannot be written', {
+    where: path,
+    got: error.message,
+    hint: 'Free some space and run the same command again: it goes on where it stopped.',
+    cause: error,
+  });
 }
 
 async function create(path: string): Promise<FileHandle> {

@@ -86,7 +86,7 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
   if (first === -1) return;
   const geometry = planMemory(options);
   env.log.debug(`calibration: ${geometry.note}`);
-  using states = new States(env.device, {
+  await using states = new States(env.device, {
     hidden: model.stateWidth,
     dtype: options.dtype,
     rows: geometry.batches.map((batch) => batch.rows * set.seqLen),

@@ -153,6 +153,8 @@ export class Device {
         });
       case 'EIO':
         return noResource(`The disk failed during a ${during}`, { cause: error });
+      case 'DC_IO':
+        return noResource(`A ${during} failed: ${error.message}`, { cause: error });
       case 'DC_EOF':
         return new ConvertError('input', 'The file ended before the tensor did', {
           hint: 'It is truncated or changed while being read: copy or download it again.',
