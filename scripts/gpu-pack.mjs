@@ -28,6 +28,9 @@ for (const file of ['deepseek_convert.node', 'libdeepseek_convert_cuda.so'])
 cpSync(join(root, 'build/gpu'), join(stage, 'build/gpu'), { recursive: true });
 cpSync(join(root, 'test/gpu/run.mjs'), join(stage, 'test/gpu/run.mjs'));
 writeFileSync(join(stage, 'package.json'), '{"type":"module","version":"0.0.0"}');
+// What the command line looks for at its package's root, which is build/gpu here.
+for (const name of ['package.json', 'calibration', 'schemas'])
+  if (existsSync(join(root, name))) cpSync(join(root, name), join(stage, 'build/gpu', name), { recursive: true });
 
 // Production packages, and of the development ones `expect` alone.
 const production = execFileSync('npm', ['ls', '--omit=dev', '--all', '--parseable'], { cwd: root, encoding: 'utf8' })

@@ -13,216 +13,241 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 // Codes 0..15 at bits 0 and 16 -> two bf16 of 128 + code, exactly.
-__device__ __forceinline__ uint32_t widen(uint32_t word, int shift) { return (word >> shift & 0x000F000Fu) | 0x43004300u; }
+__device__ __forceinline__ uint32_t widen(uint32_t word, int shift) {
+  uint32_t pair;  // (word >> shift & 0x000F000F) | 0x43004300 in one instruction, which the compiler does not find
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(pair) : "r"(word >> shift), "r"(0x000F000Fu), "r"(0x43004300u));
+  return pair;
+}
 
-__device__ __forceinline__ void fetch_async(void* shared, const void* global, int bytes, bool there) {
-  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void fetch_async(uint32_t to, const void* global, int bytes, bool there) {
   const int size = there ? bytes : 0;  // the rest is filled with zeros
   if (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(size));
   else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(size));
 }
 
-// A block takes tiles of 16 rows of W one after another, K split over its warps in pieces of 128 columns; M <= 8 rows of
-// x, brought in once. A lane fetches the weights that itself multiplies, AHEAD pieces (also of the next tile) before it
-// needs them, so that nothing waits for another lane. A word gives the pairs (k, k + 4): x is kept in that order in
-// shared memory. Per group: sum (128 + u) x on tensor cores, exact products, times the scale; minus (128 + zero) scale
-// sum x, for all groups at the end of a tile.
-constexpr int WARPS = 4, AHEAD = 8, ROWS = 16, THREADS = WARPS * 32;
+// A team of SPLIT warps takes tiles of 16 rows of W one after another, K split over its warps in pieces of 128 columns;
+// the teams of a block share M <= 8 rows of x, brought in once. A lane fetches the weights that itself multiplies, AHEAD
+// pieces (also of the next tile) before it needs them, so that nothing waits for another lane. A word gives the pairs
+// (k, k + 4): x is kept in that order in shared memory. Per group: sum (128 + u) x on tensor cores, exact products, from
+// -(128 + zero) sum x on; times the scale.
+constexpr int AHEAD = 4, ROWS = 16, MAX_THREADS = 640;
 
 struct Int4Layout {
-  int pieces, groups, words, M, scale_bytes;  // of a row of scales, in shared memory
-  __host__ __device__ Int4Layout(int K, int group, int M, int scale_size) : pieces((K + 127) / 128), groups((K + group - 1) / group), words(pieces * 16 + 4), M(M), scale_bytes((groups * scale_size + 3) / 4 * 4) {}
-  __host__ __device__ size_t x() const { return size_t(WARPS) * AHEAD * 64 * 16; }
-  __host__ __device__ size_t sums() const { return x() + size_t(M) * words * 16; }  // of x by group
-  __host__ __device__ size_t scales() const { return sums() + size_t(M) * groups * 4; }
-  __host__ __device__ size_t partial() const { return scales() + 2 * size_t(ROWS) * scale_bytes; }
-  __host__ __device__ size_t bytes() const { return partial() + size_t(WARPS) * ROWS * 8 * 4; }
+  int pieces, groups, words, scale_bytes;  // of a row of scales, in shared memory
+  int M, teams, split;
+  __host__ __device__ Int4Layout(int K, int group, int M, int scale_size, int teams, int split)
+      : pieces((K + 127) / 128), groups((K + group - 1) / group), words(pieces * 16 + 4), scale_bytes((groups * scale_size + 3) / 4 * 4), M(M), teams(teams), split(split) {}
+  __host__ __device__ size_t x() const { return size_t(teams) * split * AHEAD * 64 * 16; }
+  __host__ __device__ size_t sums() const { return x() + size_t(M) * words * 16; }  // [group][8] -sum of x
+  __host__ __device__ size_t scales() const { return sums() + size_t(groups) * 8 * 4; }
+  __host__ __device__ size_t partial() const { return scales() + size_t(teams) * 2 * ROWS * scale_bytes; }
+  __host__ __device__ size_t bytes() const { return partial() + size_t(teams) * split * ROWS * 8 * 4; }
 };
 
-// WIDE: groups of 128 or multiples. Else of 32 or 64. S: of the scales.
-template <bool WIDE, class S>
-__global__ void __launch_bounds__(THREADS) int4_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, dc_tensor scale, int scale_size, const uint32_t* zero, int64_t zero_row,
-                                                     dc_tensor bias, int64_t N, int K, int group, int m0, int M) {
+enum { NARROW, ONE, SEVERAL };  // groups of 32 or 64; of 128, a piece each; of several pieces
+
+// KIND: of groups. S: of the scales.
+template <int KIND, int SPLIT, class S>
+__global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, dc_tensor scale, const uint32_t* zero, int64_t zero_row,
+                                                         dc_tensor bias, int64_t N, int K, int group, int m0, int M) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const Int4Layout layout(K, group, M, scale_size);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, thread = threadIdx.x;
-  uint4* ring = reinterpret_cast<uint4*>(memory) + warp * AHEAD * 64;
+  constexpr bool WIDE = KIND != NARROW;
+  constexpr int TEAM = SPLIT * 32;
+  const int teams = blockDim.x / TEAM, team = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
+  const Int4Layout layout(K, group, M, sizeof(S), teams, SPLIT);
+  const int pieces = layout.pieces, groups = layout.groups;
+  const int lane = threadIdx.x & 31, warp = member >> 5, g = lane >> 2, t = lane & 3;
+  const uint4* ring = reinterpret_cast<const uint4*>(memory) + (threadIdx.x >> 5) * AHEAD * 64 + lane;
+  const uint32_t ring_address = shared_address(ring);
   uint4* xp = reinterpret_cast<uint4*>(memory + layout.x());
   float* sums = reinterpret_cast<float*>(memory + layout.sums());
-  unsigned char* scales = memory + layout.scales();
-  float* partial = reinterpret_cast<float*>(memory + layout.partial());
+  unsigned char* scales = memory + layout.scales() + team * 2 * ROWS * layout.scale_bytes;
+  float* partial = reinterpret_cast<float*>(memory + layout.partial()) + team * SPLIT * ROWS * 8;
+  auto team_sync = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM) : "memory"); };
   const int whole = K / 128, word_count = (K + 7) / 8;  // pieces that lie wholly within a row
-  const int tiles = int((N + ROWS - 1) / ROWS);
-  const int per_group = group >> 7, shift = group == 64 ? 1 : 0;  // pieces of a group; or groups are of one or two parts of 32
+  const int tiles = int((N + ROWS - 1) / ROWS), first_tile = blockIdx.x * teams + team, tile_step = gridDim.x * teams;
+  const int per_group = KIND == SEVERAL ? group >> 7 : 1, shift = KIND == NARROW && group == 64 ? 1 : 0;
   auto row_of = [&](int tile, int r) { return min(int64_t(tile) * ROWS + r, N - 1); };
   // The next piece to be fetched; a lane's four words of it: neighbours, or (where they have groups of their own) t,
   // t + 4, t + 8, t + 12.
-  int fetch_tile = blockIdx.x, fetch_piece = warp;
+  int fetch_tile = first_tile, fetch_piece = warp;
   const uint32_t *wa, *wb;
-  auto fetch_from = [&] { wa = words + row_of(fetch_tile, g) * word_row, wb = words + row_of(fetch_tile, g + 8) * word_row; };
+  auto fetch_from = [&] {
+    wa = words + row_of(fetch_tile, g) * word_row + warp * 16 + t * (WIDE ? 4 : 1);
+    wb = words + row_of(fetch_tile, g + 8) * word_row + warp * 16 + t * (WIDE ? 4 : 1);
+  };
   fetch_from();
-  auto fetch = [&](int slot) {
+  auto fetch = [&](uint32_t slot) {
     if (fetch_tile < tiles) {
-      const int p = fetch_piece;
-      uint4 *a = ring + slot * 64 + lane, *b = a + 32;
-      if (WIDE && p < whole) {
-        fetch_async(a, wa + p * 16 + t * 4, 16, true);
-        fetch_async(b, wb + p * 16 + t * 4, 16, true);
-      } else if (p < layout.pieces) {
+      const uint32_t a = ring_address + slot * 1024, b = a + 512;
+      if (WIDE && fetch_piece < whole) {
+        fetch_async(a, wa, 16, true);
+        fetch_async(b, wb, 16, true);
+      } else if (fetch_piece < pieces) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const int w = p * 16 + j * 4 + t;
-          fetch_async(reinterpret_cast<uint32_t*>(a) + j, wa + (w < word_count ? w : 0), 4, w < word_count);
-          fetch_async(reinterpret_cast<uint32_t*>(b) + j, wb + (w < word_count ? w : 0), 4, w < word_count);
+          const int back = WIDE ? t * 3 : 0;  // from the wide place to the narrow one
+          const bool there = fetch_piece * 16 + j * 4 + t < word_count;
+          fetch_async(a + j * 4, there ? wa - back + j * 4 : words, 4, there);
+          fetch_async(b + j * 4, there ? wb - back + j * 4 : words, 4, there);
         }
       }
-      fetch_piece += WARPS;
-      if (fetch_piece >= layout.pieces) {
-        fetch_piece = warp, fetch_tile += gridDim.x;
-        if (fetch_tile < tiles) fetch_from();
+      fetch_piece += SPLIT, wa += 16 * SPLIT, wb += 16 * SPLIT;
+      if (fetch_piece >= pieces) {
+        fetch_piece = warp, fetch_tile += tile_step;
+        fetch_from();
       }
     }
     asm volatile("cp.async.commit_group;");
   };
-  // A tile's scales, as they are; rows of odd length are copied by hand.
-  const bool aligned = (scale.stride[0] * scale_size) % 4 == 0 && (layout.groups * scale_size) % 4 == 0 && reinterpret_cast<uintptr_t>(scale.data) % 4 == 0;
+  // A tile's scales, as they are, eight threads a row; rows of odd length are copied by hand.
+  const bool aligned = (scale.stride[0] * sizeof(S)) % 4 == 0 && (groups * sizeof(S)) % 4 == 0 && reinterpret_cast<uintptr_t>(scale.data) % 4 == 0;
+  const int r8 = member / 8, part = member % 8;
   auto fetch_scales = [&](int tile, int buffer) {
-    if (tile >= tiles) return;
-    unsigned char* to = scales + buffer * ROWS * layout.scale_bytes;
-    const int per = aligned ? layout.scale_bytes / 4 : layout.groups;
-    for (int i = thread; i < ROWS * per; i += THREADS) {
-      const int r = i / per, k = i % per;
-      const char* from = static_cast<const char*>(scale.data) + row_of(tile, r) * scale.stride[0] * scale_size;
-      if (aligned) fetch_async(to + r * layout.scale_bytes + k * 4, from + k * 4, 4, true);
-      else if (scale_size == 4) reinterpret_cast<float*>(to + r * layout.scale_bytes)[k] = reinterpret_cast<const float*>(from)[k];
-      else reinterpret_cast<uint16_t*>(to + r * layout.scale_bytes)[k] = reinterpret_cast<const uint16_t*>(from)[k];
-    }
+    if (tile >= tiles || r8 >= ROWS) return;
+    S* to = reinterpret_cast<S*>(scales + (buffer * ROWS + r8) * layout.scale_bytes);
+    const S* from = static_cast<const S*>(scale.data) + row_of(tile, r8) * scale.stride[0];
+    if (aligned)
+      for (int k = part; k < layout.scale_bytes / 4; k += 8) fetch_async(shared_address(to) + k * 4, reinterpret_cast<const uint32_t*>(from) + k, 4, true);
+    else
+      for (int k = part; k < groups; k += 8) to[k] = from[k];
   };
-  fetch_scales(blockIdx.x, 0);
-#pragma unroll
+  fetch_scales(first_tile, 0);
+#pragma unroll 1
   for (int i = 0; i < AHEAD; i++) fetch(i);
+  auto wait = [] { asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1)); };  // for all but the last AHEAD - 1 fetches
   // x, pair by pair.
   const bool vector = K % 8 == 0 && x.stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  auto place = [&](int w) { return WIDE && w < whole * 16 ? (w & ~15) + (w & 3) * 4 + (w >> 2 & 3) : w; };  // read by [4 j + t]
+#pragma unroll 1
   for (int m = 0; m < M; m++)
-    for (int w0 = thread; w0 < layout.pieces * 16; w0 += 4 * THREADS) {
-      uint4 v[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int w = w0 + i * THREADS;
-        const bf16* from = static_cast<const bf16*>(x.data) + (m0 + m) * x.stride[0] + int64_t(w) * 8;
-        v[i] = make_uint4(0, 0, 0, 0);
-        if (vector) {
-          if (w * 8 < K) v[i] = *reinterpret_cast<const uint4*>(from);
-        } else {
-          bf16* each = reinterpret_cast<bf16*>(&v[i]);
-          for (int k = 0; k < 8; k++)
-            if (w * 8 + k < K) each[k] = from[k];
-        }
+#pragma unroll 2
+    for (int w = threadIdx.x; w < pieces * 16; w += blockDim.x) {
+      const bf16* from = static_cast<const bf16*>(x.data) + (m0 + m) * x.stride[0] + w * 8;
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (vector) {
+        if (w * 8 < K) v = *reinterpret_cast<const uint4*>(from);
+      } else {
+        bf16* each = reinterpret_cast<bf16*>(&v);
+        for (int k = 0; k < 8; k++)
+          if (w * 8 + k < K) each[k] = from[k];
       }
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int w = w0 + i * THREADS;
-        if (w >= layout.pieces * 16) break;
-        const int place = WIDE && w < whole * 16 ? (w & ~15) + (w & 3) * 4 + (w >> 2 & 3) : w;  // read by [4 j + t]
-        xp[m * layout.words + place] = make_uint4(__byte_perm(v[i].x, v[i].z, 0x5410), __byte_perm(v[i].x, v[i].z, 0x7632), __byte_perm(v[i].y, v[i].w, 0x5410), __byte_perm(v[i].y, v[i].w, 0x7632));
-      }
+      xp[m * layout.words + place(w)] = make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
     }
   __syncthreads();
-  // Sums of x by group, eight threads to a group.
-  const int part = thread % 8;
-  for (int i0 = 0; i0 < M * layout.groups; i0 += THREADS / 8) {
-    const int i = i0 + thread / 8, m = i / layout.groups, gi = i % layout.groups;
-    float sum = 0;
-    if (i < M * layout.groups)
-      for (int w = gi * (group / 8) + part; w < min((gi + 1) * (group / 8), layout.pieces * 16); w += 8) {
-        const int place = WIDE && w < whole * 16 ? (w & ~15) + (w & 3) * 4 + (w >> 2 & 3) : w;
-        const uint4 v = xp[m * layout.words + place];
+  // Sums of x by group, eight threads to a group; those of rows that are not there stay unwritten and unseen.
+#pragma unroll 1
+  for (int m = 0; m < M; m++)
+#pragma unroll 1
+    for (int g0 = 0; g0 < groups; g0 += blockDim.x / 8) {
+      const int gi = g0 + threadIdx.x / 8, p8 = threadIdx.x % 8, end = min((gi + 1) * (group / 8), pieces * 16);
+      float sum = 0;
+      for (int w = gi * (group / 8) + p8; w < end; w += 8) {
+        const uint4 v = xp[m * layout.words + place(w)];
 #pragma unroll
         for (uint32_t pair : {v.x, v.y, v.z, v.w}) sum += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xFFFF0000u);
       }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    sum += __shfl_xor_sync(~0u, sum, 4);
-    if (part == 0 && i < M * layout.groups) sums[i] = sum;
-  }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      sum += __shfl_xor_sync(~0u, sum, 4);
+      if (p8 == 0 && gi < groups) sums[gi * 8 + m] = -sum;
+    }
+  __syncthreads();
   auto multiply = [&](float (&c)[4], uint32_t a, uint32_t b, const uint4& v) {
     mma_bf16(c, widen(a, 0), widen(b, 0), widen(a, 4), widen(b, 4), v.x, v.y);
     mma_bf16(c, widen(a, 8), widen(b, 8), widen(a, 12), widen(b, 12), v.z, v.w);
   };
-  const uint4 none = make_uint4(0, 0, 0, 0);
-  int slot = 0, buffer = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
+  // Rows of x from M on do not exist: what their columns of the product hold is nobody's concern.
+  const uint4* const mine = xp + min(g, M - 1) * layout.words + t;
+  uint32_t slot = 0;
+  int buffer = 0;
+#pragma unroll 1
+  for (int tile = first_tile; tile < tiles; tile += tile_step, buffer ^= 1) {
     // The scales were asked for a tile ago: before the last AHEAD pieces, or everything is waited for.
-    if (tile == int(blockIdx.x) || layout.pieces < WARPS * AHEAD) asm volatile("cp.async.wait_group 0;");
-    else asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1));
-    __syncthreads();
-    fetch_scales(tile + gridDim.x, buffer ^ 1);  // joins the next group
-    const unsigned char* tile_scales = scales + buffer * ROWS * layout.scale_bytes;
-    auto scale_at = [&](int r, int gi) { return to_float(reinterpret_cast<const S*>(tile_scales + r * layout.scale_bytes)[gi]); };
+    if (tile == first_tile || pieces < SPLIT * AHEAD) asm volatile("cp.async.wait_group 0;");
+    else wait();
+    team_sync();
+    fetch_scales(tile + tile_step, buffer ^ 1);  // joins the next group
+    const S *sa = reinterpret_cast<const S*>(scales + (buffer * ROWS + g) * layout.scale_bytes), *sb = reinterpret_cast<const S*>(scales + (buffer * ROWS + g + 8) * layout.scale_bytes);
+    const int64_t ra = row_of(tile, g), rb = row_of(tile, g + 8);
     float acc[4] = {};
-    auto add = [&](const float (&c)[4], int gi) {
-      const float s0 = scale_at(g, gi), s1 = scale_at(g + 8, gi);
-      acc[0] = fmaf(s0, c[0], acc[0]), acc[1] = fmaf(s0, c[1], acc[1]);
-      acc[2] = fmaf(s1, c[2], acc[2]), acc[3] = fmaf(s1, c[3], acc[3]);
+    // The part of a group that leads brings its offset.
+    auto start = [&](float (&c)[4], int gi, bool leads) {
+      const float2 sum = *reinterpret_cast<const float2*>(sums + gi * 8 + 2 * t);
+      float za = 136.f, zb = 136.f;
+      if (zero) za = 128.f + float(zero[ra / 8 * zero_row + gi] >> (ra % 8 * 4) & 15), zb = 128.f + float(zero[rb / 8 * zero_row + gi] >> (rb % 8 * 4) & 15);
+      if (!leads) za = zb = 0;
+      c[0] = za * sum.x, c[1] = za * sum.y, c[2] = zb * sum.x, c[3] = zb * sum.y;
     };
-    for (int p = warp; p < layout.pieces; p += WARPS) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1));
-      const uint4 a = ring[slot * 64 + lane], b = ring[slot * 64 + 32 + lane];
-      const uint4* v = xp + g * layout.words + p * 16 + t;
-      uint4 x4[4];
-#pragma unroll
-      for (int j = 0; j < 4; j++) x4[j] = g < M ? v[4 * j] : none;
+    auto add = [&](const float (&c)[4], const float (&d)[4], int gi) {
+      const float s0 = to_float(sa[gi]), s1 = to_float(sb[gi]);
+      acc[0] = fmaf(s0, c[0] + d[0], acc[0]), acc[1] = fmaf(s0, c[1] + d[1], acc[1]);
+      acc[2] = fmaf(s1, c[2] + d[2], acc[2]), acc[3] = fmaf(s1, c[3] + d[3], acc[3]);
+    };
+    const uint4* v = mine + warp * 16;
+#pragma unroll 1
+    for (int p = warp; p < pieces; p += SPLIT, v += 16 * SPLIT) {
+      wait();
+      const uint4 a = ring[slot * 64], b = ring[slot * 64 + 32];
+      const uint4 x4[4] = {v[0], v[4], v[8], v[12]};
       if (WIDE && p < whole) {
-        float c[4] = {};
+        const int gi = KIND == ONE ? p : p / per_group;
+        float c[4], d[4] = {};  // two chains: each product waits for the last of its own
+        start(c, gi, KIND == ONE || p % per_group == 0);
+        multiply(d, a.y, b.y, x4[1]);
         multiply(c, a.x, b.x, x4[0]);
-        multiply(c, a.y, b.y, x4[1]);
+        multiply(d, a.w, b.w, x4[3]);
         multiply(c, a.z, b.z, x4[2]);
-        multiply(c, a.w, b.w, x4[3]);
-        add(c, per_group == 1 ? p : p / per_group);
+        add(c, d, gi);
       } else {
         const uint32_t a4[4] = {a.x, a.y, a.z, a.w}, b4[4] = {b.x, b.y, b.z, b.w};
+        const float nothing[4] = {};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          float c[4] = {};
+          const int at = p * 4 + j, gi = WIDE ? p / per_group : at >> shift;
+          if (gi >= groups) break;
+          float c[4];
+          start(c, gi, WIDE ? j == 0 && p % per_group == 0 : shift == 0 || (at & 1) == 0);
           multiply(c, a4[j], b4[j], x4[j]);
-          add(c, min(per_group == 0 ? (p * 4 + j) >> shift : p / per_group, layout.groups - 1));
+          add(c, nothing, gi);
         }
       }
       fetch(slot);
-      slot = slot + 1 == AHEAD ? 0 : slot + 1;
+      slot = (slot + 1) % AHEAD;
     }
     float* here = partial + warp * (ROWS * 8);
     here[g * 8 + 2 * t] = acc[0], here[g * 8 + 2 * t + 1] = acc[1];
     here[(g + 8) * 8 + 2 * t] = acc[2], here[(g + 8) * 8 + 2 * t + 1] = acc[3];
-    // What the codes' offset added: eight threads a row, each its groups.
-    const int r = thread / 8;
-    const int64_t row = row_of(tile, r);
-    float offset[8] = {};
-    for (int gi = part; gi < layout.groups; gi += 8) {
-      const float s = scale_at(r, gi) * (128.f + (zero ? float(zero[row / 8 * zero_row + gi] >> (row % 8 * 4) & 15) : 8.f));
+    team_sync();
+    const int64_t row = int64_t(tile) * ROWS + r8;
+    if (r8 < ROWS && row < N && part < M) {
+      float sum = 0;
 #pragma unroll
-      for (int m = 0; m < 8; m++)
-        if (m < M) offset[m] = fmaf(s, sums[m * layout.groups + gi], offset[m]);
-    }
-    float correction = 0;
-#pragma unroll
-    for (int m = 0; m < 8; m++) {
-      if (m >= M) break;
-      float sum = offset[m];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      sum += __shfl_xor_sync(~0u, sum, 4);
-      if (part == m) correction = sum;
-    }
-    __syncthreads();
-    float sum = -correction;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += partial[w * (ROWS * 8) + r * 8 + part];
-    if (int64_t(tile) * ROWS + r < N && part < M) {
+      for (int w = 0; w < SPLIT; w++) sum += partial[w * (ROWS * 8) + r8 * 8 + part];
       if (bias.data) sum += load(bias.data, bias.dtype, row * bias.stride[0]);
       store(y.data, y.dtype, (m0 + part) * y.stride[0] + row, sum);
     }
   }
+}
+
+// How many teams a block has: the fewest rounds of tiles over all multiprocessors, one block on each; what fewer than 14
+// warps leave idle counts as work.
+struct Int4Plan {
+  int teams, split, blocks;
+  Int4Plan(int64_t tiles, int multiprocessors) {
+    split = tiles <= 2 * multiprocessors ? 8 : 4;
+    int64_t best = INT64_MAX;
+    for (int n = 1; n * split * 32 <= MAX_THREADS; n++) {
+      const int64_t cost = ceil_div(tiles, int64_t(multiprocessors) * n) * std::max(n * split, 14);
+      if (cost <= best) best = cost, teams = n;
+    }
+    blocks = int(std::min<int64_t>(multiprocessors, ceil_div(tiles, teams)));
+  }
+};
+template <int SPLIT, class S>
+auto int4_kernel(int64_t group) {
+  return group == 128 ? int4_rows<ONE, SPLIT, S> : group % 128 == 0 ? int4_rows<SEVERAL, SPLIT, S> : int4_rows<NARROW, SPLIT, S>;
 }
 
 template <class T>
@@ -256,22 +281,20 @@ extern "C" int dc_cuda_int4_matmul(dc_context* c, const dc_call* call) {
   const int64_t M = x.dim[0], K = x.dim[1], N = y.dim[1], group = call->i[0];
   if (count(y) == 0) return 0;
   const int64_t word_row = words.stride[0];
-  const auto shared = [&](int m) { return Int4Layout(int(K), int(group), m, int(dtype_size(scale.dtype))).bytes(); };
+  const Int4Plan plan(ceil_div(N, ROWS), c->multiprocessors);
+  const auto shared = [&](int m) { return Int4Layout(int(K), int(group), m, int(dtype_size(scale.dtype)), plan.teams, plan.split).bytes(); };
   const bool few = M <= 16 && x.dtype == DC_BF16 && x.stride[1] == 1 && y.stride[1] == 1 && word_row % 4 == 0 && reinterpret_cast<uintptr_t>(words.data) % 16 == 0 && group % 32 == 0 &&
                    (group % 128 == 0 || 128 % group == 0) && shared(1) <= c->shared_limit;
   if (few) {
     int most = int(M < 8 ? M : 8);
     while (shared(most) > c->shared_limit) most--;
-    const bool wide = group % 128 == 0;
-    auto kernel = int4_rows<true, float>;
-    DC_FLOAT(scale.dtype, S, kernel = wide ? int4_rows<true, S> : int4_rows<false, S>);
+    auto kernel = int4_kernel<4, float>(group);
+    DC_FLOAT(scale.dtype, S, kernel = plan.split == 4 ? int4_kernel<4, S>(group) : int4_kernel<8, S>(group));
+    DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c->shared_limit)));
     for (int64_t m0 = 0; m0 < M; m0 += most) {
       const int m = int(M - m0 < most ? M - m0 : most);
-      DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c->shared_limit)));
-      const int64_t tiles = ceil_div(N, ROWS), per = std::max<int64_t>(1, std::min<int64_t>(5, int64_t(c->shared_limit) / int64_t(shared(m) + 1024)));
-      // As many blocks as run at once, and no more than give each the same number of tiles.
-      const int64_t rounds = ceil_div(tiles, c->multiprocessors * per), blocks = ceil_div(tiles, rounds);
-      kernel<<<unsigned(blocks), THREADS, shared(m), c->stream>>>(y, x, data<uint32_t>(words), word_row, scale, int(dtype_size(scale.dtype)), data<uint32_t>(zero), zero.stride[0], bias, N, int(K), int(group), int(m0), m);
+      kernel<<<unsigned(plan.blocks), plan.teams * plan.split * 32, shared(m), c->stream>>>(y, x, data<uint32_t>(words), word_row, scale, data<uint32_t>(zero), zero.stride[0], bias, N, int(K), int(group),
+                                                                                            int(m0), m);
     }
     return launched(c, "int4_matmul");
   }
