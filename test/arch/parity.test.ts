@@ -15,7 +15,7 @@ describe.each(cases.map(({ name }) => name))('%s', (name) => {
   const path = archCase(name);
   const want = expected(fixture('arch', name, 'expected.safetensors'));
 
-  test('logits equal those of transformers: padded, one token, two tokens', async () => {
+  test('logits equal those of transformers: padded, one token, two tokens, one past a window', async () => {
     const open = await openModel(path);
     using resident = await ResidentModel.load(open, env, 'f32');
     const logits = async (tokens: Int32Array, batch: number, lengths?: number[]) => {
@@ -38,6 +38,13 @@ describe.each(cases.map(({ name }) => name))('%s', (name) => {
     }
     expect(relativeError(await logits(tokens!.i32.slice(0, 1), 1), one!.f32)).toBeLessThan(bound);
     expect(relativeError(await logits(tokens!.i32.slice(0, 2), 1), two!.f32)).toBeLessThan(bound);
+    // One more than a window, by itself: the first positions of the whole row.
+    const window = Math.max(0, ...resident.model.blocks.map((block) => block.window ?? 0));
+    if (window > 0) {
+      const alone = await logits(tokens!.i32.slice(0, window + 1), 1);
+      const some = Array.from({ length: (window + 1) * columns }, (_, i) => alone[i * every]!);
+      expect(relativeError(some, full!.f32.slice(0, some.length)), `${window + 1} tokens`).toBeLessThan(bound);
+    }
     await open.close();
   });
 
