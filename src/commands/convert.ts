@@ -1,14 +1,15 @@
 import { basename, dirname, resolve } from 'node:path';
 import { badUsage, noResource } from '../base/errors.js';
 import { formatBytes, freeBytes } from '../base/files.js';
-import { byteSize, choice, flag, integer } from '../base/options.js';
+import { byteSize, choice, flag, integer, text } from '../base/options.js';
 import { columns, count, duration } from '../base/text.js';
 import type { ConvertPlan } from '../export/convert-plan.js';
+import { recordConversion } from './history-file.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const formats = ['safetensors', 'torch', 'gguf', 'onnx', 'deepseek-native'] as const;
-const blocks = ['q8_0', 'q6_k', 'q4_k', 'q4_0'] as const;
+const blocks = ['q8_0', 'q6_k', 'q4_k', 'q4_0', 'q4_k_s', 'q4_k_m'] as const;
 const isBlocks = (dtype: string | undefined): dtype is (typeof blocks)[number] =>
   (blocks as readonly string[]).includes(dtype ?? '');
 
@@ -29,6 +30,10 @@ export const command = defineCommand({
     format: choice(formats, {
       defaultNote: 'by the name of the output; a folder gets safetensors',
       help: 'File format of the output.',
+    }),
+    imatrix: text({
+      value: 'file',
+      help: 'Importance of columns for the blocks of GGUF files, as llama.cpp or quantize --format imatrix wrote it.',
     }),
     shardSize: byteSize({ default: 5e9, help: 'Largest file of a folder.' }),
     modelParallel: integer({ min: 1, default: 1, help: "Shards of DeepSeek's native layout." }),
@@ -52,12 +57,16 @@ export const command = defineCommand({
     if (isBlocks(wanted) && format !== 'gguf') {
       throw badUsage(`--dtype ${wanted} is a block type of GGUF files`, { got: `--format ${format}`, expected: '--format gguf, or an output that ends in .gguf' }); // prettier-ignore
     }
+    if (given.imatrix !== undefined && !isBlocks(wanted)) {
+      throw badUsage('--imatrix steers the rounding to blocks of GGUF files', { got: `--dtype ${wanted ?? '(none)'}`, expected: `--dtype ${blocks.join(', ')}` }); // prettier-ignore
+    }
     const options = {
       input: given.input,
       config: given.config,
       dtype: isBlocks(wanted) ? undefined : wanted,
       format,
       ...(isBlocks(wanted) && { blocks: wanted }),
+      ...(given.imatrix !== undefined && { imatrix: given.imatrix }),
       ...(format === 'deepseek-native' && { modelParallel }),
     };
     const plan = await planConversion(options);
@@ -79,6 +88,7 @@ export const command = defineCommand({
         env,
       );
       const seconds = (performance.now() - started) / 1000;
+      await recordConversion(given.out, io);
       const saturated = Object.entries(report.saturated);
       for (const [name, values] of saturated) io.log.warn(`${name}: ${count(values)} values became infinite.`);
       const rate = formatBytes((report.reads + report.writes) / seconds);

@@ -36,6 +36,6 @@ export function boundsOf(given: object): GateBounds {
 const reports = 'Reports:';
 export const reportOptions = {
   report: text({ value: 'report.html', section: reports, help: 'Write the validation as one self-contained HTML file.' }), // prettier-ignore
-  reportJson: text({ value: 'report.json', section: reports, help: 'Write it as JSON (schemas/validate-report.json).' }), // prettier-ignore
+  reportJson: text({ value: 'report.json', section: reports, help: 'Write it as JSON (schemas/validate-report.v1.schema.json).' }), // prettier-ignore
   reportMd: text({ value: 'report.md', section: reports, help: 'Write it as Markdown.' }),
 } as const;

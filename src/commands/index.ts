@@ -13,10 +13,22 @@ export const commands: Readonly<Record<string, Entry>> = {
   },
   convert: { summary: 'change file format or precision, merge or split shards', load: () => import('./convert.js') },
   quantize: { summary: 'make a model INT4, checked before it gets its name', load: () => import('./quantize.js') },
+  qat: {
+    summary: 'quantization-aware training: INT4 that learns what rounding took',
+    load: () => import('./qat.js'),
+  },
   moe: { summary: 'divide a dense model into experts', load: () => import('./moe.js') },
   validate: {
     summary: 'compare two models: attention, logits, perplexity, diversity; gates',
     load: () => import('./validate.js'),
+  },
+  compare: {
+    summary: 'compare several candidates with one reference, and recommend one',
+    load: () => import('./compare.js'),
+  },
+  history: {
+    summary: 'show the conversions of a folder: recipe, metrics, parents',
+    load: () => import('./history.js'),
   },
   generate: { summary: 'continue a text', load: () => import('./generate.js') },
   score: { summary: 'log-probability of each token of a text, and its perplexity', load: () => import('./score.js') },

@@ -6,6 +6,7 @@ import type { MoeOptions } from '../moe/options.js';
 import type { MoePlan } from '../moe/plan.js';
 import type { MoeReport } from '../moe/report.js';
 import { acceptance, acceptanceOptions } from './acceptance.js';
+import { recordConversion } from './history-file.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
@@ -111,8 +112,15 @@ export const command = defineCommand({
     const job = jobOptions(given, io);
     if (given.dryRun) return showPlan(await previewMoe(job), job);
     using env = await openEnvironment(given, io);
-    const { accept, extend } = acceptance(given, io, env, 'active' in io.settings.from || job.refit ? undefined : notAskedFor(job));
-    return extend(await report(await runMoe({ ...job, ...(accept && { accept }) }, env), io));
+    const { accept, extend } = acceptance(
+      given,
+      io,
+      env,
+      'active' in io.settings.from || job.refit ? undefined : notAskedFor(job),
+    );
+    const result = await runMoe({ ...job, ...(accept && { accept }) }, env);
+    await recordConversion(given.out, io);
+    return extend(await report(result, io));
   },
 });
 

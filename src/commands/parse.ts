@@ -35,11 +35,14 @@ export function parseArguments(
     throw usageError(error, command.name);
   }
   for (const [i, key] of Object.keys(command.arguments).entries()) {
-    const raw = parser.args[i];
-    if (raw === undefined) continue;
+    const isList = command.arguments[key]!.kind === 'list';
+    const raw = isList ? parser.args.slice(i) : parser.args[i];
+    if (raw === undefined || raw.length === 0) continue;
     const earlier = given.get(key);
     if (earlier)
-      throw badUsage(`<${command.arguments[key]!.value}> was given twice`, { got: `${earlier.name} and ${raw}` });
+      throw badUsage(`<${command.arguments[key]!.value}> was given twice`, {
+        got: `${earlier.name} and ${String(raw)}`,
+      });
     given.set(key, { from: 'command line', name: `<${command.arguments[key]!.value}>`, raw });
   }
   return given;
@@ -54,7 +57,8 @@ function buildParser(command: Command, settings: ParserSettings, take: (key: str
     .helpOption('-h, --help', 'Show this.')
     .optionsGroup('Options:');
   for (const [key, spec] of Object.entries(command.arguments)) {
-    parser.argument(spec.required ? `<${spec.value}>` : `[${spec.value}]`, spec.help);
+    const name = spec.kind === 'list' ? `${spec.value}...` : spec.value;
+    parser.argument(spec.required ? `<${name}>` : `[${name}]`, spec.help);
     for (const name of [flagName(key), ...spec.aliases]) addOption(parser, key, name, spec, true, take);
     // The flag may stand in for the argument, so its absence is found when all sources are known.
     parser.registeredArguments.at(-1)!.required = false;

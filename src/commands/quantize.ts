@@ -6,6 +6,7 @@ import { readFileSync } from 'node:fs';
 import type { QuantizeOptions, QuantizePreview, QuantizeResult } from '../quant/options.js';
 import type { Override } from '../quant/scheme.js';
 import { acceptance, acceptanceOptions } from './acceptance.js';
+import { recordConversion } from './history-file.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
@@ -32,10 +33,10 @@ const options = {
   asym: flag({ help: 'Asymmetric grids, with a zero point a group.' }),
   format: list({
     separator: ',',
-    choices: ['compressed-tensors', 'gptq', 'awq', 'gguf', 'onnx', 'safetensors'],
+    choices: ['compressed-tensors', 'gptq', 'awq', 'gguf', 'onnx', 'safetensors', 'imatrix'],
     default: ['compressed-tensors'],
     value: 'name,...',
-    help: 'How the result is stored; several share one calibration and become folders of the output. safetensors: the weights that the codes stand for.',
+    help: 'How the result is stored; several share one calibration and become folders of the output. safetensors: the weights that the codes stand for. imatrix: the statistics as llama.cpp’s importance matrix.',
   }),
   ggufType: choice(['q4_k_m', 'q4_k_s', 'q4_k', 'q5_k', 'q6_k', 'q8_0', 'q4_0', 'q3_k', 'q2_k'], {
     default: 'q4_k',
@@ -118,7 +119,9 @@ export const command = defineCommand({
     if (given.dryRun) return await showPlan(await previewQuantize(job), job, given, io);
     using env = await openEnvironment(given, io);
     const { accept, extend } = acceptance(given, io, env);
-    return extend(report(await quantize({ ...job, ...(accept && { accept }) }, env), io));
+    const result = await quantize({ ...job, ...(accept && { accept }) }, env);
+    await recordConversion(given.out, io);
+    return extend(report(result, io));
   },
 });
 

@@ -1,8 +1,9 @@
 import { choice, integer, list, number, text } from '../base/options.js';
 import { boundsOf, gateOptions, reportOptions } from './gate-options.js';
 import { deviceOptions, openEnvironment, seedOption } from './shared.js';
-import { defineCommand } from './types.js';
-import { verdictText } from './verdict.js';
+import type { ValidateReport } from '../validate/report.js';
+import { defineCommand, type Io } from './types.js';
+import { verdictText, type Written } from './verdict.js';
 
 export const command = defineCommand({
   name: 'validate',
@@ -25,6 +26,7 @@ export const command = defineCommand({
     profile: choice(['exact', 'quantized', 'restructured'], { defaultNote: 'by what the models are', help: 'Which default bounds: for the same weights in another container, for quantized ones, for dense -> MoE.' }), // prettier-ignore
     referenceConfig: text({ value: 'path', help: "The reference's config.json, where it does not lie beside the weights." }), // prettier-ignore
     candidateConfig: text({ value: 'path', help: "The candidate's." }),
+    reporter: choice(['text', 'github', 'junit'], { default: 'text', help: 'What stdout gets: text for people, annotations of GitHub Actions, or JUnit XML.' }), // prettier-ignore
     ...reportOptions,
     ...gateOptions,
     ...seedOption,
@@ -42,6 +44,16 @@ export const command = defineCommand({
     using environment = await openEnvironment(given, io);
     const report = await runValidate({ ...given, texts: given.text, bounds: boundsOf(given) }, environment);
     const failure = gateFailure(report);
-    return { data: { report }, text: verdictText(report, io, given), ...(failure && { failure }) };
+    return { data: { report }, text: await stdoutOf(report, io, given), ...(failure && { failure }) };
   },
 });
+
+async function stdoutOf(
+  report: ValidateReport,
+  io: Io,
+  given: Written & { readonly reporter: 'text' | 'github' | 'junit' },
+): Promise<string> {
+  if (given.reporter === 'text') return verdictText(report, io, given);
+  const { toGithub, toJunit } = await import('../validate/report/reporters.js');
+  return given.reporter === 'github' ? toGithub(report) : toJunit(report);
+}

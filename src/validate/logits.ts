@@ -161,6 +161,14 @@ export class LogitsMeter {
       },
       texts: this.#names.map((name, i) => ({ name, ...numbers([...this.#units[i]!.values()], this.#kl[i]!) })),
       nonFinite: this.#nonFinite,
+      windows: this.#units.flatMap((windows, text) =>
+        [...windows.values()].map(({ count, kl, reference, candidate }) => ({
+          text,
+          tokens: count,
+          kl: round(kl / count),
+          loss: { reference: round(reference / count), candidate: round(candidate / count) },
+        })),
+      ),
       histogram: { edges, counts: this.#counts },
     };
   }

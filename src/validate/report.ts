@@ -119,8 +119,19 @@ export interface LogitsResult extends LogitsNumbers {
   readonly nonFinite: { readonly reference: number; readonly candidate: number };
   /** counts[i] positions with edges[i] <= KL < edges[i + 1]; the first and the last take what lies beyond. */
   readonly histogram: { readonly edges: readonly number[]; readonly counts: readonly number[] };
+  /** By window, in the order of the texts: what comparisons of several candidates are drawn from. */
+  readonly windows: readonly WindowNumbers[];
   /** The positions with the largest divergence. */
   readonly worst: readonly WorstToken[];
+}
+
+export interface WindowNumbers {
+  /** Index of the text. */
+  readonly text: number;
+  readonly tokens: number;
+  /** Means over the window's tokens, nats. */
+  readonly kl: number;
+  readonly loss: { readonly reference: number; readonly candidate: number };
 }
 
 export interface WorstToken {

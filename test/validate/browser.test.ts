@@ -28,12 +28,13 @@ describe.skipIf(path === undefined)('the HTML report of 60 layers, 64 heads and 
 
   it('is under 2 MB', () => expect(Buffer.byteLength(html)).toBeLessThan(2e6));
 
-  it.each([
+  const views: [string, View][] = [
     ['phone', { width: 390, height: 844, mobile: true }],
     ['phone, dark', { width: 390, height: 844, mobile: true, dark: true }],
     ['desktop', { width: 1280, height: 900 }],
     ['desktop, dark', { width: 1280, height: 900, dark: true }],
-  ])('%s: no complaint, no request, everything visible and nothing cut off', async (name, view) => {
+  ];
+  it.each(views)('%s: no complaint, no request, everything visible and nothing cut off', async (name, view) => {
     const { complaints, requests } = await browser.open(url, view);
     expect(complaints).toEqual([]);
     expect(requests).toEqual([url]);
@@ -76,6 +77,13 @@ describe.skipIf(path === undefined)('the HTML report of 60 layers, 64 heads and 
     expect(first).toContain('Layer 17');
   });
 });
+
+interface View {
+  readonly width: number;
+  readonly height: number;
+  readonly mobile?: boolean;
+  readonly dark?: boolean;
+}
 
 interface Page {
   readonly plots: readonly { label: string; width: number; height: number; marks: number }[];

@@ -32,21 +32,7 @@ export function toHtml(report: ValidateReport): string {
   const title = `${report.passed ? 'Passed' : 'Failed'}: ${baseName(report.candidate.path)} against ${baseName(report.reference.path)}`;
   return markup`<!doctype html>
     <html lang="en">
-      <head>
-        <meta charset="utf-8" />
-        <meta name="viewport" content="width=device-width,initial-scale=1" />
-        <meta
-          http-equiv="Content-Security-Policy"
-          content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-        />
-        <meta name="color-scheme" content="light dark" />
-        <meta name="generator" content="deepseek-convert" />
-        <link rel="icon" href="data:," />
-        <title>${title}</title>
-        <style>
-          ${new Markup(styleSheet)}
-        </style>
-      </head>
+      ${head(title)}
       <body>
         <main>
           <small>deepseek-convert validate</small>
@@ -79,6 +65,64 @@ export function toHtml(report: ValidateReport): string {
       </body>
     </html> `.text;
 }
+
+/** One table as a page of its own, in the report's clothes; its columns sort. */
+export function tablePage(
+  title: string,
+  where: string,
+  heads: readonly string[],
+  rows: readonly (readonly string[])[],
+): string {
+  const numeric = heads.map(
+    (_, c) => rows.length > 0 && rows.every((row) => row[c] === '' || !Number.isNaN(Number(row[c]))),
+  );
+  const kind = (c: number) => (numeric[c] ? 'num' : '');
+  return markup`<!doctype html>
+    <html lang="en">
+      ${head(title)}
+      <body>
+        <main>
+          <small>deepseek-convert</small>
+          <h1>${title}</h1>
+          <p class="soft">${where}</p>
+          <div class="scroll">
+            <table class="sort">
+              <thead>
+                <tr>
+                  ${heads.map((text, c) => markup`<th class="${kind(c)}">${text}</th>`)}
+                </tr>
+              </thead>
+              <tbody>
+                ${rows.map((row) => markup`<tr>${row.map((cell, c) => markup`<td class="${kind(c)}">${cell}</td>`)}</tr>`)}
+              </tbody>
+            </table>
+          </div>
+        </main>
+        <script type="application/json" id="data">
+          {}
+        </script>
+        <script>
+          ${new Markup(pageScript)};
+        </script>
+      </body>
+    </html> `.text;
+}
+
+const head = (title: string): Markup => markup`<head>
+  <meta charset="utf-8" />
+  <meta name="viewport" content="width=device-width,initial-scale=1" />
+  <meta
+    http-equiv="Content-Security-Policy"
+    content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+  />
+  <meta name="color-scheme" content="light dark" />
+  <meta name="generator" content="deepseek-convert" />
+  <link rel="icon" href="data:," />
+  <title>${title}</title>
+  <style>
+    ${new Markup(styleSheet)}
+  </style>
+</head>`;
 
 const baseName = (path: string): string => path.replace(/\/+$/, '').split('/').at(-1) ?? path;
 

@@ -15,6 +15,7 @@ const table = {
   seed: integer({ help: '' }),
   overwrite: flag({ help: '' }),
   ignore: list({ help: '' }),
+  maxKl: text({ help: '', group: 'gates' }),
 } as const;
 
 async function given(content: string, command = 'quantize') {
@@ -28,7 +29,7 @@ describe('a config file', () => {
   it('gives options by name, in any of the usual spellings', async () => {
     const content = 'input_model: v1.bin\ngroupSize: 64\noverwrite: true\nignore: [lm_head, 3]\nseed:\n';
     expect(await given(content)).toEqual({
-      input: 'v1.bin', groupSize: 64, overwrite: true, ignore: ['lm_head', '3'], seed: undefined,
+      input: 'v1.bin', groupSize: 64, overwrite: true, ignore: ['lm_head', '3'], seed: undefined, maxKl: undefined,
     }); // prettier-ignore
   });
   it("reads the command's own section last and leaves others alone", async () => {
@@ -39,6 +40,16 @@ describe('a config file', () => {
   it('keeps large numbers exact, and refuses those that are not', async () => {
     expect((await given('seed: 9007199254740991')).seed).toBe(2 ** 53 - 1);
     expect((await refusal(given('seed: 9007199254740993'))).message).toContain('9007199254740993');
+  });
+  it('takes a group as a mapping of its own options, at the top and in a section', async () => {
+    expect((await given('gates: {max-kl: 0.1}\n')).maxKl).toBe('0.1');
+    expect((await given('gates: {max-kl: 0.1}\nquantize: {gates: {max_kl: off}}\n')).maxKl).toBe('off');
+    expect((await given('max-kl: 3\n')).maxKl).toBe('3');
+    const other = await refusal(given('gates: {seed: 1}\n'));
+    expect(other.message).toContain('gates.seed in');
+    const near = await refusal(given('quantize: {gates: {max-kk: 1}}\n'));
+    expect(near.message).toContain('quantize.gates.max-kk in');
+    expect(near.message).toContain('Did you mean max-kl?');
   });
   it('says which key is unknown, and what it may have meant', async () => {
     const error = await refusal(given('grup-size: 64'));

@@ -80,13 +80,13 @@ export function syntheticMeasurements({ layers, heads, experts = 0, broken }: Sh
     pairs,
   };
   const edges = Array.from({ length: 45 }, (_, i) => 10 ** (-8 + i / 4));
-  const text = (name: string, k: number) => ({
-    name,
+  const numbers = (k: number) => ({
     tokens: 4088,
     kl: { mean: 0.021 * k, median: 0.012 * k, p99: 0.14 * k, max: 1.3 * k },
     top1: 0.912 / k,
     perplexity: { reference: 36.9, candidate: 37.3 * k, ratio: (37.3 * k) / 36.9 },
   });
+  const text = (name: string, k: number) => ({ name, ...numbers(k) });
   const routing: RoutingLayer[] = Array.from({ length: experts === 0 ? 0 : layers - 1 }, (_, l) => {
     const raw = Array.from({ length: experts }, () => random() ** 2);
     const total = raw.reduce((a, b) => a + b, 0);
@@ -136,11 +136,17 @@ export function syntheticMeasurements({ layers, heads, experts = 0, broken }: Sh
       texts: [{ name: 'eval.en-books.txt', sha256: 'b'.repeat(64), tokens: 4096, windows: 8 }],
     },
     logits: {
-      ...text('all', 1),
+      ...numbers(1),
       intervals: { kl: { low: 0.0195, high: 0.0223 }, ratio: { low: 1.006, high: 1.0154 } },
       flips: { rightToWrong: 0.021, wrongToRight: 0.013 },
       texts: [text('eval.en-books.txt', 1), text('eval.zh.txt', 1.05), text('eval.wikitext2-raw-test.txt', 1.2)],
       nonFinite: { reference: 0, candidate: 0 },
+      windows: Array.from({ length: 32 }, (_, i) => ({
+        text: i % 3,
+        tokens: 511,
+        kl: r(around(0.021)),
+        loss: { reference: r(around(3.6)), candidate: r(around(3.62)) },
+      })),
       histogram: { edges, counts: edges.slice(1).map((e) => Math.round(2000 * Math.exp(-((Math.log10(e) + 2) ** 2)))) },
       worst: Array.from({ length: 8 }, (_, i) => ({
         text: 'eval.en-books.txt',
