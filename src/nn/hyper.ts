@@ -1,4 +1,4 @@
-import { binary, copyInto, gemm, matmulT, reduce, rmsnorm, softmax, unary } from '../tensor/ops.js';
+import { binary, cast, copyInto, gemm, matmulT, reduce, rmsnorm, softmax, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { ForwardContext } from './calls.js';
 import { drop, type TensorSpec } from './layer.js';
@@ -55,7 +55,7 @@ export function hyperConnection(h: HyperSpec): Residual {
       return {
         x,
         leave: (y) => {
-          const next = gemm(scope, comb.transpose(), streams, { dtype: state.dtype as 'f32' });
+          const next = gemm(scope, comb.transpose(), streams);
           gemm(scope, post, y.view(-1, 1, h.hidden), { out: next, beta: 1 });
           drop(scope, [post, comb, y]);
           return next.view(...state.shape);
@@ -79,29 +79,30 @@ export function hyperHead(h: Omit<HyperSpec, 'iterations'>): {
       const map = mapped(h, state, ctx, work);
       const pre = part(work, map, h, ctx, { from: 0, to: n, factor: 0 });
       gate(pre, 1, h.eps);
-      return mix(ctx.scope, pre.view(-1, 1, n), state.view(-1, n, h.hidden));
+      return mix(ctx.scope, cast(work, pre, state.dtype).view(-1, 1, n), state.view(-1, n, h.hidden));
     },
   };
 }
 
-/** pre [T, 1, n], post [T, n, 1] and comb [T, n, n] f32 of states [T, n C]. */
+/** pre [T, 1, n], post [T, n, 1] and comb [T, n, n] of states [T, n C]: computed in fp32, given in the states' dtype. */
 function weigh(h: HyperSpec, state: Tensor, ctx: ForwardContext): { pre: Tensor; post: Tensor; comb: Tensor } {
   const n = h.streams;
   using work = new Scope(ctx.scope.device);
   const map = mapped(h, state, ctx, work);
-  const pre = part(ctx.scope, map, h, ctx, { from: 0, to: n, factor: 0 });
-  const post = part(ctx.scope, map, h, ctx, { from: n, to: 2 * n, factor: 1 });
+  const pre = part(work, map, h, ctx, { from: 0, to: n, factor: 0 });
+  const post = part(work, map, h, ctx, { from: n, to: 2 * n, factor: 1 });
   const raw = part(work, map, h, ctx, { from: 2 * n, to: (2 + n) * n, factor: 2 });
   gate(pre, 1, h.eps);
   gate(post, 2, 0);
-  const comb = softmax(ctx.scope, raw.view(-1, n, n));
+  const comb = softmax(work, raw.view(-1, n, n));
   unary(work, 'affine', comb, 1, h.eps, comb);
   divideBySums(comb, 1, h.eps);
   for (let i = 1; i < h.iterations; i++) {
     divideBySums(comb, 2, h.eps);
     divideBySums(comb, 1, h.eps);
   }
-  return { pre: pre.view(-1, 1, n), post: post.view(-1, n, 1), comb };
+  const given = (x: Tensor) => cast(ctx.scope, x, state.dtype);
+  return { pre: given(pre).view(-1, 1, n), post: given(post).view(-1, n, 1), comb: given(comb) };
 }
 
 /** The map of the normed state, f32 [T, rows]. */
@@ -142,6 +143,6 @@ function divideBySums(x: Tensor, axis: 1 | 2, eps: number): void {
 
 /** Weights [T, 1, n] times streams [T, n, C]: [T, C]. */
 function mix(scope: Scope, weights: Tensor, streams: Tensor): Tensor {
-  const x = gemm(scope, weights, streams, { dtype: streams.dtype as 'f32' });
+  const x = gemm(scope, weights, streams);
   return x.view(streams.dim(0), streams.dim(2));
 }
