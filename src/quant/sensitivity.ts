@@ -113,19 +113,20 @@ interface UnitOptions extends SensitivityOptions {
 }
 
 async function measureUnit(unit: readonly LinearPlan[], options: UnitOptions): Promise<Sensitivity> {
-  const { weights, recipe, energies, candidates, env } = options;
-  using scope = new Scope(env.device);
-  const originals = unit.map(({ linear }) => cast(scope, weights.get(`${linear.name}.weight`), 'f32'));
+  const { weights, recipe, energies, candidates, env, reader } = options;
+  // Read again for each candidate: all experts of a layer at once in fp32 would not fit.
+  const original = (scope: Scope, { linear }: LinearPlan) => reader.tensor(`${linear.name}.weight`, scope, 'f32');
   const count = unit.reduce((sum, { linear }) => sum + linear.inFeatures * linear.outFeatures, 0);
   const measured: Sensitivity['candidates'][number][] = [];
   for (const bits of candidates) {
     using work = new Scope(env.device);
     let stored = 0;
-    for (const [i, { linear, scheme: planned, dtype }] of unit.entries()) {
+    for (const plan of unit) {
       using one = new Scope(env.device);
+      const { linear, scheme: planned, dtype } = plan;
       const k = linear.inFeatures;
       const scheme: Scheme = recipe.blocks ? blockScheme(k, typeOfBits[bits])! : { ...planned!, bits };
-      const coded = roundToNearest(one, originals[i]!, widened(scheme, k), recipe.search, dtype, energies.get(linear.name)); // prettier-ignore
+      const coded = roundToNearest(one, await original(one, plan), widened(scheme, k), recipe.search, dtype, energies.get(linear.name)); // prettier-ignore
       weights.set(`${linear.name}.weight`, valuesOf(one, coded, scheme));
       stored += k * linear.outFeatures * bitsPerWeight(scheme, k, dtype === 'f32' ? 32 : 16);
     }
@@ -134,7 +135,10 @@ async function measureUnit(unit: readonly LinearPlan[], options: UnitOptions): P
     const error = share.reduce((sum, value) => sum + value, 0) / share.length;
     measured.push({ bits, bitsPerWeight: stored / count, error });
   }
-  for (const [i, { linear }] of unit.entries()) weights.set(`${linear.name}.weight`, originals[i]!);
+  for (const plan of unit) {
+    using one = new Scope(env.device);
+    weights.set(`${plan.linear.name}.weight`, await original(one, plan));
+  }
   return { linears: unit.map(({ linear }) => linear.name), weights: count, candidates: measured };
 }
 
