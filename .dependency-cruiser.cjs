@@ -2,8 +2,9 @@
 const floors = [
   ['commands'],
   ['batch'],
-  ['quant', 'moe', 'train', 'validate', 'export'],
-  ['targets'],
+  ['train'],
+  ['quant', 'moe', 'validate', 'export'],
+  ['targets', 'tune'],
   ['arch'],
   ['nn', 'layout'],
   ['tensor'],

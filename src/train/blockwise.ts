@@ -9,6 +9,7 @@ import { cast, copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { Block, Model } from '../arch/types.js';
 import { tuneBlock, type BlockOutcome } from '../tune/block.js';
+import type { Alarm } from '../tune/health.js';
 import type { AdamOptions } from '../tune/parameters.js';
 import type { Codes, Rates } from '../tune/weights.js';
 import { loadTensors, saveTensors } from './state.js';
@@ -38,6 +39,7 @@ export interface BlockwiseOptions {
   readonly cleanInputs: number;
   readonly seed: number;
   readonly resumeHint: string;
+  readonly onAlarm: (block: string, alarm: Alarm) => void;
 }
 
 /** What the journal keeps of a block. */
@@ -100,7 +102,7 @@ export async function trainBlocks(o: BlockwiseOptions): Promise<BlockRecord[]> {
         ...(o.cleanInputs > 0 && { other: { input: clean, share: o.cleanInputs } }),
         ...{ epochs: o.epochs, batch: o.batch, microBatch: o.microBatch, lr: o.lr, warmup: o.warmup },
         ...{ adam: o.adam, seed: o.seed },
-        onAlarm: ({ text }) => env.log.warn(`${block.name}: ${text}`),
+        onAlarm: (alarm) => o.onAlarm(block.name, alarm),
         check: () => stopIfAborted(env, o.resumeHint),
       });
       const trained = learning.quantized.map((unit) => unit.result(work));

@@ -5,7 +5,7 @@ import type { JobEnv } from '../backend/env.js';
 import { copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { shuffled } from '../tune/block.js';
-import { GradientHealth, type HealthState, type HealthSummary } from '../tune/health.js';
+import { GradientHealth, type Alarm, type HealthState, type HealthSummary } from '../tune/health.js';
 import { cosine, Optimizer, type AdamOptions } from '../tune/parameters.js';
 import { pass, type Losses, type PassOptions } from './pass.js';
 import { loadTensors, saveTensors } from './state.js';
@@ -42,6 +42,7 @@ export interface EndToEndOptions extends Omit<PassOptions, 'device'> {
   /** Seconds between two savings. */
   readonly saveEvery?: number;
   readonly resumeHint: string;
+  readonly onAlarm?: (alarm: Alarm) => void;
 }
 
 export interface StepRecord {
@@ -130,7 +131,7 @@ export class EndToEnd implements Disposable {
       const losses = await this.#run(order.slice(at, at + o.batch), true);
       const lr = o.lr * cosine(step, total, warmup);
       const norms = await this.#optimizer.step(lr);
-      for (const { text } of this.#health.observe(norms)) o.env.log.warn(`${o.stage}, step ${step + 1}: ${text}`);
+      for (const alarm of this.#health.observe(norms)) o.onAlarm?.(alarm);
       this.#steps.push({ ...this.#shown(losses), norm: norms.norm, lr });
       const done = step + 1;
       if (o.held > 0 && (done % every === 0 || done === total)) await this.#judge(done);

@@ -1,0 +1,64 @@
+import type { CalibrationOptions } from '../arch/calibration.js';
+import type { Accept } from '../checkpoint/types.js';
+import type { BlockRecord } from './blockwise.js';
+import type { EndToEndOutcome } from './end-to-end.js';
+
+export const endToEndModes = ['none', 'scales', 'lora', 'full'] as const;
+export type EndToEndMode = (typeof endToEndModes)[number];
+
+export interface QatOptions {
+  readonly input: string;
+  /** Path of the config, where it does not lie beside the weights. */
+  readonly config?: string;
+  /** The output folder. */
+  readonly out: string;
+  readonly overwrite?: boolean;
+  readonly restart?: boolean;
+  /** A quantized model of the input to start from; absent: GPTQ on the calibration text. */
+  readonly from?: string;
+  readonly groupSize: number;
+  /** Off: weights learn in full precision, and the output is an ordinary checkpoint. */
+  readonly fakeQuant: boolean;
+  readonly calibration: Omit<CalibrationOptions, 'seqLen'> & { readonly seqLen?: number };
+  /** Epochs of training block by block; 0: none. */
+  readonly epochs: number;
+  readonly endToEnd: EndToEndMode;
+  readonly endToEndEpochs: number;
+  /** Ends the training of the whole model earlier. */
+  readonly maxSteps?: number;
+  /** Sequences a step. */
+  readonly batch: number;
+  /** With fake quantization in rounding cells (mean scale of a linear), else absolute. */
+  readonly lr: number;
+  readonly endToEndLr: number;
+  readonly warmup: number;
+  readonly weightDecay: number;
+  readonly gradClip: number;
+  /** Of the whole model's losses. */
+  readonly crossEntropy: number;
+  readonly kl: number;
+  readonly rank: number;
+  /** Probability that a block's training sequence comes from the full-precision model's states. */
+  readonly cleanInputs: number;
+  readonly failOnAlarm: boolean;
+  readonly dtype?: 'f32' | 'bf16';
+  readonly seed: number;
+  readonly shardSize?: number;
+  /** Asked when the output is complete, before it gets its name. */
+  readonly accept?: Accept;
+  readonly tool: { readonly name: string; readonly version: string };
+  readonly commandLine: string;
+}
+
+export interface QatResult {
+  readonly out: string;
+  readonly calibration: string;
+  /** Of training block by block. */
+  readonly blocks: readonly BlockRecord[];
+  readonly endToEnd: EndToEndOutcome | undefined;
+  readonly linears: number;
+  readonly outputBytes: number;
+  readonly notices: readonly string[];
+  readonly resumed: boolean;
+  readonly seconds: number;
+}
