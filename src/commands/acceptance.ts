@@ -79,6 +79,7 @@ export function acceptance(
         texts: given.validateText,
         samples: given.validateSamples,
         generations: 0,
+        longTokens: 0,
         seed: given.seed,
         bounds: { ...shown, ...boundsOf(given) },
         notes: shownOnly ? [shownOnly.reason] : [],

@@ -46,7 +46,8 @@ export const command = defineCommand({
     const { runValidate } = await import('../validate/run.js');
     const { comparisonSchema, duels, recommend, rule } = await import('../validate/compare.js');
     using environment = await openEnvironment(given, io);
-    const { reportJson, ...options } = given;
+    const { reportJson, ...rest } = given;
+    const options = { ...rest, longTokens: 0 };
     const reports: ValidateReport[] = [];
     for (const candidate of given.candidates) {
       io.log.info(`${candidate} against ${given.reference}`);

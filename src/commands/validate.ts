@@ -20,6 +20,7 @@ export const command = defineCommand({
     prompts: text({ value: 'file', help: 'Prompts of the generations (.txt, .jsonl); default: beginnings of the windows.' }), // prettier-ignore
     generations: integer({ min: 0, defaultNote: '16 where a whole model fits into memory', help: 'Generations to compare; 0: none.' }), // prettier-ignore
     newTokens: integer({ min: 1, default: 64, help: 'Tokens of each generation.' }),
+    longTokens: integer({ min: 0, defaultNote: '1000 on a GPU, none on the CPU', help: 'Tokens of four long generations that show whether the candidate collapses into a loop.' }), // prettier-ignore
     temperature: number({ min: 0, default: 0.8, help: 'Of the generations; 0: always the most probable token.' }),
     resamples: integer({ min: 100, default: 1000, help: 'Draws of the bootstrap behind the intervals.' }),
     dtype: choice(['f32', 'bf16'], { defaultNote: 'f32 on the CPU, bf16 on a GPU', help: 'Arithmetic.' }),

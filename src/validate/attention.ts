@@ -10,6 +10,8 @@ export function sameGeometry(a: AttentionCall, b: AttentionCall): boolean {
   return (
     [0, 1, 2].every((d) => a.q.dim(d) === b.q.dim(d)) &&
     a.k.dim(1) === b.k.dim(1) &&
+    (p.cap ?? 0) === 0 && // the comparison knows of none
+    (q.cap ?? 0) === 0 &&
     (p.causal ?? true) === (q.causal ?? true) &&
     (p.offset ?? 0) === (q.offset ?? 0)
   );

@@ -325,6 +325,20 @@ export const gates: readonly Gate[] = [
       return row ? { value: row.interval.low, interval: row.interval } : 'no generations were made';
     },
   },
+  {
+    id: 'maxLateRepetition',
+    name: 'late repetition',
+    metric: 'increase of rep-4 in the last quarter of long generations (lower end of its interval)',
+    direction: 'max',
+    bounds: { exact: 0.01, quantized: 0.2, restructured: 0.3 },
+    meaning: 'A damaged model may begin well and collapse into a loop after hundreds of tokens.',
+    remedy: 'Read the quarters beside the reference; then mend what the gates on logits and layers name',
+    measure: ({ stability: s }) => {
+      if (!s) return 'no long generations were made (--long-tokens)';
+      const where = s.collapsed.candidate > 0 && `${s.collapsed.candidate} of ${s.prompts} generations collapsed`;
+      return { value: s.increase.interval.low, interval: s.increase.interval, ...(where && { where }) };
+    },
+  },
 ];
 
 /** Bounds by gate id; null switches a gate off. */

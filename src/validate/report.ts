@@ -28,6 +28,7 @@ export interface ValidateReport {
   readonly weights?: WeightsResult;
   readonly tokenizer?: TokenizerResult;
   readonly diversity?: DiversityResult;
+  readonly stability?: StabilityResult;
   /** Parts that were left out, and why. */
   readonly skipped: readonly { readonly part: string; readonly reason: string }[];
   readonly notes: readonly string[];
@@ -300,4 +301,17 @@ export interface DiversityResult {
     readonly seed: number;
   };
   readonly pairs: readonly { readonly prompt: string; readonly reference: string; readonly candidate: string }[];
+}
+
+/** Long generations that no end token ends. */
+export interface StabilityResult {
+  readonly prompts: number;
+  readonly newTokens: number;
+  readonly temperature: number;
+  /** rep-4 within each quarter, mean over generations. */
+  readonly quarters: { readonly reference: readonly number[]; readonly candidate: readonly number[] };
+  /** Generations whose last quarter has a rep-4 above 0.8. */
+  readonly collapsed: { readonly reference: number; readonly candidate: number };
+  /** rep-4 of the last quarter, candidate - reference; 95%, paired bootstrap over prompts. */
+  readonly increase: { readonly value: number; readonly interval: Interval };
 }

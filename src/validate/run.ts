@@ -13,6 +13,7 @@ import { toJson } from './report/json.js';
 import { toMarkdown } from './report/markdown.js';
 import { reportSchema, reportVersion } from './report.js';
 import type { LogitsResult, ModelFacts, Profile, ValidateReport, WorstToken } from './report.js';
+import { compareStability } from './stability.js';
 import { compareModels, type SidesResult } from './sides.js';
 import { defaultTexts, excerpts, readPrompts, readWindows, type Windows } from './texts.js';
 import { bringsTokenizer, compareTokenizers } from './tokenizer.js';
@@ -40,6 +41,8 @@ export interface ValidateOptions {
   /** 0: none. Default 16 where the models fit into memory as a whole. */
   readonly generations?: number | undefined;
   readonly newTokens?: number | undefined;
+  /** Tokens of each long generation; 0: none. Default: 1000 on a GPU, none on the CPU. */
+  readonly longTokens?: number | undefined;
   /** 0: always the most probable token. */
   readonly temperature?: number | undefined;
   readonly prompts?: string | undefined;
@@ -122,6 +125,19 @@ export async function validateModels(
           env,
         );
 
+  const long = planLong(reference, candidate, options, typeof plan !== 'string', env);
+  if (typeof long === 'string') skipped.push({ part: 'long generations', reason: long });
+  const stability =
+    typeof long === 'string'
+      ? undefined
+      : await compareStability(
+          reference,
+          candidate,
+          await readPrompts(own, windows, { count: 4, file: options.prompts, bosId: reference.model.bosId }),
+          { newTokens: long, temperature: options.temperature ?? defaults.temperature, seed, dtype, resamples },
+          env,
+        );
+
   const logits: LogitsResult = { ...sides.logits, worst: await spellWorst(sides, windows, own) };
   const measured: Measurements = {
     schema: reportSchema,
@@ -147,6 +163,7 @@ export async function validateModels(
     weights: sides.weights,
     ...(tokenizer && { tokenizer }),
     ...(diversity && { diversity }),
+    ...(stability && { stability }),
     skipped,
     notes: [...notes, ...candidate.notes],
   };
@@ -238,6 +255,23 @@ function planGenerations(
   const bytes = dtypeSize(dtype) * Math.max(facts(reference, undefined).parameters, facts(candidate, undefined).parameters); // prettier-ignore
   if (bytes > 0.6 * free) return 'a whole model does not fit into memory (--generations 16 tries all the same)';
   return { prompts: defaults.generations, newTokens };
+}
+
+/** Tokens of the long generations, or why none. */
+function planLong(
+  reference: OpenModel,
+  candidate: OpenModel,
+  { longTokens }: ValidateOptions,
+  generates: boolean,
+  env: JobEnv,
+): number | string {
+  if (longTokens === 0) return 'switched off (--long-tokens 0)';
+  if (longTokens === undefined && env.device.kind === 'cpu')
+    return 'on the CPU only when asked for (--long-tokens 1000)';
+  if (longTokens === undefined && !generates) return 'no generations are made';
+  const room = Math.min(reference.model.context, candidate.model.context) - 16;
+  const tokens = Math.min(longTokens ?? 1000, room);
+  return tokens < 64 ? 'the context of the models is too short' : tokens;
 }
 
 async function spellWorst(

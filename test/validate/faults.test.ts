@@ -100,9 +100,10 @@ describe('what is intact passes', () => {
     for (const pair of report.diversity!.pairs) expect(pair.candidate).toBe(pair.reference);
     if (model === moe) expect(report.routing!.mean.agreement).toBe(1);
     // Nothing was skipped but what this model does not have.
-    expect(report.gates.filter(({ status }) => status === 'skipped').map(({ id }) => id)).toEqual(
-      model === moe ? [] : ['minRoutingAgreement', 'maxDeadExperts', 'maxLoadViolation'],
-    );
+    expect(report.gates.filter(({ status }) => status === 'skipped').map(({ id }) => id)).toEqual([
+      ...(model === moe ? [] : ['minRoutingAgreement', 'maxDeadExperts', 'maxLoadViolation']),
+      'maxLateRepetition',
+    ]);
     expect(gateFailure(report)).toBeUndefined();
   });
 
@@ -231,6 +232,18 @@ describe('planted faults are caught and named', () => {
     const report = await validate(dense, candidate, { generations: 8, newTokens: 40 });
     expect(failed(report)).toEqual(expect.arrayContaining(['minDistinctRatio', 'maxRepIncrease']));
   });
+
+  it('a model that collapses in long generations; the reference does not against itself', async () => {
+    const candidate = await damage.copy(dense, 'collapses', { 'model.norm.weight': scaleBy(8) });
+    const long = { longTokens: 300, samples: 2 };
+    const report = await validate(dense, candidate, long);
+    expect(report.stability).toMatchObject({ prompts: 4, newTokens: 300 });
+    expect(failed(report)).toContain('maxLateRepetition');
+    expect(gate(report, 'maxLateRepetition').where).toMatch(/^[1-4] of 4 generations collapsed$/);
+    const same = await validate(dense, dense, long);
+    expect(same.stability).toMatchObject({ collapsed: { reference: 0, candidate: 0 }, increase: { value: 0 } });
+    expect(gate(same, 'maxLateRepetition')).toMatchObject({ status: 'pass', value: 0 });
+  });
 });
 
 describe('dense against the mixture that we make of it', () => {
@@ -273,7 +286,7 @@ describe('dense against the mixture that we make of it', () => {
     expect(report.attention!.freeRunning.mean.divergence).toBeGreaterThan(1e-4);
     expect(report.routing!.layers.map(({ layer, active }) => [layer, active])).toEqual([0, 1, 2, 3].map((l) => [l, 4]));
     const skipped = report.gates.filter(({ status }) => status === 'skipped').map(({ id }) => id);
-    expect(skipped).toEqual(['minRoutingAgreement', 'minDistinctRatio', 'maxRepIncrease']);
+    expect(skipped).toEqual(['minRoutingAgreement', 'minDistinctRatio', 'maxRepIncrease', 'maxLateRepetition']);
   });
 
   it('routed experts of one layer in disorder are found in that layer', async () => {

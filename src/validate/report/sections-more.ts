@@ -107,7 +107,30 @@ const marked = (spans: readonly Span[]): Markup[] =>
     return markup`${text.slice(0, at)}<mark>${words}</mark>${text.slice(at + words.length)}`;
   });
 
-export function diversitySection({ diversity: d }: ValidateReport): Section | undefined {
+/** rep-4 by quarter of the long generations. */
+function stabilityTable({ stability: s }: ValidateReport): Markup | undefined {
+  if (!s) return undefined;
+  const rows = s.quarters.reference.map((reference, i) => {
+    return { quarter: `${i + 1}.`, reference, candidate: s.quarters.candidate[i]! };
+  });
+  const { value, interval } = s.increase;
+  return markup`<h3>Long generations</h3>
+    <p class="soft">
+      rep-4 within each quarter of ${s.prompts} generations of ${s.newTokens} tokens. Collapsed (above 0.8 in the last
+      quarter): ${s.collapsed.candidate}, of the reference ${s.collapsed.reference}. Last quarter: ${show(value)} more
+      than the reference (95%: ${show(interval.low)} to ${show(interval.high)}).
+    </p>
+    ${sortable(rows, [
+      { title: 'quarter', cell: (r) => r.quarter },
+      numeric('reference', (r) => r.reference),
+      numeric('candidate', (r) => r.candidate),
+    ])}`;
+}
+
+export function diversitySection(report: ValidateReport): Section | undefined {
+  const { diversity: d } = report;
+  const long = stabilityTable(report);
+  if (!d && long) return { id: 'generations', title: 'Generations', body: long };
   if (!d) return undefined;
   const s = d.settings;
   const single = [
@@ -167,7 +190,7 @@ export function diversitySection({ diversity: d }: ValidateReport): Section | un
         <summary>${pairs.length - 4} more</summary>
         ${pairs.slice(4)}
       </details>`
-    }`;
+    }${long}`;
   return { id: 'generations', title: 'Generations', body };
 }
 

@@ -211,6 +211,14 @@ export function syntheticMeasurements({ layers, heads, experts = 0, broken }: Sh
       dropout: { reference: null, candidate: null },
     },
     diversity,
+    stability: {
+      prompts: 4,
+      newTokens: 1000,
+      temperature: 0.8,
+      quarters: { reference: [0.02, 0.03, 0.03, 0.04], candidate: [0.02, 0.03, 0.05, 0.05] },
+      collapsed: { reference: 0, candidate: 0 },
+      increase: { value: 0.01, interval: { low: -0.03, high: 0.05 } },
+    },
     skipped: [],
     notes: ['A note with <angle> brackets & an ampersand.'],
   };
