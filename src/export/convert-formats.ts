@@ -7,11 +7,14 @@ import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
 import { planKey } from '../checkpoint/types.js';
 import type { Checkpoint, PlannedTensor } from '../checkpoint/types.js';
 import { encodedBytes, encodingName, ggmlBlocks } from '../formats/ggml.js';
+import { kindOfGguf, mixtureType } from '../targets/gguf-mixture.js';
+import { importanceOf, type Imatrix } from '../targets/imatrix.js';
+import type { BlockFormatName } from '../tensor/ops.js';
 import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
 
 /** Block types that `convert` writes into GGUF files. */
-export const blockTypes = ['q8_0', 'q6_k', 'q4_k', 'q4_0'] as const;
+export const blockTypes = ['q8_0', 'q6_k', 'q4_k', 'q4_0', 'q4_k_s', 'q4_k_m'] as const;
 export type BlockType = (typeof blockTypes)[number];
 
 export interface FormatPlan {
@@ -28,19 +31,41 @@ export async function planGgufOutput(
   checkpoint: Checkpoint,
   dtype: FloatDType | undefined,
   blocks: BlockType | undefined,
+  imatrix?: Imatrix,
 ): Promise<FormatPlan> {
   requirePlain(checkpoint);
   const type = blocks === 'q4_k' ? 'q4_k_s' : (blocks ?? dtype ?? ownType(checkpoint));
   const { metadata, tensors, computed, notes } = await planGguf(checkpoint, type);
   if (dtype === undefined && blocks === undefined) recordWidened(metadata, tensors);
   const tied = checkpoint.config['tie_word_embeddings'] === true;
-  const planned = tensors.map((tensor) => planGgufTensor(tensor, dtype, blocks, tied));
-  const wider = planned.filter(({ action, to }) => blocks !== undefined && action === 'encode' && to !== blocks);
+  const size = (key: string): number => Number(metadata.get(`${metadata.get('general.architecture')!.value as string}.${key}`)?.value ?? 0); // prettier-ignore
+  const [layers, experts] = [size('block_count'), size('expert_count')];
+  const isMixture = blocks === 'q4_k_s' || blocks === 'q4_k_m';
+  const typeOf = (name: string): BlockFormatName | undefined => {
+    if (!isMixture) return blocks;
+    const layer = Number(/^blk\.(\d+)\./.exec(name)?.[1] ?? 0);
+    return mixtureType(blocks, kindOfGguf(name, tied), layer, layers, experts);
+  };
+  const planned = tensors.map((tensor) => {
+    const plan = planGgufTensor(tensor, dtype, typeOf(tensor.name), tied);
+    if (plan.action !== 'encode' || imatrix === undefined) return plan;
+    const stacked = tensor.shape.length === 3 ? tensor.shape[0]! : 1;
+    const importance = importanceOf(imatrix, tensor.name, stacked, tensor.shape.at(-1)!);
+    return importance === undefined ? plan : { ...plan, importance };
+  });
+  const wider = planned.filter(
+    ({ action, to }) => blocks !== undefined && !isMixture && action === 'encode' && to !== blocks,
+  );
   const more = wider.map(({ name, to }) => `${name} is stored as ${to}.`);
   const outputs = [
     ...planned.map(({ output }) => output),
     ...[...computed].map(([name, values]) => ({ name, shape: [values.length], dtype: 'f32' as const })),
   ];
+  if (imatrix) {
+    const known = planned.filter(({ importance }) => importance !== undefined).length;
+    if (known === 0) throw badInput('The importance matrix knows none of the tensors', { where: checkpoint.path, hint: 'It belongs to another model.' }); // prettier-ignore
+    more.push(`${known} tensors are rounded by the importance matrix.`);
+  }
   return { tensors: planned, outputs, notes: [...notes, ...more], gguf: metadata, computed };
 }
 
@@ -63,7 +88,7 @@ function ownType({ tensors }: Checkpoint): GgufFileType {
 function planGgufTensor(
   { name, shape, entry, staysF32 }: GgufTensor,
   dtype: FloatDType | undefined,
-  blocks: BlockType | undefined,
+  blocks: BlockFormatName | undefined,
   tied: boolean,
 ): PlannedConversion {
   const stored = { ...entry, name, shape };

@@ -7,6 +7,7 @@ import type { Checkpoint, PlannedTensor } from '../checkpoint/types.js';
 import type { OutputFormat } from '../checkpoint/layout.js';
 import type { GgufMetadata } from '../checkpoint/gguf-config.js';
 import type { OnnxGraph } from '../formats/onnx-writer.js';
+import { imatrixHash, readImatrix } from '../targets/imatrix.js';
 import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
 import { planGgufOutput, planNativeOutput } from './convert-formats.js';
@@ -21,6 +22,8 @@ export interface ConvertOptions {
   readonly format: OutputFormat;
   /** GGUF only: weights become blocks of this type. */
   readonly blocks?: BlockType | undefined;
+  /** GGUF only: a file of llama.cpp's importance matrix. */
+  readonly imatrix?: string | undefined;
   /** DeepSeek's native layout only: the number of shards. */
   readonly modelParallel?: number | undefined;
 }
@@ -40,6 +43,8 @@ export interface ConvertPlan {
   readonly extraFiles?: ReadonlyMap<string, string>;
   /** Tensors of the output whose values follow from the config. */
   readonly computed: ReadonlyMap<string, Float32Array>;
+  /** Of the importance matrix that was read. */
+  readonly imatrixHash?: string;
   readonly config: Readonly<Record<string, unknown>>;
   readonly notes: readonly string[];
   /** What the architecture expects of a tensor, where it is known: [N, K]. */
@@ -63,7 +68,11 @@ export async function planConversion(options: ConvertOptions): Promise<ConvertPl
   if (format === 'onnx') return planOnnx(options);
   const isNative = format === 'deepseek-native';
   const checkpoint = await openCheckpoint(input, { config: options.config, keepScales: isNative });
-  if (format === 'gguf') return planFormat(checkpoint, await planGgufOutput(checkpoint, dtype, options.blocks));
+  const imatrix = options.imatrix === undefined ? undefined : await readImatrix(options.imatrix);
+  if (format === 'gguf') {
+    const plan = planFormat(checkpoint, await planGgufOutput(checkpoint, dtype, options.blocks, imatrix));
+    return imatrix === undefined ? plan : { ...plan, imatrixHash: imatrixHash(imatrix) };
+  }
   if (isNative) return planFormat(checkpoint, planNativeOutput(checkpoint, options.modelParallel ?? 1));
   const quantized = checkpoint.config.quantization_config !== undefined && dtype !== undefined;
   return quantized ? planDequantization(checkpoint, options) : planPlain(checkpoint, options);

@@ -10,6 +10,7 @@ import { matMulNBitsWriter } from '../layout/matmulnbits-writer.js';
 import type { LinearShape } from '../layout/types.js';
 import { refuseInGguf } from './blocks.js';
 import { planGgufOutput } from './gguf.js';
+import { planImatrix, verifyImatrix } from './imatrix.js';
 import { onnxTarget, planOnnx } from './onnx.js';
 import { planOutput, type OutputPlan } from './output.js';
 import { makePlan, type Holder, type QuantPlan } from './plan.js';
@@ -18,8 +19,11 @@ import type { Selection } from './select.js';
 import { layoutTarget, plainTarget, type Target } from './target.js';
 import { verifyFolder, verifyGguf, verifyPlain, type Probes } from './verify.js';
 
-/** What `quantize` writes. `safetensors`: plain weights, as the codes say them. */
-export const quantFormats = ['compressed-tensors', 'gptq', 'awq', 'gguf', 'onnx', 'safetensors'] as const;
+/**
+ * What `quantize` writes. `safetensors`: plain weights, as the codes say them. `imatrix`: no model, but the statistics
+ * for llama.cpp's quantizer.
+ */
+export const quantFormats = ['compressed-tensors', 'gptq', 'awq', 'gguf', 'onnx', 'safetensors', 'imatrix'] as const;
 export type QuantFormat = (typeof quantFormats)[number];
 
 /** One output of a job, decided from headers. */
@@ -76,6 +80,7 @@ function refusal(format: QuantFormat, linear: LinearShape, scheme: Scheme): stri
     case 'onnx':
       return matMulNBitsWriter.refuse(linear, scheme);
     case 'safetensors':
+    case 'imatrix':
       return undefined;
     default:
       return layoutWriters[format].refuse(linear, scheme);
@@ -104,7 +109,14 @@ export const storedScales =
   (dtype: FloatDType): StoredScales => {
     const types: Record<QuantFormat, FloatDType> = {
       'compressed-tensors': dtype,
-      ...{ gptq: 'f16', awq: 'f16', gguf: formats.length > 1 ? 'f16' : 'f32', onnx: 'f32', safetensors: 'f32' },
+      ...{
+        gptq: 'f16',
+        awq: 'f16',
+        gguf: formats.length > 1 ? 'f16' : 'f32',
+        onnx: 'f32',
+        safetensors: 'f32',
+        imatrix: 'f32',
+      },
     };
     return [...new Set(formats.map((format) => types[format]))];
   };
@@ -140,6 +152,16 @@ export async function planTarget(
         writing: { format: 'onnx', onnx: graph, config: { ...rest, dtype: 'float32' }, extraFiles },
         open: (reader, env) => onnxTarget(output, reader, env),
         verify: (folder, probes, env) => verifyFolder(folder, {}, plan, probes, env),
+      };
+    }
+    case 'imatrix': {
+      const imatrix = await planImatrix(open, plan);
+      const output = imatrix.plan;
+      return {
+        ...{ ...common, output },
+        writing: { format: 'gguf', gguf: imatrix.metadata, config: plainConfig, extraFiles: new Map() },
+        open: () => imatrix.target(),
+        verify: (folder) => verifyImatrix(folder),
       };
     }
     case 'safetensors': {

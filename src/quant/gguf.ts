@@ -90,7 +90,7 @@ function outerBlocks(
 }
 
 /** The linears whose weights a tensor holds; undefined where one of them is not quantized. */
-function linearsOf({ entry }: GgufTensor, plan: QuantPlan): LinearPlan[] | undefined {
+export function linearsOf({ entry }: GgufTensor, plan: QuantPlan): LinearPlan[] | undefined {
   const { encoding, name } = entry;
   const sources = encoding.kind === 'assembled' ? encoding.parts.map((part) => part.entry.name) : [name];
   const linears = sources.map((source) => plan.linears.get(moduleOf(source)));

@@ -15,6 +15,8 @@ export interface Source {
   readonly weight: Tensor;
   /** Mean squared activation of each input channel, f32 [K]. */
   readonly energy: Tensor | undefined;
+  /** The same on the host, and how many tokens it is of. */
+  readonly statistics: { readonly energy: Float32Array; readonly tokens: number } | undefined;
 }
 
 export interface Stored {

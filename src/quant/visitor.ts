@@ -160,7 +160,11 @@ export class QuantVisitor implements BlockVisitor {
       const coded = { codes: rows(solution.codes), grid: own, ...(blocks && { blocks: rows(blocks) }) };
       using work = new Scope(env.device);
       const q = valuesOf(work, coded, scheme);
-      const source = { weight: rows(w), energy: statistics?.diagonal };
+      const source = {
+        weight: rows(w),
+        energy: statistics?.diagonal,
+        statistics: statistics && { energy: statistics.energy, tokens: evidence.tokens ?? statistics.tokens },
+      };
       const probes: Record<string, string> = {};
       for (const { name: targetName, target, writer } of targets) {
         const { tensors, values } = target.store(work, plan, scheme, coded, source);

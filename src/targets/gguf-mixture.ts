@@ -26,6 +26,14 @@ export function kindOf(name: string): TensorKind {
   return kinds[leaf] ?? 'other';
 }
 
+/** The kind of a tensor by its GGUF name. `tied`: the embedding is the head too. */
+export function kindOfGguf(name: string, tied: boolean): TensorKind {
+  if (name === 'output.weight' || (tied && name === 'token_embd.weight')) return 'output';
+  if (name === 'token_embd.weight') return 'token_embd';
+  const part = /^blk\.\d+\.(attn_v|attn_k|attn_output|ffn_down)(_exps|_shexp)?\.weight$/.exec(name)?.[1];
+  return (part as TensorKind | undefined) ?? 'other';
+}
+
 /** Of `n` layers the first and last eighth, and every third between (llama.cpp, use_more_bits). */
 const moreBits = (i: number, n: number): boolean =>
   i < Math.floor(n / 8) || i >= Math.floor((7 * n) / 8) || (i - Math.floor(n / 8)) % 3 === 2;

@@ -1,0 +1,59 @@
+import { readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { expect, test } from 'vitest';
+import { openModel } from '../../src/arch/open.js';
+import { quantize } from '../../src/quant/run.js';
+import { defaultRecipe } from '../../src/quant/scheme.js';
+import { readImatrix } from '../../src/targets/imatrix.js';
+import { testEnv, trainedModel } from '../arch/support.js';
+import { llamaScore, type LlamaScore } from './llama.js';
+import { convert, heldOut, python, workFolder } from './support.js';
+
+const env = testEnv();
+const work = workFolder();
+const path = trainedModel('v1.0', 'v1.0_checkpoint.bin');
+
+/** Mean KL(reference || candidate) over the rows that both kept, nats. */
+function kl(reference: LlamaScore, candidate: LlamaScore): number {
+  let sum = 0;
+  for (const [r, p] of reference.rows.entries()) {
+    const q = candidate.rows[r]!;
+    for (let v = 0; v < p.length; v++) sum += Math.exp(p[v]!) * (p[v]! - q[v]!);
+  }
+  return sum / reference.rows.length;
+}
+
+test.skipIf(!path)('Q4_K_M with our importance is not worse in KL than without, in llama.cpp', async () => {
+  const out = join(work, 'imatrix');
+  const recipe = { ...defaultRecipe, method: 'rtn' } as const;
+  const common = { input: path!, tool: { name: 'deepseek-convert', version: '0' }, commandLine: 'test' };
+  const calibration = { source: 'default', samples: 64, seqLen: 256, seed: 0 } as const;
+  await quantize({ ...common, out, formats: ['imatrix'], recipe, calibration }, env);
+  const imatrix = join(out, 'model.gguf');
+  const [plain, weighted, full] = ['plain', 'weighted', 'full'].map((name) => join(work, `${name}.gguf`)) as [string, string, string]; // prettier-ignore
+  await convert({ input: path!, format: 'gguf', dtype: 'f32' }, full, env);
+  await convert({ input: path!, format: 'gguf', blocks: 'q4_k_m' }, plain, env);
+  await convert({ input: path!, format: 'gguf', blocks: 'q4_k_m', imatrix }, weighted, env);
+  expect(readFileSync(plain).equals(readFileSync(weighted))).toBe(false);
+  const open = await openModel(full);
+  const tokens = (await (await open.tokenizer()).encode(heldOut(), { special: false })).subarray(0, 2000);
+  await open.close();
+  const scores: LlamaScore[] = [];
+  for (const file of [full, plain, weighted]) scores.push(await llamaScore(file, tokens, 500, 4));
+  const [without, with_] = [kl(scores[0]!, scores[1]!), kl(scores[0]!, scores[2]!)];
+  console.log(`Q4_K_M of dense-6m, KL to f32 in llama.cpp: ${without.toFixed(5)} without, ${with_.toFixed(5)} with importance`); // prettier-ignore
+  expect(with_).toBeLessThan(without);
+});
+
+test('importance matrices that the Python reader writes are read, of both forms', async () => {
+  const [gguf, dat] = [join(work, 'made.gguf'), join(work, 'made.dat')];
+  const wanted = await python<Record<string, number[]>>('make_imatrix.py', gguf, dat);
+  for (const file of [gguf, dat]) {
+    const found = await readImatrix(file);
+    for (const [name, values] of Object.entries(wanted)) {
+      expect([...found.get(name)!.values].map((value) => Number(value.toFixed(4)))).toEqual(values);
+    }
+  }
+  writeFileSync(dat, readFileSync(dat).subarray(0, 40));
+  await expect(readImatrix(dat)).rejects.toThrow(/ends early/);
+});
