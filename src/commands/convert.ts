@@ -38,7 +38,10 @@ export const command = defineCommand({
     shardSize: byteSize({ default: 5e9, help: 'Largest file of a folder.' }),
     modelParallel: integer({ min: 1, default: 1, help: "Shards of DeepSeek's native layout." }),
     allowSaturation: flag({ help: 'Accept values that become infinite (f16 ends at 65504).' }),
-    ioBudget: byteSize({ default: 256e6, help: 'Memory for reads and writes under way.' }),
+    ioBudget: byteSize({
+      default: 128e6,
+      help: 'Memory for tensors under way, from read to written; one larger tensor goes alone.',
+    }),
     ...deviceOptions,
     device: { ...deviceOptions.device, default: 'cpu', help: 'Where to compute; the CPU is as fast as the disk.' },
   },
@@ -152,7 +155,8 @@ async function dryRun(
   const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
   const [reads, writes] = [sum('reads'), files.reduce((n, { size }) => n + size, 0)];
   const whole = plan.tensors.filter(({ action }) => action === 'decode' || action === 'encode').map(({ reads, shape }) => reads + 8 * shape.reduce((a, b) => a * b, 1)); // prettier-ignore
-  const memory = given.ioBudget + 4 * Math.max(0, ...whole);
+  // The program itself, and what is under way.
+  const memory = 1.2e8 + Math.max(given.ioBudget, ...whole);
   const disk = await freeBytes(await firstFolder(given.out));
   const eta = (reads + writes) / 1e9;
   const actions = plan.tensors.map(({ name, shape, action, from, to, reads, writes }) => ({ name, shape, action, from, to, reads, writes })); // prettier-ignore

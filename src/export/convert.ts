@@ -10,6 +10,7 @@ import { createWriter } from '../checkpoint/writer.js';
 import { matMulNBitsWriter } from '../layout/matmulnbits-writer.js';
 import { cast, encode, normAdd, type EncodableName } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
+import { Budget, piecesOf, type Piece } from './pieces.js';
 import type { ConvertOptions, ConvertPlan, PlannedConversion } from './convert-plan.js';
 
 export interface ConvertRun extends ConvertOptions {
@@ -38,8 +39,8 @@ export interface ConvertReport {
 
 /** Bytes of a file that are one read. Large enough for a disk, small enough that memory does not follow tensor sizes. */
 const pieceBytes = 4 * 2 ** 20;
-/** Bytes after which what is written is made durable. */
-const flushEvery = 4e9;
+/** Bytes after which what is written is made durable: the disk works while we do, and little is lost by a crash. */
+const flushEvery = 5e8;
 const tensorsAtOnce = 8;
 
 /** The dtypes in which `norm_add` counts values that are infinite or not a number. */
@@ -65,6 +66,7 @@ export async function runConversion(plan: ConvertPlan, run: ConvertRun, env: Job
       format: run.format,
       shardSize: run.shardSize,
       ...(run.blocks !== undefined && { blocks: run.blocks }),
+      ...(plan.imatrixHash !== undefined && { imatrix: plan.imatrixHash }),
       ...(run.modelParallel !== undefined && { modelParallel: run.modelParallel }),
     },
   });
@@ -140,7 +142,7 @@ function refuseSaturation(saturated: Readonly<Record<string, number>>, { dtype, 
 
 class Converter {
   readonly #loader: TensorLoader;
-  readonly #room: Room;
+  readonly #budget: Budget;
   readonly #saturated: Record<string, number> = {};
 
   constructor(
@@ -150,14 +152,14 @@ class Converter {
     readonly writer: CheckpointWriter,
   ) {
     this.#loader = new TensorLoader(plan.source, env.device);
-    // A piece takes its bytes twice: as read and as written.
-    this.#room = new Room(Math.max(1, Math.floor(run.ioBudget / (2 * pieceBytes))));
+    this.#budget = new Budget(run.ioBudget);
   }
 
   /** Converts the tensors in order, several at once; gives the saturation counts. */
   async all(tensors: readonly PlannedConversion[]): Promise<Record<string, number>> {
     const total = this.plan.tensors.length;
     let [next, done, sinceFlush] = [0, total - tensors.length, 0];
+    let flushing = false;
     let failure: { error: unknown } | undefined;
     const worker = async (): Promise<void> => {
       while (next < tensors.length && !failure && !this.env.signal.aborted) {
@@ -165,9 +167,10 @@ class Converter {
         await this.#one(tensor);
         sinceFlush += tensor.writes;
         this.env.log.progress({ stage: 'convert', done: ++done, total });
-        if (sinceFlush >= flushEvery) {
-          sinceFlush = 0;
+        if (sinceFlush >= flushEvery && !flushing) {
+          [sinceFlush, flushing] = [0, true];
           await this.writer.flush();
+          flushing = false;
         }
       }
     };
@@ -237,7 +240,8 @@ class Converter {
         const starts = Array.from({ length: Math.ceil(elements / step) }, (_, i) => i * step);
         let failure: { error: unknown } | undefined;
         const run = (start: number) =>
-          this.#room.within(async () => {
+          // A piece takes its bytes as read and as written.
+          this.#budget.within(step * (size + dtypeSize(to)), async () => {
             if (failure || this.env.signal.aborted) return;
             await piece(fd, position, start).catch((error: unknown) => (failure ??= { error }));
           });
@@ -248,16 +252,68 @@ class Converter {
     };
   }
 
-  /** A whole tensor at once: blocks, codes and views do not fall into pieces of elements. */
+  /** Blocks and views, as few rows at a time as they allow. */
   #decoded(tensor: PlannedConversion, counts: Tensor): ByteSource {
     const { output, shape } = tensor;
+    const size = dtypeSize(output.dtype);
+    return this.#inPieces(tensor, elementCount(shape) * size, async (scope, piece, fd, position) => {
+      const value = await this.#load(scope, tensor, piece.entry);
+      const arranged = tensor.transposed ? value.transpose() : value;
+      await cast(scope, arranged, output.dtype, counts)
+        .source()
+        .writeTo(fd, position + piece.start * size);
+    });
+  }
+
+  /** GGML blocks, which lie along rows. */
+  #encoded(tensor: PlannedConversion, finite: Tensor): ByteSource {
+    const rate = tensor.writes / elementCount(tensor.shape);
+    return this.#inPieces(tensor, tensor.writes, async (scope, piece, fd, position) => {
+      const value = scope.empty('f32', piece.entry.shape);
+      await this.#loadPiece(tensor.name, piece.entry, value);
+      normAdd(finite, value);
+      const columns = tensor.shape.at(-1)!;
+      const rows = value.view(-1, columns);
+      const { experts, values } = tensor.importance ?? { experts: 1, values: undefined };
+      // Each expert's rows count by what that expert sees; a piece may end in the middle of one.
+      const each = elementCount(tensor.shape) / columns / experts;
+      const first = piece.start / columns;
+      for (let from = 0; from < rows.dim(0);) {
+        const e = Math.floor((first + from) / each);
+        const to = Math.min(rows.dim(0), (e + 1) * each - first);
+        const weight = values && scope.from('f32', [columns], values.subarray(e * columns, (e + 1) * columns));
+        const blocks = encode(scope, rows.slice(0, from, to), tensor.to as EncodableName, weight);
+        await blocks.source().writeTo(fd, position + (piece.start + from * columns) * rate);
+        from = to;
+      }
+    });
+  }
+
+  /** Runs `work` for each piece of a tensor, as many at once as the budget allows. */
+  #inPieces(
+    { name, entry, shape, transposed, repack }: PlannedConversion,
+    byteLength: number,
+    work: (scope: Scope, piece: Piece, fd: number, position: number) => Promise<void>,
+  ): ByteSource {
+    const stays =
+      transposed === true || repack !== undefined || this.plan.source.tensors.get(name)?.linear !== undefined;
+    const cuts = stays ? [] : piecesOf(entry, pieceBytes);
+    const pieces = cuts.every((piece) => piece.entry.shape.at(-1) === shape.at(-1)) ? cuts : [];
+    if (pieces.length < 2) pieces.splice(0, 1, { entry: { ...entry, shape }, start: 0 });
     return {
-      byteLength: elementCount(shape) * dtypeSize(output.dtype),
+      byteLength,
       writeTo: async (fd, position) => {
-        using scope = new Scope(this.env.device);
-        const value = await this.#load(scope, tensor);
-        const arranged = tensor.transposed ? value.transpose() : value;
-        await cast(scope, arranged, output.dtype, counts).source().writeTo(fd, position);
+        let failure: { error: unknown } | undefined;
+        const one = async (piece: Piece): Promise<void> => {
+          if (failure || this.env.signal.aborted) return;
+          using scope = new Scope(this.env.device);
+          await work(scope, piece, fd, position).catch((error: unknown) => (failure ??= { error }));
+        };
+        // What is read, its values in fp32 (twice where they are put together), what is written.
+        const cost = ({ entry }: Piece) => entry.span.bytes + 12 * elementCount(entry.shape);
+        await Promise.all(pieces.map((piece) => this.#budget.within(cost(piece), () => one(piece))));
+        if (failure) throw failure.error;
+        stopIfAborted(this.env, this.run.resumeHint);
       },
     };
   }
@@ -283,24 +339,9 @@ class Converter {
     };
   }
 
-  /** GGML blocks, row by row of the whole tensor. */
-  #encoded(tensor: PlannedConversion, finite: Tensor): ByteSource {
-    return {
-      byteLength: tensor.writes,
-      writeTo: async (fd, position) => {
-        using scope = new Scope(this.env.device);
-        const value = scope.empty('f32', tensor.shape);
-        await this.#loader.load([{ name: tensor.name, into: value }]);
-        normAdd(finite, value);
-        const blocks = encode(scope, value.view(-1, tensor.shape.at(-1)!), tensor.to as EncodableName);
-        await blocks.source().writeTo(fd, position);
-      },
-    };
-  }
-
-  async #load(scope: Scope, { name, entry, output, shape }: PlannedConversion): Promise<Tensor> {
+  async #load(scope: Scope, { name, output }: PlannedConversion, entry: TensorEntry): Promise<Tensor> {
     const { device } = this.env;
-    const { encoding, strides, span } = entry;
+    const { encoding, strides, span, shape } = entry;
     if (encoding.kind === 'plain' && strides) {
       const size = dtypeSize(encoding.dtype);
       const flat = scope.empty(encoding.dtype, [span.bytes / size]);
@@ -311,29 +352,15 @@ class Converter {
     // Through fp32, so that what a narrower type cannot hold is counted.
     const wide = output.dtype === 'bf16' || output.dtype === 'f16' ? 'f32' : output.dtype;
     const value = scope.empty(wide, shape);
-    await this.#loader.load([{ name, into: value }]);
+    await this.#loadPiece(name, entry, value);
     return value;
   }
-}
 
-/** At most `places` of the functions given run at once. */
-class Room {
-  #free: number;
-  readonly #waiting: (() => void)[] = [];
-
-  constructor(places: number) {
-    this.#free = places;
-  }
-
-  async within<T>(run: () => Promise<T>): Promise<T> {
-    if (this.#free > 0) this.#free--;
-    else await new Promise<void>((resume) => this.#waiting.push(resume));
-    try {
-      return await run();
-    } finally {
-      const next = this.#waiting.shift();
-      if (next) next();
-      else this.#free++;
-    }
+  /** A tensor, or some of its rows as if they were one. */
+  #loadPiece(name: string, entry: TensorEntry, into: Tensor): Promise<void> {
+    const stored = this.plan.source.tensors.get(name)!;
+    const { file } = this.plan.source;
+    const tensors = new Map([[name, stored.linear ? stored : { ...stored, entry, shape: entry.shape }]]);
+    return new TensorLoader({ tensors, file }, this.env.device).load([{ name, into }]);
   }
 }

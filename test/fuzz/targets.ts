@@ -283,7 +283,7 @@ export const containers: readonly Job[] = [
   job(native, 15_000, 100),
   job(gguf, 30_000, 150),
   job(ggufModel, 20_000, 150),
-  job(onnx, 20_000, 40),
+  job(onnx, 12_000, 40),
 ];
 
 const zipFiles = [...versions, 'views', 'training'];

@@ -5,7 +5,8 @@ import { expect, it } from 'vitest';
 import { TensorLoader } from '../../src/arch/load.js';
 import { storedWeights } from '../../src/arch/stored.js';
 import type { Device } from '../../src/backend/device.js';
-import { assembled } from '../../src/formats/assembly.js';
+import { piecesOf } from '../../src/export/pieces.js';
+import { asStored, assembled } from '../../src/formats/assembly.js';
 import { openCheckpoint } from '../../src/checkpoint/open.js';
 import type { Encoding, GgmlType, TensorEntry } from '../../src/checkpoint/types.js';
 import { detectLayout } from '../../src/layout/detect.js';
@@ -93,5 +94,42 @@ onDevices('stored tensors', (device) => {
       return plain![r * 256 + (p < 2 ? p + 1 : 0) * 64 + c]!;
     });
     expect(bits(got!)).toBe(bits(want));
+  });
+
+  it('in pieces they are the same: block rows, rows with their scales, joined parts', async () => {
+    const blocks = (await open1('ggml/blocks.safetensors')).tensors;
+    const scaled = (await open1('scaled/scaled.safetensors')).tensors;
+    const source = blocks.get('source')!; // f32 [3, 256]
+    const values = blocks.get('q4_k.values')!;
+    const q4k: TensorEntry = { ...blocks.get('q4_k.blocks')!, shape: values.shape, encoding: { kind: 'ggml', type: 'q4_k' } }; // prettier-ignore
+    const ofScaled = (
+      name: string,
+      element: 'f8_e4m3' | 'f4_e2m1',
+      block: [number, number],
+      scaleElement: 'f32' | 'f8_e8m0',
+    ) => {
+      // prettier-ignore
+      const [codes, scale, shape] = [`${name}.codes`, `${name}.scale`, `${name}.values`].map((key) => scaled.get(key)!);
+      const encoding: Encoding = { kind: 'scaled', element, block, scale: scale!, scaleElement };
+      return { ...codes!, shape: shape!.shape, encoding };
+    };
+    const joined = assembled('joined', [6, 256], 0, [asStored(source), asStored(source)]);
+    const cases: [TensorEntry, limit: number, pieces: number][] = [
+      [source, 256, 3],
+      [q4k, values.shape.at(-1)!, values.shape[0]!],
+      [ofScaled('fp8_f32_tall', 'f8_e4m3', [128, 128], 'f32'), 400, 3],
+      [ofScaled('fp4_e8m0', 'f4_e2m1', [1, 32], 'f8_e8m0'), 192, 2],
+      [joined, 256, 2],
+    ];
+    for (const [entry, limit, count] of cases) {
+      const pieces = piecesOf(entry, limit);
+      expect(pieces.length, entry.name).toBe(count);
+      const named = pieces.map((piece, i) => ({ ...piece.entry, name: `${i}` }));
+      const [whole] = await load(device(), [entry]);
+      const parts = await load(device(), named);
+      const together = new Float32Array(whole!.length);
+      parts.forEach((part, i) => together.set(part, pieces[i]!.start));
+      expect(bits(together), entry.name).toBe(bits(whole!));
+    }
   });
 });
