@@ -78,6 +78,21 @@ describe('quantize', () => {
   });
 });
 
+describe('schemes by name', () => {
+  it('may stand in a job file', async () => {
+    const job = join(folder, 'job.yaml');
+    writeFileSync(job, 'quantize:\n  override:\n    - down_proj=8\n    - layers.0.self_attn.k_proj=bits:3,group:64\n');
+    const run = await cli(['quantize', v1, '-o', out('plan'), '--dry-run', '--config-file', job]);
+    expect(run.code, run.stderr).toBe(0);
+    expect(run.stdout).toMatch(/down_proj +\[256, 1024\] +x 4 +int8 g128 symmetric/);
+    expect(run.stdout).toMatch(/v_proj +\[128, 256\] +x 1 +int3 g64 symmetric/);
+    expect(run.stdout).toMatch(/v_proj +\[128, 256\] +x 3 +int4 g128 symmetric/);
+    const wrong = await cli(['quantize', v1, '-o', out('plan'), '--override', 'down_proj=5']);
+    expect(wrong.code).toBe(2);
+    expect(wrong.stderr).toMatch(/--override is not understood.*down_proj=5/);
+  });
+});
+
 describe('quantize refuses', () => {
   const refused: [string, string[], number, RegExp][] = [
     ['an output that exists', [v1, '-o', folder], 1, /exists already/],
