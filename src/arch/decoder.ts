@@ -1,4 +1,4 @@
-import { gather } from '../tensor/ops.js';
+import { gather, unary } from '../tensor/ops.js';
 import type { Scope, Tensor } from '../tensor/tensor.js';
 import { linear, type Calls, type ForwardContext } from '../nn/calls.js';
 import { drop, linearSpec, type Layer, type TensorSpec } from '../nn/layer.js';
@@ -55,6 +55,7 @@ export function decoder(
   const { hidden, eps } = sizes;
   const vocab = c.int('vocab_size', { max: limits.vocab });
   const tied = c.bool('tie_word_embeddings', false);
+  const logitCap = c.optionalFloat('final_logit_softcapping', { min: 1e-3, max: 1e6 });
   const embedding = `${spell(`${c.root}.embed_tokens`)}.weight`;
   const norm = normSpec(spell(`${c.root}.norm`), hidden, eps);
   const head = linearSpec(spell(tied ? `${c.root}.embed_tokens` : 'lm_head'), hidden, vocab, 'head');
@@ -89,6 +90,7 @@ export function decoder(
     norm,
     head,
     tied,
+    ...(logitCap !== undefined && { logitCap }),
     bosId: bosIds[0],
     eosIds: c.ids('eos_token_id'),
     carried,
@@ -105,6 +107,7 @@ export function decoder(
       if (streams) drop(ctx.scope, [one]);
       const [y] = yield* linear([head], h);
       drop(ctx.scope, [h]);
+      if (logitCap !== undefined) unary(ctx.scope, 'softcap', y!, logitCap, 0, y);
       return y!;
     },
   };

@@ -22,6 +22,7 @@ export function deepseekV4(c: Config): Model {
   for (const key of ['attention_bias', 'mlp_bias', 'tie_word_embeddings']) c.only(key, false);
   for (const key of ['num_key_value_heads', 'n_shared_experts', 'n_group', 'topk_group']) c.only(key, 1);
   c.only('first_k_dense_replace', 0);
+  c.only('attn_logit_softcapping', null);
   // Drafting layers are carried through; how experts are stored, the tensors themselves say.
   c.understood('num_nextn_predict_layers', 'expert_dtype', 'intermediate_size');
   c.understood('dspark_block_size', 'dspark_markov_rank', 'dspark_noise_token_id', 'dspark_target_layer_ids');

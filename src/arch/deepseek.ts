@@ -81,6 +81,7 @@ function latentModel(
 ): Model {
   const nope = c.int('qk_nope_head_dim', { max: limits.hidden });
   const turned = c.int('qk_rope_head_dim', { max: limits.hidden });
+  c.only('attn_logit_softcapping', null);
   // head_dim is the rotated part in transformers 5, and absent or of no consequence elsewhere.
   c.understood('head_dim', 'qk_head_dim');
   const sizes = { ...readSizes(c, { headDim: turned }), headDim: nope + turned };

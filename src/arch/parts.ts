@@ -52,7 +52,7 @@ export interface GroupedAttentionOptions {
 
 /** Attention of layer `i` under `self_attn`, with the names that nearly all architectures use. */
 export function groupedAttention(i: number, layer: string, sizes: Sizes, o: GroupedAttentionOptions): AttentionLayer {
-  const { hidden, heads, kvHeads, headDim, eps } = sizes;
+  const { hidden, heads, kvHeads, headDim, eps, attentionCap } = sizes;
   const name = `${layer}.self_attn`;
   const of = (part: string, count: number) =>
     linearSpec(`${name}.${part}`, hidden, count * headDim, 'attention', o.qkvBias);
@@ -72,6 +72,7 @@ export function groupedAttention(i: number, layer: string, sizes: Sizes, o: Grou
     qNorm: norm('q_norm', heads),
     kNorm: norm('k_norm', kvHeads),
     clip: o.clip,
+    cap: attentionCap,
   });
 }
 

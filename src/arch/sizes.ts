@@ -9,6 +9,8 @@ export interface Sizes {
   readonly headDim: number;
   readonly context: number;
   readonly eps: number;
+  /** Soft cap on attention scores, as Gemma 2 has it; other attention than grouped refuses it. */
+  readonly attentionCap: number | undefined;
 }
 
 export function readSizes(c: Config, defaults: { eps?: number; headDim?: number } = {}): Sizes {
@@ -27,6 +29,7 @@ export function readSizes(c: Config, defaults: { eps?: number; headDim?: number 
     kvHeads,
     headDim: given ?? hidden / heads,
     context: c.int('max_position_embeddings'),
+    attentionCap: c.optionalFloat('attn_logit_softcapping', { min: 1e-3, max: 1e6 }),
     eps: c.float('rms_norm_eps', { max: 1, default: defaults.eps ?? 1e-6 }),
   };
 }

@@ -60,6 +60,8 @@ export interface Model {
   /** The head as a linear; its tensor is the embedding when tied. */
   readonly head: LinearSpec;
   readonly tied: boolean;
+  /** Soft cap on logits: cap tanh(logit / cap). */
+  readonly logitCap?: number;
   readonly bosId: number | undefined;
   readonly eosIds: readonly number[];
   /** Names of tensors that are carried through untouched (vision towers, MTP layers), by prefix. */
@@ -69,6 +71,10 @@ export interface Model {
   /** Final norm and head: states [T, W] -> logits f32 [T, V]. */
   logits(x: Tensor, ctx: ForwardContext): Calls<Tensor>;
 }
+
+/** Whether scores of attention or logits are capped, which engines know of few architectures. */
+export const isCapped = ({ logitCap, blocks }: Model): boolean =>
+  logitCap !== undefined || blocks.some(({ attention }) => attention.grouped?.cap !== undefined);
 
 /** Every linear of a model but the head, in order. */
 export const modelLinears = (model: Model): LinearSpec[] => model.blocks.flatMap((block) => block.linears.flat());

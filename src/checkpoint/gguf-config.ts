@@ -97,6 +97,10 @@ export function configToGguf(config: Config, arch: GgufArch, fileType: GgufFileT
     out.set('rope.dimension_count', 'u32', Math.trunc(head * partial));
   } else writeMla(out);
   writeExperts(out, arch, modelType);
+  for (const key of ['attn_logit_softcapping', 'final_logit_softcapping']) {
+    if (typeof config[key] !== 'number') continue;
+    throw badInput('llama.cpp runs this architecture without soft caps', { where: `config.json, ${key}`, got: `${config[key]}`, expected: 'null' }); // prettier-ignore
+  }
   const window = config['sliding_window'];
   if (modelType === 'mistral' && typeof window === 'number' && window < Number(config['max_position_embeddings'])) {
     throw badInput('llama.cpp runs this architecture without a sliding window', { where: 'config.json, sliding_window', got: `${window}`, expected: 'null' }); // prettier-ignore

@@ -25,6 +25,8 @@ export interface AttentionSpec {
   readonly kNorm?: NormSpec | undefined;
   /** q, k and v are clamped to [-clip, clip]. */
   readonly clip?: number | undefined;
+  /** Soft cap on scores: cap tanh(score / cap). */
+  readonly cap?: number | undefined;
 }
 
 /** Turns x [B,S,H,D] to the context's positions. */
@@ -73,6 +75,7 @@ function* forward(a: AttentionSpec, x: Tensor, ctx: ForwardContext): Calls<Tenso
       window: a.window ?? 0,
       offset: kv.offset,
       scale: a.scale ?? a.headDim ** -0.5,
+      ...(a.cap !== undefined && { cap: a.cap }),
       ...(ctx.lengths && { lengths: ctx.lengths }),
     },
   });

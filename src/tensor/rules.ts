@@ -214,6 +214,7 @@ export const rules: Readonly<Record<string, Rule | null>> = {
     inputs: [1, 2, 3],
     prepare: (tensors, scope) => {
       const [, q] = tensors as [Tensor, Tensor];
+      if (tensors[6]) throw bug('no backward rule for attention whose log-sum-exp is used');
       tensors[6] ??= scope.empty('f32', [q.dim(0), q.dim(2), q.dim(1)]);
     },
     backward: ({ tensors, ints, floats, scope, dy, give }) => {

@@ -1,4 +1,5 @@
 import { badInput } from '../../base/errors.js';
+import { isCapped } from '../../arch/types.js';
 import type { MoeShape } from '../shape.js';
 import { glm4Moe } from './glm4_moe.js';
 import { mixtral } from './mixtral.js';
@@ -34,6 +35,7 @@ export function requireFit(container: Container, source: Source, where: string):
       expected: [...sources].join(', '),
     });
   }
+  if (isCapped(source.model)) throw badInput('No container holds soft caps on scores or logits', { where });
   const reason = container.refuse(source);
   if (reason === undefined) return;
   const others = Object.values(containers).filter((other) => other.refuse(source) === undefined);

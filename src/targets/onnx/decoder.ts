@@ -1,6 +1,6 @@
 import { badInput } from '../../base/errors.js';
 import { tool } from '../../base/version.js';
-import type { Model } from '../../arch/types.js';
+import { isCapped, type Model } from '../../arch/types.js';
 import type { OnnxGraph, OnnxValue } from '../../formats/onnx-writer.js';
 import type { OutputTensor } from '../types.js';
 import { addAttention, cacheShape, type CacheShape, type Shared } from './attention.js';
@@ -23,6 +23,8 @@ export interface OnnxModel {
  * Errors: attention, rotary scaling or sparse choices that no operator says.
  */
 export function buildOnnx(model: Model, dtype: 'f32' | 'f16', linears: StoredLinears): OnnxModel {
+  if (isCapped(model))
+    throw badInput('Soft caps on scores or logits are not written as ONNX', { got: model.modelType });
   const g = new GraphBuilder(dtype);
   const caches = model.blocks.map((block) => cacheShape(block.attention));
   const cache = caches[0];
