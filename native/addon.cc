@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -153,7 +154,8 @@ class Device : public Napi::ObjectWrap<Device> {
                         InstanceMethod<&Device::WriteFile>("writeFile"), InstanceMethod<&Device::Sync>("sync"),
                         InstanceMethod<&Device::Stats>("stats"), InstanceMethod<&Device::ResetPeak>("resetPeak"),
                         InstanceMethod<&Device::Trim>("trim"), InstanceMethod<&Device::Info>("info"),
-                        InstanceMethod<&Device::Has>("has"), InstanceMethod<&Device::Close>("close")});
+                        InstanceMethod<&Device::Trace>("trace"), InstanceMethod<&Device::Has>("has"),
+                        InstanceMethod<&Device::Close>("close")});
   }
 
   // new Device(library path or "", device index, options JSON, memory limit in bytes, I/O threads, poison)
@@ -202,6 +204,8 @@ class Device : public Napi::ObjectWrap<Device> {
   uint64_t enqueued_ = 0, launched_ = 0;  // task counts
   bool stop_ = false;
   std::string failure_;  // of the first failed op; later ops are skipped until it has been reported
+  std::atomic<bool> trace_{false};                  // each op is waited for and timed
+  std::pair<uint64_t, double> traced_[DC_OP_COUNT];  // calls, seconds
   std::thread queue_thread_;
   std::vector<std::thread> io_threads_;
 
@@ -370,7 +374,13 @@ class Device : public Napi::ObjectWrap<Device> {
       if (failed()) return;
       const dc_call c{call->t.data(), call->i.data(), call->f.data(), int32_t(call->t.size()), int32_t(call->i.size()),
                       int32_t(call->f.size())};
+      const auto start = std::chrono::steady_clock::now();
       if (backend_->op[op](context_, &c) != 0) fail(std::string(kOps[op].name) + ": " + backend_->last_error(context_));
+      if (!trace_) return;
+      backend_->fence(context_);
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      std::lock_guard lock(mutex_);
+      traced_[op].first++, traced_[op].second += seconds.count();
     });
   }
 
@@ -465,6 +475,20 @@ class Device : public Napi::ObjectWrap<Device> {
   Napi::Value Has(const Napi::CallbackInfo& info) {
     const uint32_t op = info[0].As<Napi::Number>().Uint32Value();
     return Napi::Boolean::New(info.Env(), op < DC_OP_COUNT && backend_->op[op]);
+  }
+  // trace(): calls and seconds by op since the device was opened, each op waited for from here on.
+  Napi::Value Trace(const Napi::CallbackInfo& info) {
+    auto table = Napi::Object::New(info.Env());
+    std::lock_guard lock(mutex_);
+    trace_ = true;
+    for (uint32_t op = 0; op < DC_OP_COUNT; op++) {
+      if (traced_[op].first == 0) continue;
+      auto row = Napi::Object::New(info.Env());
+      row.Set("calls", double(traced_[op].first));
+      row.Set("seconds", traced_[op].second);
+      table.Set(kOps[op].name, row);
+    }
+    return table;
   }
   static void on_exit(void* self) { static_cast<Device*>(self)->shut_down(); }
   void shut_down() {

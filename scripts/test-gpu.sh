@@ -11,7 +11,7 @@ if command -v node >/dev/null 2>&1 && [ -d node_modules ]; then
   cp test/gpu/vitest.mjs build/gpu/node_modules/vitest/index.mjs
   echo '{"name":"vitest","version":"0.0.0","type":"module","exports":"./index.mjs"}' >build/gpu/node_modules/vitest/package.json
   cp test/gpu/run.mjs build/gpu/run.mjs
-  ln -sfn "$PWD/fixtures" build/gpu/fixtures
+  for name in fixtures package.json calibration schemas; do [ -e "$name" ] && ln -sfn "$PWD/$name" "build/gpu/$name"; done
   node=node
   main=build/gpu/run.mjs
 else

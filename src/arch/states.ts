@@ -1,5 +1,5 @@
 import { open, readdir, rm, type FileHandle } from 'node:fs/promises';
-import { basename, dirname, join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { ConvertError, badInput, bug, noResource } from '../base/errors.js';
 import { ioError, renameDurable } from '../base/files.js';
 import { dtypeSize, elementCount } from '../base/dtype.js';
@@ -14,29 +14,35 @@ export interface StatesOptions {
   readonly rows: readonly number[];
   /** Kept in device memory; else only in the file. */
   readonly resident: boolean;
-  /** File of the states after a block; 'next' while it grows. */
-  readonly path: (block: number | 'next') => string;
+  /** File of the states after a block; `next-0` and `next-1` in turn while they grow. */
+  readonly path: (block: number | `next-${number}`) => string;
+}
+
+/** The states between two blocks: their file, and on the device while they are resident. */
+interface Generation {
+  file: FileHandle;
+  path: string;
+  readonly scope: Scope;
+  readonly tensors: Tensor[];
+  readonly writes: Promise<void>[];
 }
 
 /**
  * The hidden states [tokens, hidden] of all calibration batches between two blocks. They are written to a file as they
  * are (which is what makes a killed job go on bit-identically), and held on the device as well where memory allows.
+ * What is resident goes to its file while the next block computes.
  */
 export class States implements AsyncDisposable {
   readonly #device: Device;
   readonly #options: StatesOptions;
   readonly #offsets: number[] = [];
-  #scope: Scope;
-  #nextScope: Scope;
-  #now: Tensor[] = [];
-  #next: Tensor[] = [];
-  #file: FileHandle | undefined;
-  #nextFile: FileHandle | undefined;
-  readonly #writes: Promise<void>[] = [];
+  #now: Generation | undefined;
+  #next: Generation | undefined;
+  #committing: Promise<void> = Promise.resolve();
+  #generations = 0;
 
   constructor(device: Device, options: StatesOptions) {
     [this.#device, this.#options] = [device, options];
-    [this.#scope, this.#nextScope] = [new Scope(device), new Scope(device)];
     let at = 0;
     for (const rows of options.rows) {
       this.#offsets.push(at);
@@ -47,93 +53,115 @@ export class States implements AsyncDisposable {
 
   /** The states of batch `b`; a copy in `scope` when they are not resident. */
   async get(b: number, scope: Scope): Promise<Tensor> {
-    const resident = this.#now[b];
-    if (resident) return resident;
-    if (this.#file === undefined) throw bug(`states of batch ${b} before there are any`);
-    return await this.#read(this.#file, b, scope);
+    if (this.#now === undefined) throw bug(`states of batch ${b} before there are any`);
+    return this.#now.tensors[b] ?? (await this.#read(this.#now.file, b, scope));
   }
 
   /** Takes what batch `b` has become; `scope` may own it and loses it then. */
   async put(b: number, x: Tensor, scope: Scope): Promise<void> {
     const shape = this.#shape(b);
     if (elementCount(shape) !== x.count) throw bug(`states of batch ${b}`, { got: `[${x.shape.join(', ')}]` });
+    const next = (this.#next ??= await this.#begin());
     let state = x.view(...shape);
-    if (x.dtype !== this.#options.dtype) {
-      state = this.#nextScope.empty(this.#options.dtype, shape);
-      copyInto(state, x.view(...shape));
-    } else if (scope.owns(x) && x.bytes === x.storage.bytes) {
-      scope.move(x, this.#nextScope);
+    if (x.dtype === this.#options.dtype && scope.owns(x) && x.bytes === x.storage.bytes) {
+      scope.move(x, next.scope);
     } else {
-      state = this.#nextScope.empty(this.#options.dtype, shape);
+      state = next.scope.empty(this.#options.dtype, shape);
       copyInto(state, x.view(...shape));
     }
-    this.#nextFile ??= await create(this.#options.path('next'));
     const writing = this.#device
-      .writeFile(state.buffer, state.byteOffset, this.#nextFile.fd, this.#offsets[b]!, state.bytes)
+      .writeFile(state.buffer, state.byteOffset, next.file.fd, this.#offsets[b]!, state.bytes)
       .catch((error: unknown) => {
-        throw cannotWrite(error, this.#options.path('next'));
+        throw cannotWrite(error, next.path);
       });
     if (this.#options.resident) {
-      writing.catch(() => undefined); // awaited in `next`
-      this.#writes.push(writing);
-      this.#next[b] = state;
+      writing.catch(() => undefined); // awaited in `#written`
+      next.writes.push(writing);
+      next.tensors[b] = state;
     } else {
       await writing;
-      this.#nextScope.free(state);
+      next.scope.free(state);
     }
   }
 
   /** All batches are put: they are the states from now on. */
   async next(): Promise<void> {
-    await this.#written();
-    this.#scope[Symbol.dispose]();
-    [this.#scope, this.#nextScope] = [this.#nextScope, new Scope(this.#device)];
-    [this.#now, this.#next] = [this.#next, []];
-    await this.#file?.close();
-    [this.#file, this.#nextFile] = [this.#nextFile, undefined];
+    const before = this.#now;
+    [this.#now, this.#next] = [this.#next, undefined];
+    if (before) await this.#end(before);
   }
 
-  /** Gives the states' file its durable name: those after block `block`. */
+  /**
+   * Gives the states' file its durable name: those after block `block`. To be awaited before the block counts as done;
+   * the next block may begin before.
+   */
   async commit(block: number): Promise<void> {
-    if (this.#file === undefined) throw bug('commit of states that were never put');
-    try {
-      await this.#file.sync();
-    } catch (error) {
-      throw ioError(error, 'flush to disk', this.#options.path('next'));
-    }
-    await renameDurable(this.#options.path('next'), this.#options.path(block));
+    const now = this.#now;
+    if (now === undefined) throw bug('commit of states that were never put');
+    this.#committing = (async () => {
+      await written(now);
+      try {
+        await now.file.sync();
+      } catch (error) {
+        throw ioError(error, 'flush to disk', now.path);
+      }
+      await renameDurable(now.path, this.#options.path(block));
+      now.path = this.#options.path(block);
+    })();
+    await this.#committing;
   }
 
-  /** Removes all state files but the one of block `keep`. */
+  /** Removes all state files but the one of block `keep` and those in use. */
   async forget(keep: number | undefined): Promise<void> {
-    const path = this.#options.path('next');
-    const kept = keep === undefined ? undefined : basename(this.#options.path(keep));
-    const ours = /^hidden-(\d+|next)\.bin$/;
-    for (const name of await readdir(dirname(path)).catch(() => [] as string[])) {
-      if (ours.test(name) && name !== kept) await rm(join(dirname(path), name), { force: true });
+    const folder = dirname(this.#options.path(0));
+    const used = new Set([keep === undefined ? undefined : this.#options.path(keep)]);
+    if (keep !== undefined) for (const generation of [this.#now, this.#next]) used.add(generation?.path);
+    const ours = /^hidden-(\d+|next.*)\.bin$/;
+    for (const name of await readdir(folder).catch(() => [] as string[])) {
+      const path = join(folder, name);
+      if (ours.test(name) && !used.has(path)) await rm(path, { force: true });
     }
   }
 
   /** Goes on from the stored states after block `block`. */
   async load(block: number): Promise<void> {
     const path = this.#options.path(block);
+    let file: FileHandle;
     try {
-      this.#file = await open(path, 'r');
-      const { size } = await this.#file.stat();
-      const expected = this.#offsets.at(-1)!;
-      if (size !== expected) {
-        throw badInput('The stored calibration states are damaged', {
-          where: path,
-          expected: `${expected} bytes`,
-          got: `${size}`,
-          hint: 'Begin anew with --restart.',
-        });
-      }
+      file = await open(path, 'r');
     } catch (error) {
       throw ioError(error, 'read', path);
     }
+    const now: Generation = { file, path, scope: new Scope(this.#device), tensors: [], writes: [] };
+    this.#now = now;
+    const { size } = await file.stat();
+    const expected = this.#offsets.at(-1)!;
+    if (size !== expected) {
+      throw badInput('The stored calibration states are damaged', {
+        where: path,
+        expected: `${expected} bytes`,
+        got: `${size}`,
+        hint: 'Begin anew with --restart.',
+      });
+    }
     if (!this.#options.resident) return;
-    this.#now = await Promise.all(this.#options.rows.map((_, b) => this.#read(this.#file!, b, this.#scope)));
+    now.tensors.push(...(await Promise.all(this.#options.rows.map((_, b) => this.#read(file, b, now.scope)))));
+  }
+
+  async #begin(): Promise<Generation> {
+    await this.#committing.catch(() => undefined); // who asked for it is told
+    const path = this.#options.path(`next-${this.#generations++ % 2}`);
+    return { file: await create(path), path, scope: new Scope(this.#device), tensors: [], writes: [] };
+  }
+
+  async #end(generation: Generation): Promise<void> {
+    try {
+      await written(generation);
+    } finally {
+      generation.scope[Symbol.dispose]();
+      await this.#committing.catch(() => undefined);
+      await generation.file.close();
+    }
   }
 
   async #read(file: FileHandle, b: number, scope: Scope): Promise<Tensor> {
@@ -146,20 +174,20 @@ export class States implements AsyncDisposable {
     return [this.#options.rows[b]!, this.#options.hidden];
   }
 
-  /** All writes have ended; throws what the first failed one said. */
-  async #written(): Promise<void> {
-    const ends = await Promise.allSettled(this.#writes.splice(0));
-    const failed = ends.find((end) => end.status === 'rejected');
-    if (failed) throw failed.reason;
-  }
-
   /** Transfers hold memory and descriptors: both go when the last one has ended. */
   async [Symbol.asyncDispose](): Promise<void> {
-    await this.#written().catch(() => undefined); // has reported itself, or something else went wrong first
-    this.#scope[Symbol.dispose]();
-    this.#nextScope[Symbol.dispose]();
-    for (const file of [this.#file, this.#nextFile]) await file?.close();
+    for (const generation of [this.#now, this.#next]) {
+      if (generation) await this.#end(generation).catch(() => undefined); // has reported itself, or came second
+    }
+    [this.#now, this.#next] = [undefined, undefined];
   }
+}
+
+/** All writes have ended; throws what the first failed one said. */
+async function written({ writes }: Generation): Promise<void> {
+  const ends = await Promise.allSettled(writes);
+  const failed = ends.find((end) => end.status === 'rejected');
+  if (failed) throw failed.reason;
 }
 
 function cannotWrite(error: unknown, path: string): unknown {

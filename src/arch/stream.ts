@@ -97,6 +97,22 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
   else await states.load(blocks[first - 1]!.index);
 
   let ahead: Ahead | undefined;
+  // A block's states go to disk while the next one computes; it counts as done when they are there.
+  let settled: Promise<void> = Promise.resolve();
+  const settle = async (i: number, seconds: number, result: Json, detail: string | undefined): Promise<void> => {
+    const { index, name } = blocks[i]!;
+    const last = i === blocks.length - 1;
+    if (!last) await states.commit(index);
+    await job.mark(blockStep(stage, index), { seconds: round(seconds), result });
+    await states.forget(last ? undefined : index);
+    env.log.progress({
+      stage,
+      done: i + 1,
+      total: blocks.length,
+      detail: `${detail === undefined ? '' : `${detail}, `}${seconds.toFixed(1)} s`,
+      data: { block: name, seconds: round(seconds) },
+    });
+  };
   try {
     for (const [i, block] of blocks.entries()) {
       if (i < first) continue;
@@ -108,22 +124,16 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
       using _weights = current.scope;
       if (i + 1 < blocks.length && geometry.readAhead) ahead = readAhead(env, reader, i + 1);
       const walk = new BlockWalk(options, visitor, block, weights, states, geometry);
-      const last = i === blocks.length - 1;
-      await walk.run(last);
+      await walk.run(i === blocks.length - 1);
       const { data, detail } = await visitor.finish(block, weights);
-      if (!last) await states.commit(block.index);
       const seconds = (performance.now() - started) / 1000;
-      await job.mark(blockStep(stage, block.index), { seconds: round(seconds), result: data });
-      await states.forget(last ? undefined : block.index);
-      env.log.progress({
-        stage,
-        done: i + 1,
-        total: blocks.length,
-        detail: `${detail === undefined ? '' : `${detail}, `}${seconds.toFixed(1)} s`,
-        data: { block: block.name, seconds: round(seconds) },
-      });
+      await settled;
+      settled = settle(i, seconds, data, detail);
+      settled.catch(() => undefined); // reported where it is awaited
     }
+    await settled;
   } finally {
+    await settled.catch(() => undefined);
     // The read of the next block may still be under way when something fails: its memory must outlive it.
     await ahead?.weights.catch(() => undefined);
     ahead?.scope[Symbol.dispose]();

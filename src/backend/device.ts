@@ -131,6 +131,16 @@ export class Device {
     return JSON.parse(this.#native.info()) as Record<string, unknown>;
   }
 
+  /**
+   * From the first call on each op is waited for and timed, which slows a job down; gives calls and seconds by op, in
+   * falling order of seconds.
+   */
+  trace(): { op: string; calls: number; seconds: number }[] {
+    return Object.entries(this.#native.trace())
+      .map(([op, row]) => ({ op, ...row }))
+      .sort((a, b) => b.seconds - a.seconds);
+  }
+
   close(): void {
     this.#native.close();
   }

@@ -30,6 +30,7 @@ export interface NativeDevice {
   resetPeak(): void;
   trim(): void;
   info(): string;
+  trace(): Record<string, { calls: number; seconds: number }>;
   has(op: number): boolean;
   close(): void;
 }

@@ -61,6 +61,7 @@ export const deviceOptions = {
   threads: integer({ min: 1, max: 1024, section, defaultNote: 'all cores', help: 'CPU threads to compute with.' }),
   ram: byteSize({ section, defaultNote: 'what the machine has', help: 'Most host memory for tensors: 16GB, 8GiB.' }),
   vram: byteSize({ section, defaultNote: 'what the GPU has', help: 'Most GPU memory for tensors.' }),
+  trace: flag({ section, help: 'Wait for each operation, which is slower, and say at the end where the time went.' }),
 } as const;
 
 export const seedOption = {
@@ -96,5 +97,21 @@ export async function openEnvironment(given: DeviceValues, io: Io): Promise<JobE
   if (device.kind === 'cpu' && given.vram !== undefined) {
     io.log.warn('--vram has no effect on the CPU; --ram is the limit there.');
   }
-  return { device, log: io.log, signal: io.signal, [Symbol.dispose]: () => device.close() };
+  if (given.trace) device.trace();
+  const close = (): void => {
+    if (given.trace) io.log.info(traceTable(device.trace()));
+    device.close();
+  };
+  return { device, log: io.log, signal: io.signal, [Symbol.dispose]: close };
+}
+
+function traceTable(rows: readonly { op: string; calls: number; seconds: number }[]): string {
+  const total = rows.reduce((sum, { seconds }) => sum + seconds, 0);
+  const line = (...cells: string[]): string => cells.map((cell, i) => (i === 0 ? cell.padEnd(24) : cell.padStart(10))).join(' '); // prettier-ignore
+  const share = (seconds: number): string => `${((100 * seconds) / total).toFixed(1)}%`;
+  return [
+    line('operation', 'calls', 'seconds', 'share'),
+    ...rows.map(({ op, calls, seconds }) => line(op, String(calls), seconds.toFixed(3), share(seconds))),
+    line('all', '', total.toFixed(3)),
+  ].join('\n');
 }

@@ -24,6 +24,11 @@ for (const failure of result.failures) console.log(`FAILED ${failure}`);
 const { compareAll } = await import(pathToFileURL(resolve(folder, 'test/gpu/compare.js')).href);
 const seed = Number(process.env.DEEPSEEK_CONVERT_TEST_SEED ?? Date.now() % 1_000_000);
 const compared = onCuda ? await compareAll(filter, seed) : { passed: 0, failed: 0 };
-const [passed, failed] = [result.passed + compared.passed, result.failed + compared.failed];
+const { endToEnd } = await import(pathToFileURL(resolve(folder, 'test/gpu/end-to-end.js')).href);
+const whole = endToEnd(['cpu', onCuda ? 'cuda' : 'cpu'], filter);
+const [passed, failed] = [
+  result.passed + compared.passed + whole.passed,
+  result.failed + compared.failed + whole.failed,
+];
 console.log(`tests: ${passed} passed, ${failed} failed`);
 process.exit(failed === 0 && passed > 0 ? 0 : 1);
