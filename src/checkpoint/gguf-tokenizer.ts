@@ -251,11 +251,11 @@ function addedTokens(tokens: readonly string[], types: readonly number[]): objec
 const isPadding = (token: string, kind: number | undefined): boolean =>
   kind === kinds.unused && /^\[PAD\d+\]$/.test(token);
 
-function vocabOf(tokens: readonly string[], types: readonly number[], keepAdded: boolean): Record<string, number> {
+/** Added tokens too: one that the vocabulary lacks would get the next free id instead of its own. */
+function vocabOf(tokens: readonly string[], types: readonly number[]): Record<string, number> {
   const vocab = Object.create(null) as Record<string, number>;
   tokens.forEach((token, id) => {
-    const isAdded = types[id] === kinds.control || types[id] === kinds.userDefined;
-    if (!isPadding(token, types[id]) && (keepAdded || !isAdded)) vocab[token] = id;
+    if (!isPadding(token, types[id])) vocab[token] = id;
   });
   return vocab;
 }
@@ -313,7 +313,7 @@ function byteLevel(
       fuse_unk: false,
       byte_fallback: false,
       ignore_merges: pre === 'llama-bpe',
-      vocab: vocabOf(tokens, types, false),
+      vocab: vocabOf(tokens, types),
       merges,
     },
   };
@@ -353,7 +353,7 @@ function sentencePiece(
       end_of_word_suffix: null,
       fuse_unk: true,
       byte_fallback: true,
-      vocab: vocabOf(tokens, types, true),
+      vocab: vocabOf(tokens, types),
       merges: mergesOf(tokens, types, scores),
     },
   };
