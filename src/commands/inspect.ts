@@ -78,6 +78,7 @@ async function report(checkpoint: Checkpoint, given: Given, io: Io): Promise<Com
     ...(model && shape(model)),
     experts: summary?.experts ?? null,
     memory: summary?.memory ?? null,
+    carried: summary?.carried ?? [],
     would: would ?? null,
     stored,
     quantization: quantization ?? null,
@@ -90,6 +91,7 @@ async function report(checkpoint: Checkpoint, given: Given, io: Io): Promise<Com
     ['Model', `${checkpoint.path} (${checkpoint.format}, ${plural(files.length, 'file')}, ${formatBytes(bytes)})`],
     ['Architecture', architecture(data.modelType, data.architecture, model)],
     ...(model && summary ? modelRows(model, summary) : []),
+    ...(summary && summary.carried.length > 0 ? [['Carried through', carriedThrough(summary.carried)]] : []),
     ['Stored as', stored.map((s) => `${s.type}: ${plural(s.tensors, 'tensor')}, ${formatBytes(s.bytes)}`).join('; ')],
     ...(quantization ? [['Quantized', `${quantization.method}${quantization.bits ? `, ${quantization.bits} bits` : ''}`]] : []),
     ['Tokenizer', tokenizer === undefined ? 'none' : basename(tokenizer)],
@@ -233,6 +235,17 @@ function tensorTable(checkpoint: Checkpoint): string {
     ...(several ? [file] : []),
   ]);
   return columns(rows, several ? 'lllrl' : 'lllr');
+}
+
+/** `12 tensors: model.vision_model (10), model.aligner (2)`. */
+function carriedThrough(names: readonly string[]): string {
+  const parts = new Map<string, number>();
+  for (const name of names) {
+    const part = name.split('.').slice(0, /^model\.layers\./.test(name) ? 3 : 2).join('.'); // prettier-ignore
+    parts.set(part, (parts.get(part) ?? 0) + 1);
+  }
+  const shown = [...parts].slice(0, 6).map(([part, count]) => `${part} (${count})`);
+  return `${plural(names.length, 'tensor')}: ${shown.join(', ')}${parts.size > shown.length ? ' and others' : ''}`;
 }
 
 const plural = (n: number, noun: string): string => `${count(n)} ${noun}${n === 1 ? '' : 's'}`;

@@ -17,6 +17,8 @@ export interface ModelSummary {
     readonly kvCachePerToken: number;
   };
   readonly experts: ExpertSummary | undefined;
+  /** Tensors that no layer computes with and that every output keeps as they are: vision towers, drafting layers. */
+  readonly carried: readonly string[];
   /** What does not fit between checkpoint and architecture, one sentence each. */
   readonly problems: readonly string[];
 }
@@ -35,6 +37,7 @@ const quantizable = ({ role }: LinearSpec): boolean => role !== 'router' && role
 /** `stored`: what the checkpoint holds, by the names that architectures use. */
 export function summarize(model: Model, stored: ReadonlyMap<string, StoredWeight>): ModelSummary {
   const specs = [...model.outer, ...model.blocks.flatMap((block) => block.tensors)];
+  const known = new Set(specs.map(({ name }) => name));
   const present = specs.filter((spec) => spec.optional !== true || stored.has(spec.name));
   const total = sum(present.filter(({ below }) => below === undefined).map(({ shape }) => elementCount(shape)));
   const cached = 2 * sum(model.blocks.map(({ attention }) => attention.cached?.(model.context) ?? 0));
@@ -60,6 +63,7 @@ export function summarize(model: Model, stored: ReadonlyMap<string, StoredWeight
       width: first.width,
       layers: model.blocks.filter((block) => block.moe).map((block) => block.index),
     },
+    carried: [...stored.keys()].filter((name) => !known.has(name) && isCarried(model, name)),
     problems: compare(specs, stored, model),
   };
 }

@@ -3,6 +3,7 @@ import { describe, expect, test } from 'vitest';
 import { generate } from '../../src/arch/generate.js';
 import { openModel } from '../../src/arch/open.js';
 import { ResidentModel } from '../../src/arch/resident.js';
+import { score } from '../../src/arch/score.js';
 import { Scope } from '../../src/tensor/tensor.js';
 import { expected, fixture, archCase, relativeError, testEnv, trainedModel } from './support.js';
 
@@ -62,6 +63,11 @@ describe.each(cases.map(({ name }) => name))('%s', (name) => {
     const [beside] = await generate(resident, env, [prompt, ...others], options);
     expect([...beside!.tokens]).toEqual([...want.greedy!.i32]);
     expect(relativeError(beside!.logprobs, alone!.logprobs)).toBeLessThan(bound);
+    // Token by token (caches, absorbed latents) and all at once. These two ropes turn keys by how long the text is.
+    if (!['llama-dynamic', 'llama-longrope'].includes(name)) {
+      const { logprobs } = await score(open, env, Int32Array.of(...prompt, ...alone!.tokens));
+      expect(relativeError(alone!.logprobs, logprobs.slice(prompt.length))).toBeLessThan(bound);
+    }
     await open.close();
   });
 });

@@ -23,6 +23,7 @@ interface Inspected {
   } | null;
   stored: { type: string; tensors: number; values: number; bytes: number }[];
   notes: string[];
+  carried: string[];
   tensors?: { name: string; type: string; shape: number[] }[];
 }
 const inspected = async (...args: string[]) => json<Inspected>(await cli(['inspect', ...args, '--json']));
@@ -90,6 +91,19 @@ describe('inspect', () => {
     // Windows of 8 in four layers; entries of 16 each 4, 8 and 4 tokens; keys of 8 beside those of each 4.
     expect(v4.memory.kvCache).toBe(2 * (4 * 16 * 8 + 2 * 16 * 16 + 16 * 8 + 2 * 8 * 16));
     expect(v4.would!.quantize.left).toContainEqual({ reason: 'engines compute it in high precision', linears: 14 });
+  });
+  it('lists what is carried through: vision towers, drafting layers', async () => {
+    const path = archCase('deepseek_vl');
+    const { carried, notes } = await inspected(path);
+    expect(notes).toEqual([]);
+    expect(carried.length).toBeGreaterThan(0);
+    expect(carried.every((name) => /^model\.(vision_model|aligner)\./.test(name))).toBe(true);
+    const { stdout } = await cli(['inspect', path]);
+    expect(stdout).toMatch(/Carried through +\d+ tensors: model\.(vision_model|aligner) \(\d+\), model\./);
+    const drafting = archCase('deepseek_v4', {
+      tensors: (t) => t.set('mtp.0.norm.weight', { dtype: 'BF16', shape: [1], data: new Uint8Array(2) }),
+    });
+    expect((await inspected(drafting)).carried).toEqual(['mtp.0.norm.weight']);
   });
   it('lists tensors', async () => {
     const { tensors } = await inspected(v1, '--tensors');
