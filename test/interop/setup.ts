@@ -17,7 +17,7 @@ function run(command: string, args: readonly string[], cwd: string, env: Record<
 /** A Python that has the oracles: INTEROP_PYTHON, the project's .venv, or one made here. */
 function python(): string {
   const fits = (path: string) =>
-    spawnSync(path, ['-c', modules.map((name) => `import ${name}`).join(';')], { stdio: 'ignore' }).status === 0;
+    spawnSync(path, ['-c', `import importlib.util as u; assert all(map(u.find_spec, ${JSON.stringify(modules)}))`], { stdio: 'ignore' }).status === 0; // prettier-ignore
   const given = process.env.INTEROP_PYTHON;
   const known = [given, join(root, '.venv/bin/python'), join(venv, 'bin/python')].filter((path) => path !== undefined);
   const found = known.find((path) => (existsSync(path) || path === given) && fits(path));
