@@ -40,7 +40,7 @@ export interface Acceptance {
   /** For the job; undefined with --no-validate. */
   readonly accept: Accept | undefined;
   /** The command's result with the verdict added. */
-  extend(result: CommandResult): CommandResult;
+  readonly extend: (result: CommandResult) => CommandResult;
 }
 
 /**
@@ -101,7 +101,7 @@ export function acceptance(
 
   return {
     accept: given.validate ? accept : undefined,
-    extend({ data, text, ...rest }) {
+    extend: ({ data, text, ...rest }) => {
       const line = report ? verdictLine(report, io) : skipped === undefined ? undefined : `not validated: ${skipped}`;
       return {
         ...rest,
