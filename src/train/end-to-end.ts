@@ -181,6 +181,7 @@ export class EndToEnd implements Disposable {
     const { hidden: _, ...shown } = this.#shown(losses);
     if (this.#judgements.every(({ loss }) => shown.loss < loss)) keep();
     this.#judgements.push({ step, ...shown });
+    for (const alarm of this.#health.judge(shown.loss)) this.#o.onAlarm?.(alarm);
   }
 
   #progress(step: number, total: number): void {

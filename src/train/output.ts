@@ -1,7 +1,6 @@
 import { readdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { badInput, bug } from '../base/errors.js';
-import type { FloatDType } from '../base/dtype.js';
 import { fileSource } from '../base/io.js';
 import type { Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';

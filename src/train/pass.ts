@@ -1,4 +1,3 @@
-import type { FloatDType } from '../base/dtype.js';
 import type { Device } from '../backend/device.js';
 import { forwardContext } from '../arch/context.js';
 import type { Model } from '../arch/types.js';

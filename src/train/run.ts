@@ -266,7 +266,7 @@ async function codesNow({ options, job, student }: Run, index: number, scope: Sc
 }
 
 async function endToEnd(run: Run, watch: Watch): Promise<EndToEndOutcome> {
-  const { options, env, job, teacher, student, dtype, set, held, microBatch, adam, resumeHint } = run;
+  const { options, env, job, student, dtype, set, held, microBatch, adam, resumeHint } = run;
   const known = job.data(stage);
   if (known !== undefined) return known as unknown as EndToEndOutcome;
   const { model } = student.open;

@@ -32,18 +32,23 @@ export interface HealthState {
   readonly nonFinite: number;
   readonly blocks: readonly (readonly [block: number, norms: readonly number[]])[];
   readonly alarms: readonly Alarm[];
+  /** Held-out loss at the start. */
+  readonly start: number | null;
 }
 
 /** Steps before a median means something. */
 const settled = 3;
 const ratioBound = 10;
 const clippedBound = 0.3;
+/** A held-out loss of so many times the start's. */
+const divergedBound = 1.5;
 /** Fewer steps than this may all be clipped: a warm-up begins with large gradients. */
 const clippedSteps = 10;
 
 /**
  * Watches gradients: adjacent blocks whose norms differ by more than a factor of ten, a norm above ten times its
- * running median, more than 30% of the steps clipped, anything not finite. An alarm is raised once a kind and block.
+ * running median, more than 30% of the steps clipped, anything not finite; also gradients of zero, and a held-out loss
+ * that has run away. An alarm is raised once a kind and block.
  */
 export class GradientHealth {
   readonly #norms: number[] = [];
@@ -52,12 +57,14 @@ export class GradientHealth {
   #clipped = 0;
   #skipped = 0;
   #nonFinite = 0;
+  #start: number | undefined;
 
   constructor(state?: HealthState) {
     if (!state) return;
     this.#norms.push(...state.norms);
     for (const [block, norms] of state.blocks) this.#blocks.set(block, [...norms]);
     this.#alarms.push(...state.alarms);
+    this.#start = state.start ?? undefined;
     [this.#clipped, this.#skipped, this.#nonFinite] = [state.clipped, state.skipped, state.nonFinite];
   }
 
@@ -69,6 +76,7 @@ export class GradientHealth {
       nonFinite: this.#nonFinite,
       blocks: [...this.#blocks].map(([block, norms]) => [block, [...norms]]),
       alarms: [...this.#alarms],
+      start: this.#start ?? null,
     };
   }
 
@@ -92,6 +100,13 @@ export class GradientHealth {
       const text = `the gradient's norm ${show(norm)} is ${show(norm / before)} times its median so far, ${show(before)}`;
       raise({ kind: 'exploding', text });
     }
+    if (norm === 0) {
+      const dead = this.#norms.some((earlier) => earlier > 0);
+      const text = dead
+        ? 'all gradients have become exactly zero: the weights have run away, and nothing depends on them any more'
+        : 'all gradients are exactly zero';
+      raise({ kind: dead ? 'exploding' : 'vanishing', text });
+    }
     this.#norms.push(norm);
     if (clipped) this.#clipped++;
     const steps = this.#norms.length;
@@ -105,6 +120,16 @@ export class GradientHealth {
     }
     if (steps >= settled) this.#adjacent(raise);
     return raised;
+  }
+
+  /** Takes in the loss on held-out text, first at the start; returns the alarm that it raised. */
+  judge(loss: number): Alarm[] {
+    this.#start ??= loss;
+    const step = this.#norms.length + this.#skipped;
+    if (loss <= divergedBound * this.#start || this.#alarms.some(({ kind, block }) => kind === 'exploding' && block === undefined)) return []; // prettier-ignore
+    const alarm: Alarm = { kind: 'exploding', step, text: `the loss on held-out text went from ${show(this.#start)} to ${show(loss)}` }; // prettier-ignore
+    this.#alarms.push(alarm);
+    return [alarm];
   }
 
   #adjacent(raise: (alarm: Omit<Alarm, 'step'>) => void): void {

@@ -79,11 +79,14 @@ export class QuantizedUnit {
     }
     const [rows, columns] = [latent.dim(0), latent.dim(1)];
     const rank = Math.min(learned.rank, rows, columns);
-    // The addition begins at zero: one factor random, the other none.
+    // The addition begins at zero: one factor random, the other none. A step moves it by about the rate times a cell.
     const a = scope.empty('f32', [rank, columns]);
     random(a, 'normal', learned.seed + 4096 * (block + 1) + unit, 0, columns ** -0.5);
     const b = scope.zeros('f32', [rows, rank]);
-    const low = [of('lora_A', a, rates.lora), of('lora_B', b, rates.lora * cell)];
+    const low = [
+      of('lora_A', a, rates.lora * columns ** -0.5),
+      of('lora_B', b, rates.lora * cell * (columns / rank) ** 0.5),
+    ];
     return new QuantizedUnit(codes, learned, { scale, latent, low: { a, b } }, [...low, scales]);
   }
 

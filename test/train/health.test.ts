@@ -43,6 +43,22 @@ describe('gradient health', () => {
     expect(kinds(health)).toEqual(['non-finite']);
     expect(health.summary()).toMatchObject({ steps: 1, skipped: 1, nonFinite: 3, medianNorm: 1 });
   });
+  test('gradients of zero, and a held-out loss that runs away', () => {
+    const still = new GradientHealth();
+    still.observe(step(0, [0, 0]));
+    expect(kinds(still)).toEqual(['vanishing']);
+    const dead = new GradientHealth();
+    for (const norm of [2, 0]) dead.observe(step(norm));
+    expect(kinds(dead)).toEqual(['exploding']);
+    const away = new GradientHealth();
+    expect(away.judge(2)).toEqual([]);
+    expect(away.judge(2.9)).toEqual([]);
+    expect(away.judge(3.1)).toHaveLength(1);
+    expect(kinds(away)).toEqual(['exploding']);
+    const broken = new GradientHealth();
+    broken.judge(1);
+    expect(broken.judge(NaN)).toHaveLength(1);
+  });
   test('goes on from what was stored', () => {
     const whole = new GradientHealth();
     const first = new GradientHealth();
