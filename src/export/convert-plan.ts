@@ -8,6 +8,7 @@ import type { OutputFormat } from '../checkpoint/layout.js';
 import type { GgufMetadata } from '../checkpoint/gguf-config.js';
 import type { OnnxGraph } from '../formats/onnx-writer.js';
 import { imatrixHash, readImatrix } from '../targets/imatrix.js';
+import { readAdapter, withAdapter, type Adapter } from './merge-lora.js';
 import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
 import { planGgufOutput, planNativeOutput } from './convert-formats.js';
@@ -24,6 +25,8 @@ export interface ConvertOptions {
   readonly blocks?: BlockType | undefined;
   /** GGUF only: a file of llama.cpp's importance matrix. */
   readonly imatrix?: string | undefined;
+  /** A PEFT folder whose LoRA is merged into the weights. */
+  readonly mergeLora?: string | undefined;
   /** DeepSeek's native layout only: the number of shards. */
   readonly modelParallel?: number | undefined;
 }
@@ -45,6 +48,7 @@ export interface ConvertPlan {
   readonly computed: ReadonlyMap<string, Float32Array>;
   /** Of the importance matrix that was read. */
   readonly imatrixHash?: string;
+  readonly adapter?: Adapter;
   readonly config: Readonly<Record<string, unknown>>;
   readonly notes: readonly string[];
   /** What the architecture expects of a tensor, where it is known: [N, K]. */
@@ -64,6 +68,28 @@ const configName: Record<FloatDType, string> = { f32: 'float32', bf16: 'bfloat16
  * Errors: what opening the checkpoint refuses; tensors that the output's format cannot hold.
  */
 export async function planConversion(options: ConvertOptions): Promise<ConvertPlan> {
+  const plan = await planUnmerged(options);
+  if (options.mergeLora === undefined) return plan;
+  try {
+    const shapes = new Map(plan.tensors.map(({ name, shape }) => [name, shape]));
+    const adapter = await readAdapter(options.mergeLora, shapes);
+    const tensors = withAdapter(plan.tensors, adapter, plan.checkpoint.config, options.input);
+    const source = { ...plan.source, tensors: new Map([...plan.source.tensors, ...adapter.tensors]), file: plan.source.file }; // prettier-ignore
+    return {
+      ...plan,
+      tensors,
+      adapter,
+      source,
+      notes: [...plan.notes, adapter.description],
+      close: () => plan.close(),
+    };
+  } catch (error) {
+    await plan.close();
+    throw error;
+  }
+}
+
+async function planUnmerged(options: ConvertOptions): Promise<ConvertPlan> {
   const { input, dtype, format } = options;
   if (format === 'onnx') return planOnnx(options);
   const isNative = format === 'deepseek-native';
@@ -74,8 +100,11 @@ export async function planConversion(options: ConvertOptions): Promise<ConvertPl
     return imatrix === undefined ? plan : { ...plan, imatrixHash: imatrixHash(imatrix) };
   }
   if (isNative) return planFormat(checkpoint, planNativeOutput(checkpoint, options.modelParallel ?? 1));
-  const quantized = checkpoint.config.quantization_config !== undefined && dtype !== undefined;
-  return quantized ? planDequantization(checkpoint, options) : planPlain(checkpoint, options);
+  const quantized = checkpoint.config.quantization_config !== undefined;
+  // MatMulNBits stands in ONNX graphs only: elsewhere nobody would read it.
+  const wanted = dtype ?? (checkpoint.format === 'onnx' ? 'bf16' : undefined);
+  if (quantized && wanted !== undefined) return planDequantization(checkpoint, { ...options, dtype: wanted });
+  return planPlain(checkpoint, options);
 }
 
 /** Formats that have names and arrangements of their own. */
