@@ -35,7 +35,12 @@ export async function planSidecars(
     bytes: Buffer.from(text as string),
   });
   const provenance = own('provenance', 'deepseek-convert.json', '');
-  if (options.format === 'gguf') return [provenance];
+  if (options.format === 'gguf') {
+    // Config and tokenizer are inside; what says more than they do lies beside them, in a folder.
+    const more = fileName === undefined ? [...(options.extraFiles ?? [])] : [];
+    const beside = more.filter(([name]) => !name.startsWith('tokenizer'));
+    return [...beside.map(([name, content]) => own('companion', name, content)), provenance];
+  }
   const sidecars = [own('config', 'config.json', formatConfig(options.config))];
   if (layout.index !== undefined) {
     sidecars.push(own('index', layout.index.name, `${JSON.stringify(layout.index.json, null, 2)}\n`));

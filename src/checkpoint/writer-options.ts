@@ -35,6 +35,8 @@ export interface WriterOptions {
   /** Header metadata of safetensors files (default `format: pt`, which transformers wants). */
   readonly metadata?: Readonly<Record<string, string>>;
   readonly provenance: Provenance;
+  /** README.md once all is known: `validation` is what `accept` returned. Takes the place of the one in `extraFiles`. */
+  readonly card?: (validation: Json | undefined) => string;
   /** Absent: every output that reads back as planned gets its name. */
   readonly accept?: Accept | undefined;
 }

@@ -189,11 +189,14 @@ class Writer implements CheckpointWriter {
     await this.#writeProvenance(provenance);
     await this.close();
     await verifyOutput(this.#folder, this.layout, tensors);
+    let validation: Json | undefined;
     if (accept) {
       const file = part === undefined && isFileOutput(job.out) ? this.layout.files[0]!.name : '';
-      const validation = await accept({ path: join(this.#folder, file), workFolder: job.folder });
-      await this.#writeProvenance({ ...provenance, validation });
+      validation = await accept({ path: join(this.#folder, file), workFolder: job.folder });
     }
+    const card = await this.#writeCard(validation);
+    const all = outputs.map((output) => (card && (output as { name: string }).name === card.name ? card : output));
+    await this.#writeProvenance({ ...provenance, outputs: all, ...(validation !== undefined && { validation }) });
     if (part !== undefined) return;
     await job.markFinishing();
     await deliver(job, this.layout, this.sidecars);
@@ -217,6 +220,17 @@ class Writer implements CheckpointWriter {
   async #writeProvenance(provenance: Json): Promise<void> {
     const { partName } = this.sidecars.find(({ role }) => role === 'provenance')!;
     await writeFileAtomic(join(this.#folder, partName), `${JSON.stringify(provenance, null, 2)}\n`);
+  }
+
+  /** README.md with what was measured; undefined where the output has none. */
+  async #writeCard(validation: Json | undefined): Promise<{ name: string; bytes: number; sha256: string } | undefined> {
+    const { card } = this.options;
+    const sidecar = this.sidecars.find(({ name }) => name === 'README.md');
+    if (!card || !sidecar) return undefined;
+    const bytes = Buffer.from(card(validation));
+    await writeFileAtomic(join(this.#folder, sidecar.partName), bytes);
+    const sha256 = createHash('sha256').update(bytes).digest('hex');
+    return { name: sidecar.name, bytes: bytes.length, sha256 };
   }
 
   #place(name: string): { file: OutputFile; index: number; tied: boolean } {

@@ -42,6 +42,12 @@ const options = {
     default: 'q4_k',
     help: 'Block type of --format gguf; alone it decides bits and groups. q4_k_m, q4_k_s: more bits for some, as llama.cpp mixes them.',
   }),
+  emit: list({
+    separator: ',',
+    choices: ['vllm', 'triton', 'sglang', 'llama.cpp', 'prometheus'],
+    value: 'name,...',
+    help: 'Deployment files beside the output: launch scripts with batching, and what Prometheus and Grafana need.',
+  }),
   tp: list({
     separator: ',',
     value: 'n,...',
@@ -157,6 +163,7 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
       ...(given.format.includes('gguf') && blocksOf(given.ggufType)),
     },
     formats: given.format as QuantizeOptions['formats'],
+    emit: given.emit as NonNullable<QuantizeOptions['emit']>,
     tensorParallel: given.tp.map(tensorParallel),
     ...(given.scope !== undefined && { scope: given.scope }),
     keep: given.keep,

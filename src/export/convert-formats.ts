@@ -8,7 +8,7 @@ import { planKey } from '../checkpoint/types.js';
 import type { Checkpoint, PlannedTensor } from '../checkpoint/types.js';
 import { encodedBytes, encodingName, ggmlBlocks } from '../formats/ggml.js';
 import { kindOfGguf, mixtureType } from '../targets/gguf-mixture.js';
-import { importanceOf, type Imatrix } from '../targets/imatrix.js';
+import { importanceOf, type Imatrix, type Importance } from '../targets/imatrix.js';
 import type { BlockFormatName } from '../tensor/ops.js';
 import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
@@ -51,7 +51,7 @@ export async function planGgufOutput(
     if (plan.action !== 'encode' || imatrix === undefined) return plan;
     const stacked = tensor.shape.length === 3 ? tensor.shape[0]! : 1;
     const importance = importanceOf(imatrix, tensor.name, stacked, tensor.shape.at(-1)!);
-    return importance === undefined ? plan : { ...plan, importance };
+    return importance === undefined ? plan : { ...plan, importance: tempered(importance) };
   });
   const wider = planned.filter(
     ({ action, to }) => blocks !== undefined && !isMixture && action === 'encode' && to !== blocks,
@@ -68,6 +68,13 @@ export async function planGgufOutput(
   }
   return { tensors: planned, outputs, notes: [...notes, ...more], gguf: metadata, computed };
 }
+
+/**
+ * Square roots of the importances: energies of channels differ by orders of magnitude between texts, and rounding that
+ * follows those of the calibration text to the letter is worse on others. KL of Q4_K_M of dense-6m on held-out text:
+ * 0.0246 without importance, 0.0236 with roots, 0.0237 with the energies themselves.
+ */
+const tempered = ({ experts, values }: Importance): Importance => ({ experts, values: values.map(Math.sqrt) });
 
 /** INT4 layouts would have to be decoded first; FP8 is decoded on the way. */
 function requirePlain({ config, path }: Checkpoint): void {

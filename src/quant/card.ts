@@ -1,6 +1,8 @@
 import { basename } from 'node:path';
 import type { CalibrationSet } from '../arch/calibration.js';
+import type { Json } from '../base/job.js';
 import type { QuantPlan } from './plan.js';
+import type { BlockReport } from './report.js';
 import { describeScheme } from './scheme.js';
 import type { QuantizeOptions } from './options.js';
 
@@ -36,4 +38,33 @@ export function modelCard(
     'Inputs, recipe and the measured error of each linear stand in `deepseek-convert.json`.',
     '',
   ].join('\n');
+}
+
+/** What was measured of the finished output: errors of its linears, and its validation against the input. */
+export function measuredSection(blocks: readonly BlockReport[], validation: Json | undefined): string {
+  const linears = blocks.flatMap((block) => block.linears);
+  const mean = (key: 'error' | 'plainError') => linears.reduce((sum, linear) => sum + linear[key], 0) / linears.length;
+  const lines = ['', '## Measured', ''];
+  if (linears.length > 0) {
+    lines.push(`- Mean relative output error of ${linears.length} linears on the calibration text: ${mean('error').toExponential(2)} (plain rounding: ${mean('plainError').toExponential(2)})`); // prettier-ignore
+  }
+  const measured = validation as Measured | undefined;
+  const show = (value: number | undefined): string => (value === undefined ? 'not measured' : value.toPrecision(4));
+  if (measured?.kl !== undefined) {
+    const { tokens, kl, top1, perplexity, passed } = measured;
+    lines.push(
+      `- On ${tokens} tokens of held-out text, against the input: KL divergence ${show(kl.mean)} nats, same top token ${show(top1)}, perplexity ${show(perplexity?.candidate)} (input ${show(perplexity?.reference)})`,
+      `- Quality gates: ${passed === true ? 'passed' : 'not passed'}`,
+    );
+  } else lines.push('- Not validated on held-out text.');
+  return `${lines.join('\n')}\n`;
+}
+
+/** What of a validation's verdict the card shows. */
+interface Measured {
+  readonly passed?: boolean;
+  readonly tokens?: number;
+  readonly kl?: { readonly mean?: number };
+  readonly top1?: number;
+  readonly perplexity?: { readonly reference?: number; readonly candidate?: number };
 }

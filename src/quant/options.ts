@@ -1,6 +1,7 @@
 import type { Accept } from '../checkpoint/types.js';
 import type { CalibrationOptions } from '../arch/calibration.js';
 import type { Model } from '../arch/types.js';
+import type { Emitted } from '../targets/deploy/emit.js';
 import type { QuantFormat } from './formats.js';
 import type { OutputPlan } from './output.js';
 import type { QuantPlan } from './plan.js';
@@ -18,6 +19,8 @@ export interface QuantizeOptions {
   readonly recipe: Recipe;
   /** What to write; several share one calibration, and lie in folders of `out` named after them. */
   readonly formats: readonly QuantFormat[];
+  /** Deployment files to write beside the outputs. */
+  readonly emit?: readonly Emitted[];
   /** Tensor-parallel sizes that the output must divide into (vLLM). */
   readonly tensorParallel?: readonly number[];
   /** `all`, `experts`, a part of a name or `re:...`; absent: what suits the architecture. */

@@ -1,17 +1,18 @@
 import { badUsage } from '../base/errors.js';
-import { join, resolve } from 'node:path';
+import { basename, join, resolve } from 'node:path';
 import type { FloatDType } from '../base/dtype.js';
 import { exists, formatBytes } from '../base/files.js';
 import { Job, requireNoOutput, type Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
-import { createWriter } from '../checkpoint/writer.js';
+import { createWriter, isFileOutput } from '../checkpoint/writer.js';
 import { deliverParts } from '../checkpoint/sidecars.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
 import { calibrationTokens, type CalibrationSet } from '../arch/calibration.js';
 import { openModel, type OpenModel } from '../arch/open.js';
 import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream.js';
 import { WeightReader } from '../arch/weights.js';
-import { modelCard } from './card.js';
+import { checkEmitted, deployment } from '../targets/deploy/emit.js';
+import { measuredSection, modelCard } from './card.js';
 import { chooseBits } from './choose.js';
 import type { QuantizeOptions, QuantizePreview, QuantizeResult } from './options.js';
 import { checkFormats, holderOf, planTarget, requireOneScheme, storedScales, type PlannedTarget } from './formats.js';
@@ -36,6 +37,7 @@ async function prepare(options: QuantizeOptions): Promise<Prepared> {
   const { input, formats, config } = options;
   checkRecipe(options.recipe);
   checkFormats(formats, options.out, options.recipe);
+  checkEmitted(options.emit ?? [], formats, isFileOutput(options.out));
   requireFoldable(options);
   // Block types decide the codes where GGUF is the only output; beside others, it follows their codes.
   const alone = formats.length === 1 && formats[0] === 'gguf';
@@ -234,9 +236,16 @@ async function runJob(
     env.log.info(`Going on after block ${before} of ${model.blocks.length}`);
   }
   const several = targets.length > 1;
+  const emit = options.emit ?? [];
+  const deployed = {
+    name: basename(resolve(options.out)).replace(/\.gguf$/, ''),
+    context: model.context,
+    tensorParallel: Math.max(1, ...(options.tensorParallel ?? [])),
+  };
   const writers: CheckpointWriter[] = [];
   try {
     for (const [i, { format, output: own, writing }] of targets.entries()) {
+      const card = modelCard(options, format, prepared, set);
       const writer = await createWriter({
         ...writing,
         job,
@@ -244,7 +253,8 @@ async function runJob(
         tensors: own.tensors.map(({ planned }) => planned),
         ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
         companions: checkpoint.companions,
-        extraFiles: new Map([['README.md', modelCard(options, format, prepared, set)], ...writing.extraFiles]),
+        extraFiles: new Map([['README.md', card], ...writing.extraFiles, ...deployment(emit, format, deployed)]),
+        card: (validation) => `${card}${measuredSection(reportsOf(job, model), validation)}`,
         provenance: {
           tool: options.tool,
           recipe: { command: options.commandLine, ...fingerprint(options, prepared, set, env) },
@@ -279,6 +289,9 @@ async function runJob(
     for (const writer of writers) await writer.close();
   }
 }
+
+const reportsOf = (job: Job, model: OpenModel['model']): BlockReport[] =>
+  blockResults(job, stage, model).map(({ result }) => fromJson(result));
 
 /** What each linear must read back as: the codes' own values, or those that a target has in their place. */
 const probesOf = (blocks: readonly BlockReport[], format: string): Map<string, string> =>

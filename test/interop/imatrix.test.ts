@@ -34,15 +34,19 @@ test.skipIf(!path)('Q4_K_M with our importance is not worse in KL than without, 
   await convert({ input: path!, format: 'gguf', dtype: 'f32' }, full, env);
   await convert({ input: path!, format: 'gguf', blocks: 'q4_k_m' }, plain, env);
   await convert({ input: path!, format: 'gguf', blocks: 'q4_k_m', imatrix }, weighted, env);
+  const feedback = join(work, 'feedback.gguf');
+  const mixture = { ...defaultRecipe, blocks: 'q4_k', mixture: 'q4_k_m' } as const;
+  await quantize({ ...common, out: feedback, formats: ['gguf'], recipe: mixture, calibration, scope: 'all' }, env);
   expect(readFileSync(plain).equals(readFileSync(weighted))).toBe(false);
   const open = await openModel(full);
   const tokens = (await (await open.tokenizer()).encode(heldOut(), { special: false })).subarray(0, 2000);
   await open.close();
   const scores: LlamaScore[] = [];
-  for (const file of [full, plain, weighted]) scores.push(await llamaScore(file, tokens, 500, 4));
-  const [without, with_] = [kl(scores[0]!, scores[1]!), kl(scores[0]!, scores[2]!)];
-  console.log(`Q4_K_M of dense-6m, KL to f32 in llama.cpp: ${without.toFixed(5)} without, ${with_.toFixed(5)} with importance`); // prettier-ignore
-  expect(with_).toBeLessThan(without);
+  for (const file of [full, plain, weighted, feedback]) scores.push(await llamaScore(file, tokens, 500, 2));
+  const [without, with_, fed] = [1, 2, 3].map((i) => kl(scores[0]!, scores[i]!)) as [number, number, number];
+  console.log(`Q4_K_M of dense-6m, KL to f32 in llama.cpp: ${without.toFixed(5)} without, ${with_.toFixed(5)} with importance, ${fed.toFixed(5)} with error feedback`); // prettier-ignore
+  expect(with_).toBeLessThanOrEqual(without);
+  expect(fed).toBeLessThan(without);
 });
 
 test('importance matrices that the Python reader writes are read, of both forms', async () => {
