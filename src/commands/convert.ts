@@ -35,6 +35,7 @@ export const command = defineCommand({
       value: 'file',
       help: 'Importance of columns for the blocks of GGUF files, as llama.cpp or quantize --format imatrix wrote it.',
     }),
+    mergeLora: text({ value: 'folder', help: 'Merge the LoRA adapter of this PEFT folder into the weights.' }),
     shardSize: byteSize({ default: 5e9, help: 'Largest file of a folder.' }),
     modelParallel: integer({ min: 1, default: 1, help: "Shards of DeepSeek's native layout." }),
     allowSaturation: flag({ help: 'Accept values that become infinite (f16 ends at 65504).' }),
@@ -63,6 +64,9 @@ export const command = defineCommand({
     if (given.imatrix !== undefined && !isBlocks(wanted)) {
       throw badUsage('--imatrix steers the rounding to blocks of GGUF files', { got: `--dtype ${wanted ?? '(none)'}`, expected: `--dtype ${blocks.join(', ')}` }); // prettier-ignore
     }
+    if (given.mergeLora !== undefined && format !== 'safetensors' && format !== 'torch') {
+      throw badUsage(`--merge-lora does not go together with --format ${format}`, { expected: 'safetensors or torch', hint: 'Merge first, then convert the result.' }); // prettier-ignore
+    }
     const options = {
       input: given.input,
       config: given.config,
@@ -70,6 +74,7 @@ export const command = defineCommand({
       format,
       ...(isBlocks(wanted) && { blocks: wanted }),
       ...(given.imatrix !== undefined && { imatrix: given.imatrix }),
+      ...(given.mergeLora !== undefined && { mergeLora: given.mergeLora }),
       ...(format === 'deepseek-native' && { modelParallel }),
     };
     const plan = await planConversion(options);

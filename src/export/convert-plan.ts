@@ -8,7 +8,7 @@ import type { OutputFormat } from '../checkpoint/layout.js';
 import type { GgufMetadata } from '../checkpoint/gguf-config.js';
 import type { OnnxGraph } from '../formats/onnx-writer.js';
 import { imatrixHash, readImatrix } from '../targets/imatrix.js';
-import { readAdapter, withAdapter, type Adapter } from './merge-lora.js';
+import { readAdapter, requireMergeable, withAdapter, type Adapter } from './merge-lora.js';
 import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
 import { planGgufOutput, planNativeOutput } from './convert-formats.js';
@@ -71,9 +71,10 @@ export async function planConversion(options: ConvertOptions): Promise<ConvertPl
   const plan = await planUnmerged(options);
   if (options.mergeLora === undefined) return plan;
   try {
+    requireMergeable(plan.tensors, plan.checkpoint.config, options.input);
     const shapes = new Map(plan.tensors.map(({ name, shape }) => [name, shape]));
     const adapter = await readAdapter(options.mergeLora, shapes);
-    const tensors = withAdapter(plan.tensors, adapter, plan.checkpoint.config, options.input);
+    const tensors = withAdapter(plan.tensors, adapter);
     const source = { ...plan.source, tensors: new Map([...plan.source.tensors, ...adapter.tensors]), file: plan.source.file }; // prettier-ignore
     return {
       ...plan,

@@ -3,6 +3,7 @@ import { dtypeSize, elementCount, type DType, type FloatDType } from '../base/dt
 import type { PlannedTensor, TensorEntry } from '../checkpoint/types.js';
 import { encodedBytes, encodingName } from '../formats/ggml.js';
 import type { Scheme } from '../layout/types.js';
+import type { Merge } from './merge-lora.js';
 import type { Importance } from '../targets/imatrix.js';
 
 /** What happens to one tensor. */
@@ -20,6 +21,8 @@ export interface PlannedConversion {
   readonly output: PlannedTensor;
   /** `encode`: what each column counts for when scales are searched. */
   readonly importance?: Importance;
+  /** `decode`: what an adapter adds. */
+  readonly merge?: Merge;
   /** Written as [K, N]. */
   readonly transposed?: boolean;
   /** Codes that go into another layout: which of the tensors made from the linear `of` this is. */

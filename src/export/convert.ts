@@ -10,6 +10,7 @@ import { createWriter } from '../checkpoint/writer.js';
 import { matMulNBitsWriter } from '../layout/matmulnbits-writer.js';
 import { cast, encode, normAdd, type EncodableName } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
+import { merged } from './merge-lora.js';
 import { Budget, piecesOf, type Piece } from './pieces.js';
 import type { ConvertOptions, ConvertPlan, PlannedConversion } from './convert-plan.js';
 
@@ -66,6 +67,7 @@ export async function runConversion(plan: ConvertPlan, run: ConvertRun, env: Job
       format: run.format,
       shardSize: run.shardSize,
       ...(run.blocks !== undefined && { blocks: run.blocks }),
+      ...(plan.adapter && { adapter: plan.adapter.hash }),
       ...(plan.imatrixHash !== undefined && { imatrix: plan.imatrixHash }),
       ...(run.modelParallel !== undefined && { modelParallel: run.modelParallel }),
     },
@@ -257,7 +259,9 @@ class Converter {
     const { output, shape } = tensor;
     const size = dtypeSize(output.dtype);
     return this.#inPieces(tensor, elementCount(shape) * size, async (scope, piece, fd, position) => {
-      const value = await this.#load(scope, tensor, piece.entry);
+      const read = await this.#load(scope, tensor, piece.entry);
+      const { adapter } = this.plan;
+      const value = tensor.merge && adapter ? await merged(scope, read, tensor.merge, this.#loader, adapter) : read;
       const arranged = tensor.transposed ? value.transpose() : value;
       await cast(scope, arranged, output.dtype, counts)
         .source()
@@ -291,12 +295,15 @@ class Converter {
 
   /** Runs `work` for each piece of a tensor, as many at once as the budget allows. */
   #inPieces(
-    { name, entry, shape, transposed, repack }: PlannedConversion,
+    { name, entry, shape, transposed, repack, merge }: PlannedConversion,
     byteLength: number,
     work: (scope: Scope, piece: Piece, fd: number, position: number) => Promise<void>,
   ): ByteSource {
     const stays =
-      transposed === true || repack !== undefined || this.plan.source.tensors.get(name)?.linear !== undefined;
+      transposed === true ||
+      repack !== undefined ||
+      merge !== undefined ||
+      this.plan.source.tensors.get(name)?.linear !== undefined;
     const cuts = stays ? [] : piecesOf(entry, pieceBytes);
     const pieces = cuts.every((piece) => piece.entry.shape.at(-1) === shape.at(-1)) ? cuts : [];
     if (pieces.length < 2) pieces.splice(0, 1, { entry: { ...entry, shape }, start: 0 });

@@ -1,0 +1,195 @@
+import { createHash } from 'node:crypto';
+import { stat } from 'node:fs/promises';
+import { join } from 'node:path';
+import { badInput, didYouMean } from '../base/errors.js';
+import { exists, readJsonFile } from '../base/files.js';
+import type { TensorLoader } from '../arch/load.js';
+import type { StoredWeight } from '../arch/stored.js';
+import { openCheckpoint } from '../checkpoint/open.js';
+import type { TensorEntry } from '../checkpoint/types.js';
+import { binary, gemm } from '../tensor/ops.js';
+import type { Scope, Tensor } from '../tensor/tensor.js';
+import type { PlannedConversion } from './convert-tensor.js';
+
+/** What an adapter does to one weight. */
+export type Merge =
+  /** W + scale B A (Hu et al. 2022): names of A [r, K] and B [N, r] among `StoredWeight`s. */
+  | { readonly kind: 'add'; readonly a: string; readonly b: string; readonly scale: number }
+  /** The adapter brings the weight itself (modules_to_save, trained biases). */
+  | { readonly kind: 'replace'; readonly by: string };
+
+export interface Adapter {
+  /** By tensor name of the model. */
+  readonly merges: ReadonlyMap<string, Merge>;
+  /** Its tensors, under names that the model has not. */
+  readonly tensors: ReadonlyMap<string, StoredWeight>;
+  /** Of settings and headers: part of a job's fingerprint. */
+  readonly hash: string;
+  readonly description: string;
+}
+
+/** Settings that change what an adapter means, and what they must be for a plain sum. */
+const plain: Readonly<Record<string, readonly unknown[]>> = {
+  use_dora: [false],
+  use_qalora: [false],
+  fan_in_fan_out: [false],
+  lora_bias: [false],
+  layer_replication: [null],
+  megatron_config: [null],
+  target_parameters: [null],
+  trainable_token_indices: [null],
+  alora_invocation_tokens: [null],
+};
+const named: Readonly<Record<string, string>> = {
+  use_dora: 'DoRA scales each merged column anew: merge it with PEFT (merge_and_unload) and convert the result.',
+};
+
+type Settings = Readonly<Record<string, unknown>>;
+
+function requirePlain(settings: Settings, where: string): void {
+  if (settings.peft_type !== 'LORA') {
+    throw badInput('Only LoRA adapters can be merged', { where, got: `peft_type ${JSON.stringify(settings.peft_type)}`, expected: '"LORA"' }); // prettier-ignore
+  }
+  for (const [key, allowed] of Object.entries(plain)) {
+    const value = settings[key];
+    if (value === undefined || allowed.includes(value) || (Array.isArray(value) && value.length === 0)) continue;
+    throw badInput(key === 'use_dora' ? 'DoRA adapters cannot be merged' : 'The adapter has a setting that merging does not know', {
+      where,
+      got: `${key}: ${JSON.stringify(value)}`,
+      expected: `${key}: ${JSON.stringify(allowed[0])}`,
+      hint: named[key] ?? 'Merge it with PEFT (merge_and_unload) and convert the result.',
+    }); // prettier-ignore
+  }
+  const init = settings.init_lora_weights;
+  if (typeof init === 'string' && /^(pissa|olora|corda|loftq)/.test(init)) {
+    throw badInput('The adapter was trained on changed base weights', {
+      where,
+      got: `init_lora_weights: ${JSON.stringify(init)}`,
+      hint: 'Save it with PEFT as an ordinary LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...).',
+    });
+  }
+}
+
+/** PEFT's rule (get_pattern_key): the first key that the module's name ends with, as a regular expression. */
+function byPattern(patterns: unknown, module: string, otherwise: unknown): number {
+  for (const [key, value] of Object.entries((patterns ?? {}) as Record<string, unknown>)) {
+    if (new RegExp(`(?:.*\\.)?(?:${key})$`).exec(module)?.[0] === module) return Number(value);
+  }
+  return Number(otherwise);
+}
+
+/**
+ * Reads a PEFT LoRA folder and says what it does to the weights named in `shapes`.
+ * Errors: no LoRA, DoRA and other variants, tensors that fit no weight.
+ */
+export async function readAdapter(folder: string, shapes: ReadonlyMap<string, readonly number[]>): Promise<Adapter> {
+  const where = join(folder, 'adapter_config.json');
+  if (!(await exists(folder)) || !(await stat(folder)).isDirectory() || !(await exists(where))) {
+    throw badInput('The adapter is not a PEFT folder', { where: folder, expected: 'adapter_config.json and adapter_model.safetensors' }); // prettier-ignore
+  }
+  const settings = (await readJsonFile(where)) as Settings;
+  requirePlain(settings, where);
+  const files = ['adapter_model.safetensors', 'adapter_model.bin'].map((name) => join(folder, name));
+  const found = await Promise.all(files.map(exists));
+  const file = files[found.indexOf(true)];
+  if (file === undefined)
+    throw badInput('The adapter has no weights', { where: folder, expected: 'adapter_model.safetensors' });
+  const checkpoint = await openCheckpoint(file, { configOptional: true });
+  await checkpoint.close();
+
+  const merges = new Map<string, Merge>();
+  const tensors = new Map<string, StoredWeight>();
+  const own = (entry: TensorEntry): string => {
+    const name = `adapter:${entry.name}`;
+    tensors.set(name, { name, shape: entry.shape, entry, sources: [entry.name], files: [entry.span.path] });
+    return name;
+  };
+  const target = (entry: TensorEntry, name: string): readonly number[] => {
+    const shape = shapes.get(name);
+    if (shape) return shape;
+    const near = didYouMean(name, shapes.keys());
+    throw badInput('The adapter is for a weight that the model does not have', {
+      where: `${file}, tensor ${entry.name}`,
+      got: name,
+      hint: near === undefined ? 'Is it made for another model?' : `The nearest name is ${near}: is the adapter made for another model?`,
+    }); // prettier-ignore
+  };
+  const wrong = (entry: TensorEntry, expected: string) =>
+    badInput('A tensor of the adapter has another shape than it should', {
+      where: `${file}, tensor ${entry.name}`,
+      got: `[${entry.shape.join(', ')}]`,
+      expected,
+    });
+  for (const entry of checkpoint.tensors.values()) {
+    const inner = entry.name.replace(/^base_model\.model\./, '').replace('.modules_to_save.', '.');
+    const match = /^(.*)\.lora_(A|B)(?:\.default)?\.weight$/.exec(inner);
+    if (!match) {
+      if (/\.lora_|_lora/.test(inner)) {
+        throw badInput('The adapter holds something else than LoRA factors of linears', { where: file, got: entry.name, hint: 'Merge it with PEFT (merge_and_unload) and convert the result.' }); // prettier-ignore
+      }
+      const shape = target(entry, inner);
+      if (entry.shape.join() !== shape.join()) throw wrong(entry, `[${shape.join(', ')}], as the model has it`);
+      merges.set(inner, { kind: 'replace', by: own(entry) });
+      continue;
+    }
+    const [, module, part] = match;
+    if (part === 'B') continue;
+    const name = `${module}.weight`;
+    const [n, k] = target(entry, name) as [number, number];
+    const b = checkpoint.tensors.get(entry.name.replace('.lora_A', '.lora_B'));
+    const rank = byPattern(settings.rank_pattern, module!, settings.r);
+    if (entry.shape.join() !== [rank, k].join()) throw wrong(entry, `[${rank}, ${k}]: the rank that the config says, and the model's inputs`);
+    if (!b) throw badInput('A LoRA factor has no counterpart', { where: `${file}, tensor ${entry.name}`, expected: 'lora_B beside it' });
+    if (b.shape.join() !== [n, rank].join()) throw wrong(b, `[${n}, ${rank}]`);
+    const alpha = byPattern(settings.alpha_pattern, module!, settings.lora_alpha ?? 8);
+    const scale = settings.use_rslora === true ? alpha / Math.sqrt(rank) : alpha / rank;
+    merges.set(name, { kind: 'add', a: own(entry), b: own(b), scale });
+  } // prettier-ignore
+  if (merges.size === 0) throw badInput('The adapter changes nothing', { where: file });
+  const hash = createHash('sha256').update(JSON.stringify(settings)).update(checkpoint.fingerprint).digest('hex');
+  const added = [...merges.values()].filter(({ kind }) => kind === 'add').length;
+  const description = `LoRA adapter: ${added} weights added to, ${merges.size - added} replaced`;
+  return { merges, tensors, hash, description };
+}
+
+/** Error: a model whose weights are codes. */
+export function requireMergeable(
+  tensors: readonly PlannedConversion[],
+  config: Readonly<Record<string, unknown>>,
+  where: string,
+): void {
+  const coded = tensors.some(({ entry }) => entry.encoding.kind === 'ggml' || entry.encoding.kind === 'scaled');
+  if (config.quantization_config === undefined && !coded) return;
+  throw badInput('An adapter cannot be merged into quantized weights', {
+    where,
+    got: 'a model whose weights are codes: the sum would be rounded a second time',
+    hint: 'Merge into the full-precision model, then quantize: deepseek-convert convert <model> --merge-lora <adapter> -o merged; deepseek-convert quantize merged -o int4.',
+  });
+}
+
+/** The plan with the adapter's weights in it. */
+export const withAdapter = (tensors: readonly PlannedConversion[], { merges }: Adapter): PlannedConversion[] =>
+  tensors.map((tensor) => {
+    const merge = merges.get(tensor.name);
+    return merge ? { ...tensor, action: 'decode', merge } : tensor;
+  });
+
+/** The merged weight in fp32. */
+export async function merged(
+  scope: Scope,
+  value: Tensor,
+  merge: Merge,
+  loader: TensorLoader,
+  adapter: Adapter,
+): Promise<Tensor> {
+  // prettier-ignore
+  const load = async (name: string, shape: readonly number[]): Promise<Tensor> => {
+    const into = scope.empty('f32', shape);
+    await loader.load([{ name, into }]);
+    return into;
+  };
+  if (merge.kind === 'replace') return await load(merge.by, value.shape);
+  const [a, b] = [await load(merge.a, adapter.tensors.get(merge.a)!.shape), await load(merge.b, adapter.tensors.get(merge.b)!.shape)]; // prettier-ignore
+  const delta = gemm(scope, b, a, { alpha: merge.scale });
+  return binary(scope, 'add', delta, value, { out: delta });
+}
