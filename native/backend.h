@@ -62,7 +62,7 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
   /* -- mathematics ------------------------------------------------------------------------------------------- */     \
   /* C = alpha A B + beta C + bias. A [M,K], B [K,N], C [M,N] float of any strides with one of the two equal 1
      (transposes are views); rank 3 = batch (stride 0 shares); bias [N]. precision 0: fp32 products for fp32 inputs,
-     bf16 tensor cores for bf16 inputs; 1: TF32/bf16x1 allowed on fp32 inputs. */                                      \
+     bf16 tensor cores for bf16 inputs; 1: TF32/bf16x1 allowed on fp32 inputs; 2: three bf16 products (2^-16). */                                      \
   X(gemm, "C A B [bias]", "precision", "alpha beta")                                                                   \
   /* Rows of A [T,K] lie sorted by expert, expert e owns rows offsets[e]..offsets[e+1]: C[r] = A[r] B[e]^T.
      B [E,N,K], offsets i32 [E+1]. */                                                                                  \

@@ -61,10 +61,42 @@ int dense_copy(dc_context* c, const dc_tensor& t, int dtype, int slot, dc_tensor
 
 }  // namespace
 
+namespace {
+// Columns k0..k0 + width of A [M, K] as [high | low | high], rows of B [K, N] as high above high above low, in bf16.
+__global__ void split_left(bf16* out, dc_tensor A, int64_t k0, int64_t width, int64_t n) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t r = i / width, j = i % width;
+    const float v = static_cast<const float*>(A.data)[r * A.stride[0] + (k0 + j) * A.stride[1]];
+    const bf16 high = from_float<bf16>(v), low = from_float<bf16>(v - to_float(high));
+    bf16* p = out + r * 3 * width + j;
+    p[0] = high, p[width] = low, p[2 * width] = high;
+  }
+}
+__global__ void split_right(bf16* out, dc_tensor B, int64_t k0, int64_t n, int64_t N) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    const float v = static_cast<const float*>(B.data)[(k0 + i / N) * B.stride[0] + i % N * B.stride[1]];
+    const bf16 high = from_float<bf16>(v), low = from_float<bf16>(v - to_float(high));
+    out[i] = high, out[n + i] = high, out[2 * n + i] = low;
+  }
+}
+}  // namespace
+
 int gemm(dc_context* c, const dc_tensor& C, const dc_tensor& A, const dc_tensor& B, double alpha, double beta, int precision) {
   const int d = C.rank == 3 ? 1 : 0;
   const int64_t batch = d ? C.dim[0] : 1, M = C.dim[d], N = C.dim[d + 1], K = A.dim[d + 1];
   if (batch * M * N == 0) return 0;
+  if (precision == 2 && d == 0 && A.dtype == DC_F32 && B.dtype == DC_F32 && C.dtype == DC_F32 && K >= 256 && M >= 64 && N >= 64) {
+    for (int64_t k0 = 0; k0 < K; k0 += 2048) {
+      const int64_t width = K - k0 < 2048 ? K - k0 : 2048;
+      auto* left = static_cast<bf16*>(scratch(c, 0, size_t(M) * 3 * width * 2));
+      auto* right = static_cast<bf16*>(scratch(c, 1, size_t(N) * 3 * width * 2));
+      if (!left || !right) return 1;
+      split_left<<<grid_for(c, M * width, 256), 256, 0, c->stream>>>(left, A, k0, width, M * width);
+      split_right<<<grid_for(c, N * width, 256), 256, 0, c->stream>>>(right, B, k0, N * width, N);
+      if (gemm(c, C, matrix(left, DC_BF16, M, 3 * width, 3 * width), matrix(right, DC_BF16, 3 * width, N, N), alpha, k0 == 0 ? beta : 1, 0)) return 1;
+    }
+    return launched(c, "gemm");
+  }
   if (C.stride[d + 1] != 1 && N > 1 && (C.stride[d] == 1 || M == 1)) {  // columns of stride 1: C' = B' A'
     auto turned = [d](dc_tensor t) {
       const int64_t dim = t.dim[d], stride = t.stride[d];

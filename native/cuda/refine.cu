@@ -78,43 +78,53 @@ __global__ void group_dots(double* out, int64_t out_row, const bf16* D, const fl
   if (lane == 0) out[r * out_row + g] = sum;
 }
 
-// One block a row: (A + damp mean(diag A) I) x = b by Cholesky in fp64, scale += x. A's lower triangle, [groups][groups].
-__global__ void __launch_bounds__(128) solve_scales(Rows scale, int64_t e, int64_t first, double* systems, const double* right, int64_t groups, float damp) {
+// One block a row: (A + damp mean(diag A) I) x = b by Cholesky in fp64, scale += x. A's lower triangle, [groups][groups];
+// its rows one after another without gaps, in shared memory where `local`.
+__global__ void __launch_bounds__(128) solve_scales(Rows scale, int64_t e, int64_t first, double* systems, const double* right, int groups, float damp, bool local) {
   extern __shared__ double b[];
   __shared__ double trace;
-  double* a = systems + blockIdx.x * groups * groups;
-  for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) b[g] = right[blockIdx.x * groups + g];
+  double* in = systems + int64_t(blockIdx.x) * groups * groups;
+  double* a = local ? b + groups : in;
+  auto row = [&](int i) { return a + (local ? i * (i + 1) / 2 : i * groups); };
+  for (int g = threadIdx.x; g < groups; g += blockDim.x) b[g] = right[int64_t(blockIdx.x) * groups + g];
+  if (local)
+    for (int i = threadIdx.x; i < groups * groups; i += blockDim.x)
+      if (i % groups <= i / groups) row(i / groups)[i % groups] = in[i];
+  __syncthreads();
   if (threadIdx.x == 0) {
     double sum = 0;
-    for (int64_t g = 0; g < groups; g++) sum += a[g * groups + g];
+    for (int g = 0; g < groups; g++) sum += row(g)[g];
     trace = sum;
   }
   __syncthreads();
-  for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) a[g * groups + g] += double(damp) * trace / double(groups);
+  for (int g = threadIdx.x; g < groups; g += blockDim.x) row(g)[g] += double(damp) * trace / double(groups);
   __syncthreads();
-  for (int64_t j = 0; j < groups; j++) {
-    const double pivot = a[j * groups + j];
+  for (int j = 0; j < groups; j++) {
+    const double pivot = row(j)[j];
     if (!(pivot > 0) || !isfinite(pivot)) return;  // the same for all threads: the scales stay
-    const double root = sqrt(pivot);
+    const double inverse = 1 / sqrt(pivot);
     __syncthreads();
-    for (int64_t i = j + threadIdx.x; i < groups; i += blockDim.x) a[i * groups + j] = i == j ? root : a[i * groups + j] / root;
-    if (threadIdx.x == 0) b[j] /= root;
+    for (int i = j + threadIdx.x; i < groups; i += blockDim.x) row(i)[j] *= inverse;
+    if (threadIdx.x == 0) b[j] *= inverse;
     __syncthreads();
-    for (int64_t i = j + 1 + threadIdx.x; i < groups; i += blockDim.x) {
-      const double l = a[i * groups + j];
-      b[i] -= l * b[j];
-      for (int64_t q = j + 1; q <= i; q++) a[i * groups + q] -= l * a[q * groups + j];
+    // The rest of the triangle, a warp per row.
+    const int rest = groups - j - 1;
+    for (int i = threadIdx.x; i < rest; i += blockDim.x) b[j + 1 + i] -= row(j + 1 + i)[j] * b[j];
+    for (int y = threadIdx.x / 32; y < rest; y += 4) {
+      double* line = row(j + 1 + y);
+      const double l = line[j];
+      for (int x = threadIdx.x % 32; x <= y; x += 32) line[j + 1 + x] -= l * row(j + 1 + x)[j];
     }
     __syncthreads();
   }
-  for (int64_t j = groups - 1; j >= 0; j--) {
-    if (threadIdx.x == 0) b[j] /= a[j * groups + j];
+  for (int j = groups - 1; j >= 0; j--) {
+    if (threadIdx.x == 0) b[j] /= row(j)[j];
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < j; i += blockDim.x) b[i] -= a[j * groups + i] * b[j];
+    for (int i = threadIdx.x; i < j; i += blockDim.x) b[i] -= row(j)[i] * b[j];
     __syncthreads();
   }
   float* s = static_cast<float*>(scale.data) + scale.at(e, first + blockIdx.x);
-  for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) {
+  for (int g = threadIdx.x; g < groups; g += blockDim.x) {
     const float next = float(double(s[g]) + b[g]);
     if (isfinite(next) && next != 0) s[g] = next;
   }
@@ -247,7 +257,10 @@ extern "C" int dc_cuda_scale_refit(dc_context* c, const dc_call* call) {
         if (gemm(c, matrix(product, DC_F32, n, width, width), matrix(doubled, DC_BF16, n, 2 * m, 2 * m), matrix(parts, DC_BF16, 2 * m, width, width), 1, 0, 0)) return 1;
         group_dots<<<unsigned(ceil_div(n * (g + 1), 8)), 256, 0, c->stream>>>(systems + g * groups, groups * groups, D, product, width, device_begins, g + 1, n, K);
       }
-      solve_scales<<<unsigned(n), 128, size_t(groups) * 8, c->stream>>>(Rows(scale), e, first, systems, right, groups, float(call->f[0]));
+      const size_t packed = size_t(groups) * (groups + 3) / 2 * 8;
+      const bool local = packed <= c->shared_limit - 1024;
+      if (local) DC_CUDA(cudaFuncSetAttribute(solve_scales, cudaFuncAttributeMaxDynamicSharedMemorySize, int(packed)));
+      solve_scales<<<unsigned(n), 128, local ? packed : size_t(groups) * 8, c->stream>>>(Rows(scale), e, first, systems, right, int(groups), float(call->f[0]), local);
     }
   }
   return launched(c, "scale_refit");

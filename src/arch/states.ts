@@ -14,8 +14,8 @@ export interface StatesOptions {
   readonly rows: readonly number[];
   /** Kept in device memory; else only in the file. */
   readonly resident: boolean;
-  /** File of the states after a block; `next-0` and `next-1` in turn while they grow. */
-  readonly path: (block: number | `next-${number}`) => string;
+  /** File of the states after a block; another name each time while they grow. */
+  readonly path: (block: number | `next-${string}`) => string;
 }
 
 /** The states between two blocks: their file, and on the device while they are resident. */
@@ -40,6 +40,8 @@ export class States implements AsyncDisposable {
   #next: Generation | undefined;
   #committing: Promise<void> = Promise.resolve();
   #generations = 0;
+  /** Files that `forget` leaves alone: a name is here before the file is, and never used twice. */
+  readonly #growing = new Set<string>();
 
   constructor(device: Device, options: StatesOptions) {
     [this.#device, this.#options] = [device, options];
@@ -106,6 +108,7 @@ export class States implements AsyncDisposable {
         throw ioError(error, 'flush to disk', now.path);
       }
       await renameDurable(now.path, this.#options.path(block));
+      this.#growing.delete(now.path);
       now.path = this.#options.path(block);
     })();
     await this.#committing;
@@ -114,12 +117,11 @@ export class States implements AsyncDisposable {
   /** Removes all state files but the one of block `keep` and those in use. */
   async forget(keep: number | undefined): Promise<void> {
     const folder = dirname(this.#options.path(0));
-    const used = new Set([keep === undefined ? undefined : this.#options.path(keep)]);
-    if (keep !== undefined) for (const generation of [this.#now, this.#next]) used.add(generation?.path);
+    const kept = keep === undefined ? undefined : this.#options.path(keep);
     const ours = /^hidden-(\d+|next.*)\.bin$/;
     for (const name of await readdir(folder).catch(() => [] as string[])) {
       const path = join(folder, name);
-      if (ours.test(name) && !used.has(path)) await rm(path, { force: true });
+      if (ours.test(name) && path !== kept && !this.#growing.has(path)) await rm(path, { force: true });
     }
   }
 
@@ -150,7 +152,8 @@ export class States implements AsyncDisposable {
 
   async #begin(): Promise<Generation> {
     await this.#committing.catch(() => undefined); // who asked for it is told
-    const path = this.#options.path(`next-${this.#generations++ % 2}`);
+    const path = this.#options.path(`next-${process.pid}-${this.#generations++}`);
+    this.#growing.add(path);
     return { file: await create(path), path, scope: new Scope(this.#device), tensors: [], writes: [] };
   }
 
@@ -160,6 +163,7 @@ export class States implements AsyncDisposable {
     } finally {
       generation.scope[Symbol.dispose]();
       await this.#committing.catch(() => undefined);
+      this.#growing.delete(generation.path);
       await generation.file.close();
     }
   }

@@ -117,7 +117,7 @@ export async function rowErrors(d: Tensor, h: Tensor): Promise<Float32Array> {
   for (let at = 0; at < n; at += step) {
     using scope = new Scope(d.device);
     const part = d.slice(0, at, Math.min(n, at + step));
-    const dh = gemm(scope, part, h);
+    const dh = gemm(scope, part, h, { fast: 'split' });
     binary(scope, 'mul', dh, part, { out: dh });
     out.set(await reduce(scope, 'sum', dh, 1).float32(), at);
   }

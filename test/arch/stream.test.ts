@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { openModel } from '../../src/arch/open.js';
+import { States } from '../../src/arch/states.js';
 import { streamBlocks, type BlockVisitor } from '../../src/arch/stream.js';
 import { WeightReader } from '../../src/arch/weights.js';
 import { Job } from '../../src/base/job.js';
@@ -65,4 +66,23 @@ test('blocks see the same whether batches are held, recomputed or read from the 
   expect([...first, ...(await walk('stopped', undefined))]).toEqual(held);
   const early = await walk('stopped-held', undefined, 2);
   expect([...early, ...(await walk('stopped-held', 0))]).toEqual(held);
+});
+
+test('cleaning up behind one block leaves alone what the next one writes', async () => {
+  const path = (block: number | string): string => join(folder, `hidden-${block}.bin`);
+  await using states = new States(env.device, { hidden: 4, dtype: 'f32', rows: [3, 3], resident: true, path });
+  let behind: Promise<void> = Promise.resolve();
+  for (let block = -1; block < 30; block++) {
+    for (let b = 0; b < 2; b++) {
+      using scope = new Scope(env.device);
+      await states.put(b, scope.from('f32', [3, 4], new Float32Array(12).fill(block * 2 + b)), scope);
+    }
+    await states.next();
+    await behind;
+    if (block >= 0) behind = states.commit(block).then(() => states.forget(block));
+  }
+  await behind;
+  const values = new Float32Array((await readFile(path(29))).buffer);
+  expect([values[0], values[12]]).toEqual([58, 59]);
+  expect((await readdir(folder)).filter((name) => name.startsWith('hidden-'))).toEqual(['hidden-29.bin']);
 });

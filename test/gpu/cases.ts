@@ -113,6 +113,9 @@ for (const [m, n, k] of [[1, 1, 1], [7, 5, 3], [64, 130, 257], [200, 96, 512], [
   forFloats(`gemm ${m}x${n}x${k}`, (in_, d) => [ops.gemm(in_.s, in_.normal(d, [m, k]), in_.normal(d, [k, n]))], 4);
   forFloats(`matmulT ${m}x${n}x${k} bias`, (in_, d) => [ops.matmulT(in_.s, in_.normal(d, [m, k]), in_.normal(d, [n, k]), { bias: in_.normal(d, [n]) })], 4);
 } // prettier-ignore
+add('gemm f32 as three bf16 products', 1e-9, (in_) => [
+  ops.gemm(in_.s, in_.normal('f32', [130, 2500]), in_.normal('f32', [2500, 200]), { fast: 'split' }),
+]);
 add('gemm mixed f32 bf16 -> f32', 1e-9, (in_) => [
   ops.gemm(in_.s, in_.normal('f32', [33, 65]), in_.normal('bf16', [65, 40])),
 ]);

@@ -49,8 +49,8 @@ export interface GemmOptions {
   /** Output to write into (needed when beta is not 0). */
   out?: Tensor;
   dtype?: FloatDType;
-  /** Allow TF32 products for fp32 inputs. */
-  fast?: boolean;
+  /** For fp32 inputs: TF32 products allowed, or three bf16 products each (2^-16) where that is faster. */
+  fast?: boolean | 'split';
 }
 
 /** C = alpha A B + beta C + bias: A [M,K], B [K,N] (or batched rank 3), any strides with one of the two 1. */
@@ -69,9 +69,10 @@ export function gemm(s: Scope, a: Tensor, b: Tensor, options: GemmOptions = {}):
   ensure(beta === 0 || options.out !== undefined, 'gemm', 'beta needs an output');
   const c = options.out ?? s.empty(options.dtype ?? a.dtype, shape);
   ensureShape('gemm', 'out', c, ...shape);
-  c.device.run('gemm', [c, a, b, bias], [options.fast ? 1 : 0], [alpha, beta]);
+  c.device.run('gemm', [c, a, b, bias], [precisionOf(options.fast)], [alpha, beta]);
   return c;
 }
+const precisionOf = (fast: boolean | 'split' | undefined): number => (fast === 'split' ? 2 : fast ? 1 : 0);
 
 /** y [T,N] = x [T,K] W' for W [N,K] as checkpoints store it. */
 export const matmulT = (s: Scope, x: Tensor, w: Tensor, options: GemmOptions = {}): Tensor =>
