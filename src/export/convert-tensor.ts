@@ -3,8 +3,14 @@ import { dtypeSize, elementCount, type DType, type FloatDType } from '../base/dt
 import type { PlannedTensor, TensorEntry } from '../checkpoint/types.js';
 import { encodedBytes, encodingName } from '../formats/ggml.js';
 import type { Scheme } from '../layout/types.js';
-import type { Merge } from './merge-lora.js';
 import type { Importance } from '../targets/imatrix.js';
+
+/** What an adapter does to one weight. */
+export type Merge =
+  /** W + scale B A (Hu et al. 2022): names of A [r, K] and B [N, r] among `StoredWeight`s. */
+  | { readonly kind: 'add'; readonly a: string; readonly b: string; readonly scale: number }
+  /** The adapter brings the weight itself (modules_to_save, trained biases). */
+  | { readonly kind: 'replace'; readonly by: string };
 
 /** What happens to one tensor. */
 export interface PlannedConversion {

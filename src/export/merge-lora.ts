@@ -9,14 +9,7 @@ import { openCheckpoint } from '../checkpoint/open.js';
 import type { TensorEntry } from '../checkpoint/types.js';
 import { binary, gemm } from '../tensor/ops.js';
 import type { Scope, Tensor } from '../tensor/tensor.js';
-import type { PlannedConversion } from './convert-tensor.js';
-
-/** What an adapter does to one weight. */
-export type Merge =
-  /** W + scale B A (Hu et al. 2022): names of A [r, K] and B [N, r] among `StoredWeight`s. */
-  | { readonly kind: 'add'; readonly a: string; readonly b: string; readonly scale: number }
-  /** The adapter brings the weight itself (modules_to_save, trained biases). */
-  | { readonly kind: 'replace'; readonly by: string };
+import type { Merge, PlannedConversion } from './convert-tensor.js';
 
 export interface Adapter {
   /** By tensor name of the model. */

@@ -64,7 +64,7 @@ export async function runQat(options: QatOptions, env: JobEnv): Promise<QatResul
     const dtype = options.dtype ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
     const job = await Job.open({
       out: options.out,
-      fingerprint: fingerprint(options, teacher, set, env, dtype),
+      fingerprint: fingerprint(options, teacher, set, env, dtype, await startFingerprint(options)),
       ...(options.overwrite !== undefined && { overwrite: options.overwrite }),
       ...(options.restart !== undefined && { restart: options.restart }),
     });
@@ -109,6 +109,14 @@ function requirePlain(open: OpenModel, { input }: QatOptions): void {
   });
 }
 
+/** Which quantized model the user starts from. */
+async function startFingerprint({ from }: QatOptions): Promise<string | null> {
+  if (from === undefined) return null;
+  const open = await openModel(from);
+  await open.close();
+  return open.checkpoint.fingerprint;
+}
+
 /** Everything that decides the output's bytes. */
 function fingerprint(
   options: QatOptions,
@@ -116,9 +124,10 @@ function fingerprint(
   set: CalibrationSet,
   env: JobEnv,
   dtype: string,
+  from: string | null,
 ): Record<string, Json> {
   const { groupSize, fakeQuant, epochs, endToEnd, endToEndEpochs, batch, lr, endToEndLr, warmup } = options;
-  const { weightDecay, gradClip, crossEntropy, kl, rank, cleanInputs, seed, from } = options;
+  const { weightDecay, gradClip, crossEntropy, kl, rank, cleanInputs, seed } = options;
   return {
     command: 'qat',
     tool: options.tool.version,
@@ -126,7 +135,7 @@ function fingerprint(
     recipe: {
       ...{ groupSize, fakeQuant, epochs, endToEnd, endToEndEpochs, batch, lr, endToEndLr, warmup, weightDecay },
       ...{ gradClip, crossEntropy, kl, rank, cleanInputs, seed },
-      ...{ maxSteps: options.maxSteps ?? null, from: from ?? null },
+      ...{ maxSteps: options.maxSteps ?? null, from },
     },
     calibration: { text: set.hash, description: set.description },
     computing: { device: env.device.kind, dtype },
@@ -351,7 +360,10 @@ async function write(run: Run, blocks: readonly BlockRecord[], outcome: EndToEnd
     extraFiles: new Map([['README.md', card(run, blocks, outcome)]]),
     provenance: {
       tool: options.tool,
-      recipe: { command: options.commandLine, ...fingerprint(options, teacher, set, env, dtype) },
+      recipe: {
+        command: options.commandLine,
+        ...fingerprint(options, teacher, set, env, dtype, await startFingerprint(options)),
+      },
       inputs: teacher.checkpoint.files,
     },
     accept: options.accept,
