@@ -11,7 +11,7 @@ type ForFloats = (
 
 /** The backward ops and the optimizer, each on both devices. */
 export function gradientCases(forFloats: ForFloats): void {
-  for (const c of [1, 65, 4096]) {
+  for (const c of [5, 65, 4096]) {
     forFloats(`rmsnorm_backward ${c}`, (in_, d) => {
       const [x, w, dy] = [in_.normal(d, [19, c]), in_.normal(d, [c]), in_.normal(d, [19, c])];
       const rstd = in_.s.empty('f32', [19]);
