@@ -112,7 +112,8 @@ for name in want_tensors.keys() & got_tensors.keys():
     if tensor.tensor_type != want_type:
         problems.append(f"{name}: {tensor.tensor_type.name} for {want_type.name}")
         continue
-    if not np.array_equal(gguf.dequantize(tensor.data, tensor.tensor_type).reshape(data.shape), data):
+    values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    if values.size != data.size or not np.array_equal(values.reshape(data.shape), data):
         problems.append(f"{name}: other values")
 known = {v for holder in (K.General, K.LLM, K.Attention, K.Rope, K.Tokenizer) for v in vars(holder).values() if isinstance(v, str)}
 unknown = sorted(k for k in got_keys if k not in {v.replace("{arch}", arch) for v in known})
