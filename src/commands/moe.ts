@@ -25,16 +25,16 @@ const options = {
   active: integer({ min: 1, default: 2, help: 'How many of them a token takes.' }),
   shared: integer({
     min: 0,
-    defaultNote: '1; mixtral has none',
+    defaultNote: '1; qwen3_moe and mixtral have none',
     help: "Experts' worth of neurons that every token takes beside them.",
   }),
   method: choice(['split', 'upcycle'], {
     default: 'split',
     help: 'split: experts are parts of the dense network. upcycle: each is a copy of it, for continued training.',
   }),
-  container: choice(['glm4_moe', 'qwen2_moe', 'mixtral'], {
+  container: choice(['glm4_moe', 'qwen2_moe', 'qwen3_moe', 'mixtral'], {
     default: 'glm4_moe',
-    help: 'The model class that the output is loaded as.',
+    help: 'The model class that the output is loaded as. qwen3_moe takes models with norms on q and k.',
   }),
   refit: flag({
     help: 'Refit down_proj to the experts that are on; the output then differs from the dense model with all experts on. On by itself where --active is given, --no-refit leaves it out.',

@@ -4,12 +4,14 @@ import type { MoeShape } from '../shape.js';
 import { glm4Moe } from './glm4_moe.js';
 import { mixtral } from './mixtral.js';
 import { qwen2Moe } from './qwen2_moe.js';
+import { qwen3Moe } from './qwen3_moe.js';
 import type { Container, ContainerName, Source, Weighting } from './types.js';
 
 /** A new container is a file and a line here. */
 export const containers: Readonly<Record<ContainerName, Container>> = {
   glm4_moe: glm4Moe,
   qwen2_moe: qwen2Moe,
+  qwen3_moe: qwen3Moe,
   mixtral,
 };
 

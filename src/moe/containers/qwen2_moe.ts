@@ -1,7 +1,5 @@
 import { network } from './glm4_moe.js';
-import type { Container } from './types.js';
-
-const powerOfTwo = (n: number): boolean => Number.isInteger(Math.log2(n));
+import { powerOfTwo, type Container } from './types.js';
 
 /**
  * Qwen 1.5/2 MoE (`Qwen2MoeForCausalLM`): softmax router, one shared network behind a sigmoid gate. A zero gate halves

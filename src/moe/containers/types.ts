@@ -1,7 +1,7 @@
 import type { Model } from '../../arch/types.js';
 import type { MoeShape } from '../shape.js';
 
-export type ContainerName = 'glm4_moe' | 'qwen2_moe' | 'mixtral';
+export type ContainerName = 'glm4_moe' | 'qwen2_moe' | 'qwen3_moe' | 'mixtral';
 
 /** `split`: experts are parts of the dense network; `upcycle`: each is a copy of it. */
 export type MoeMethod = 'split' | 'upcycle';
@@ -86,3 +86,6 @@ export function sourceOf(model: Model, dense: number): Source {
     dense,
   };
 }
+
+/** A factor that changes no bit of a binary float's mantissa. */
+export const powerOfTwo = (n: number): boolean => Number.isInteger(Math.log2(n));
