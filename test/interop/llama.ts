@@ -28,7 +28,7 @@ let llama: Promise<Llama> | undefined;
 function start(): Promise<Llama> {
   const name: string = 'node-llama-cpp';
   llama ??= (import(name) as Promise<Library>).then((library) =>
-    library.getLlama({ gpu: false, build: 'never', logLevel: 'error', maxThreads: 2 }),
+    library.getLlama({ gpu: false, build: 'never', logLevel: 'error', maxThreads: 1 }),
   );
   return llama;
 }
