@@ -29,8 +29,8 @@ interface Generation {
 
 /**
  * The hidden states [tokens, hidden] of all calibration batches between two blocks. They are written to a file as they
- * are (which is what makes a killed job go on bit-identically), and held on the device as well where memory allows.
- * What is resident goes to its file while the next block computes.
+ * are (which is what makes a killed job go on bit-identically), and held on the device as well where memory allows:
+ * these go to their file when they are committed, while the next block computes.
  */
 export class States implements AsyncDisposable {
   readonly #device: Device;
@@ -71,17 +71,10 @@ export class States implements AsyncDisposable {
       state = next.scope.empty(this.#options.dtype, shape);
       copyInto(state, x.view(...shape));
     }
-    const writing = this.#device
-      .writeFile(state.buffer, state.byteOffset, next.file.fd, this.#offsets[b]!, state.bytes)
-      .catch((error: unknown) => {
-        throw cannotWrite(error, next.path);
-      });
     if (this.#options.resident) {
-      writing.catch(() => undefined); // awaited in `#written`
-      next.writes.push(writing);
       next.tensors[b] = state;
     } else {
-      await writing;
+      await this.#write(next, b, state);
       next.scope.free(state);
     }
   }
@@ -94,12 +87,19 @@ export class States implements AsyncDisposable {
   }
 
   /**
-   * Gives the states' file its durable name: those after block `block`. To be awaited before the block counts as done;
-   * the next block may begin before.
+   * Writes the states, unless they are written already, and gives their file its durable name: those after block
+   * `block`. To be awaited before the block counts as done; the next block may begin before.
    */
   async commit(block: number): Promise<void> {
     const now = this.#now;
     if (now === undefined) throw bug('commit of states that were never put');
+    if (this.#options.resident) {
+      for (const [b, state] of now.tensors.entries()) {
+        const writing = this.#write(now, b, state);
+        writing.catch(() => undefined); // awaited in `written`
+        now.writes.push(writing);
+      }
+    }
     this.#committing = (async () => {
       await written(now);
       try {
@@ -165,6 +165,14 @@ export class States implements AsyncDisposable {
       await this.#committing.catch(() => undefined);
       this.#growing.delete(generation.path);
       await generation.file.close();
+    }
+  }
+
+  async #write(generation: Generation, b: number, { buffer, byteOffset, bytes }: Tensor): Promise<void> {
+    try {
+      await this.#device.writeFile(buffer, byteOffset, generation.file.fd, this.#offsets[b]!, bytes);
+    } catch (error) {
+      throw cannotWrite(error, generation.path);
     }
   }
 

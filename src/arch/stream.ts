@@ -97,21 +97,32 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
   else await states.load(blocks[first - 1]!.index);
 
   let ahead: Ahead | undefined;
-  // A block's states go to disk while the next one computes; it counts as done when they are there.
+  // A block counts as done when the states behind it are on disk. They go there while the next block computes, and where
+  // that takes longer than computing, only so often that no more than a third of the time goes into it: a job that is
+  // killed then repeats those blocks.
+  let finished: Finished[] = [];
+  let reached = -1;
   let settled: Promise<void> = Promise.resolve();
-  const settle = async (i: number, seconds: number, result: Json, detail: string | undefined): Promise<void> => {
-    const { index, name } = blocks[i]!;
-    const last = i === blocks.length - 1;
-    if (!last) await states.commit(index);
-    await job.mark(blockStep(stage, index), { seconds: round(seconds), result });
-    await states.forget(last ? undefined : index);
-    env.log.progress({
-      stage,
-      done: i + 1,
-      total: blocks.length,
-      detail: `${detail === undefined ? '' : `${detail}, `}${seconds.toFixed(1)} s`,
-      data: { block: name, seconds: round(seconds) },
-    });
+  let [busy, since, cost] = [false, performance.now(), 0];
+  const settle = async (): Promise<void> => {
+    const done = finished;
+    [finished, busy, since] = [[], true, performance.now()];
+    const last = done.at(-1)!.i;
+    if (last < blocks.length - 1) await states.commit(blocks[last]!.index);
+    for (const { i, seconds, data } of done) {
+      await job.mark(blockStep(stage, blocks[i]!.index), { seconds: round(seconds), result: data });
+    }
+    await states.forget(last < blocks.length - 1 ? blocks[last]!.index : undefined);
+    [busy, cost] = [false, performance.now() - since];
+    for (const { i, seconds, detail } of done) {
+      env.log.progress({
+        stage,
+        done: i + 1,
+        total: blocks.length,
+        detail: `${detail === undefined ? '' : `${detail}, `}${seconds.toFixed(1)} s`,
+        data: { block: blocks[i]!.name, seconds: round(seconds) },
+      });
+    }
   };
   try {
     for (const [i, block] of blocks.entries()) {
@@ -125,15 +136,22 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
       if (i + 1 < blocks.length && geometry.readAhead) ahead = readAhead(env, reader, i + 1);
       const walk = new BlockWalk(options, visitor, block, weights, states, geometry);
       await walk.run(i === blocks.length - 1);
+      if (i < blocks.length - 1) reached = i;
       const { data, detail } = await visitor.finish(block, weights);
-      const seconds = (performance.now() - started) / 1000;
+      finished.push({ i, seconds: (performance.now() - started) / 1000, data, detail });
+      const due = !geometry.resident || (!busy && performance.now() - since >= 2 * cost);
+      if (!due && i < blocks.length - 1) continue;
       await settled;
-      settled = settle(i, seconds, data, detail);
+      settled = settle();
       settled.catch(() => undefined); // reported where it is awaited
     }
     await settled;
   } finally {
-    await settled.catch(() => undefined);
+    await settled.then(
+      // Something ended the job between two commits: what is finished is saved.
+      () => (finished.length > 0 && reached === finished.at(-1)!.i ? settle().catch(() => undefined) : undefined),
+      () => undefined,
+    );
     // The read of the next block may still be under way when something fails: its memory must outlive it.
     await ahead?.weights.catch(() => undefined);
     ahead?.scope[Symbol.dispose]();
@@ -141,6 +159,14 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
 }
 
 const round = (seconds: number): number => Math.round(seconds * 1000) / 1000;
+
+/** A block whose weights are stored, whose states may not be. */
+interface Finished {
+  readonly i: number;
+  readonly seconds: number;
+  readonly data: Json;
+  readonly detail: string | undefined;
+}
 
 interface Ahead {
   readonly scope: Scope;

@@ -2,7 +2,7 @@ import { mkdir, readdir, rm, rmdir, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { badInput } from './errors.js';
 import { exists, fsyncPath, ioError, readJsonFile, writeFileAtomic } from './files.js';
-import { FileLock } from './lock.js';
+import { FileLock, clearLeftLocks } from './lock.js';
 
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
 
@@ -142,6 +142,7 @@ export class Job {
   /** Ends the job: the work folder goes. For a finished output, or one that is given up. */
   async remove(): Promise<void> {
     await clear(this.folder);
+    await clearLeftLocks(this.folder);
     await this.#lock.release();
     // Not recursive: a process that came meanwhile keeps what it has made.
     for (const path of [join(this.folder, 'steps'), join(this.folder, 'state'), this.folder]) {

@@ -1,4 +1,4 @@
-import { link, readFile, readlink, rename, rm, stat, utimes, writeFile } from 'node:fs/promises';
+import { link, readFile, readdir, readlink, rename, rm, stat, utimes, writeFile } from 'node:fs/promises';
 import { readFileSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { dirname, join } from 'node:path';
@@ -65,6 +65,21 @@ export class FileLock {
     clearInterval(this.#timer);
     const now = await readFile(this.path, 'utf8').catch(() => undefined);
     if (now === this.#text) await rm(this.path, { force: true });
+  }
+}
+
+/** Removes from `folder` what processes left that died while they were taking a lock there. */
+export async function clearLeftLocks(folder: string): Promise<void> {
+  for (const name of (await readdir(folder)).filter((entry) => entry.startsWith('.lock.'))) {
+    const path = join(folder, name);
+    try {
+      const owner = parseOwner(await readFile(path, 'utf8'));
+      const beat = (await stat(path)).mtimeMs;
+      // Half written: whoever is still at it is done within moments.
+      if (owner ? !(await alive(owner, beat)) : Date.now() - beat > 1000) await rm(path, { force: true });
+    } catch (error) {
+      if (errorCode(error) !== 'ENOENT') throw error; // its owner has removed it
+    }
   }
 }
 

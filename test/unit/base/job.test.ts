@@ -1,5 +1,14 @@
 import { spawn } from 'node:child_process';
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, utimesSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  readdirSync,
+  rmSync,
+  utimesSync,
+  writeFileSync,
+} from 'node:fs';
 import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -123,6 +132,23 @@ describe('Job', () => {
     await second.fail();
     expect((await start()).resumed).toBe(true);
   });
+
+  it('removes what dead processes left of taking the lock, and nothing of live ones', async () => {
+    const first = await start();
+    const owner = JSON.parse(readFileSync(join(first.folder, 'lock'), 'utf8')) as Record<string, unknown>;
+    writeFileSync(join(first.folder, '.lock.77.1'), JSON.stringify({ ...owner, processStart: '1' }));
+    writeFileSync(join(first.folder, '.lock.78.1'), '{"pid"');
+    const longAgo = new Date(Date.now() - 60_000);
+    utimesSync(join(first.folder, '.lock.78.1'), longAgo, longAgo);
+    const live = join(first.folder, '.lock.79.1');
+    writeFileSync(live, JSON.stringify(owner));
+    await first.remove();
+    expect(readdirSync(first.folder)).toEqual(['.lock.79.1']);
+    rmSync(live);
+    await (await start()).remove();
+    expect(existsSync(`${out}.part`)).toBe(false);
+  });
+
   it('refuses an existing output before any work, but takes an empty folder', async () => {
     mkdirSync(out);
     await (await start()).remove();
