@@ -25,7 +25,9 @@ try {
 mkdirSync(join(stage, 'build'), { recursive: true });
 for (const file of ['deepseek_convert.node', 'libdeepseek_convert_cuda.so'])
   cpSync(join(root, 'build', file), join(stage, 'build', file));
-cpSync(join(root, 'build/gpu'), join(stage, 'build/gpu'), { recursive: true });
+// Without what `npm run test:gpu` puts beside it here: a second stand-in for vitest would take the tests to itself.
+const ours = (path) => !/gpu\/(node_modules|fixtures|calibration|schemas|package\.json|run\.mjs)/.test(path);
+cpSync(join(root, 'build/gpu'), join(stage, 'build/gpu'), { recursive: true, filter: ours });
 cpSync(join(root, 'test/gpu/run.mjs'), join(stage, 'test/gpu/run.mjs'));
 writeFileSync(join(stage, 'package.json'), '{"type":"module","version":"0.0.0"}');
 // What the command line looks for at its package's root, which is build/gpu here.
