@@ -1,5 +1,6 @@
 import { readFileSync } from 'node:fs';
 import { Expected, choice, custom, flag, integer, list, number, byteSize, type Values } from '../base/options.js';
+import { badUsage } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
 import { duration } from '../base/text.js';
 import type { MoeOptions } from '../moe/options.js';
@@ -12,6 +13,7 @@ import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const calibrationSection = 'Calibration:';
 const fineSection = 'Fine tuning:';
+const thenSection = 'Quantization behind it:';
 const options = {
   ...inputOptions,
   ...outputOptions,
@@ -50,6 +52,17 @@ const options = {
       return multiple;
     },
   ), // prettier-ignore
+  then: choice(['quantize'], {
+    section: thenSection,
+    help: 'Quantize the mixture in the same job: error feedback, the experts calibrated on the tokens that their routers send them. The output is compared with the dense model, and lies as compressed-tensors.',
+  }),
+  bits: choice(['4', '8'], { default: '4', section: thenSection, help: 'Bits a weight of --then quantize.' }),
+  groupSize: integer({
+    min: -1,
+    default: 128,
+    section: thenSection,
+    help: 'Columns that share a scale, 32 to 1024; experts are padded, or their groups made smaller, until groups divide.',
+  }),
   calibration: list({
     value: 'file|self',
     section: calibrationSection,
@@ -76,6 +89,11 @@ const options = {
     default: 30,
     section: fineSection,
     help: 'Training steps of the router a round, 5 times as many at the end; 0: ridge regression alone.',
+  }),
+  split: choice(['fitted', 'static', 'random', 'cmoe'], {
+    default: 'fitted',
+    section: fineSection,
+    help: 'fitted: the method of this tool. The others are baselines to measure it against: the same experts on for every token (static), neurons dealt out at random, and clusters after CMoE.',
   }),
   ridge: number({
     min: 1e-8,
@@ -110,7 +128,8 @@ export const command = defineCommand({
   async run(given, io) {
     const { runMoe, previewMoe } = await import('../moe/run.js');
     const job = jobOptions(given, io);
-    if (given.dryRun) return showPlan(await previewMoe(job), job);
+    requireThen(given, io);
+    if (given.dryRun) return showPlan(await previewMoe(job), job, given);
     using env = await openEnvironment(given, io);
     const { accept, extend } = acceptance(
       given,
@@ -118,11 +137,36 @@ export const command = defineCommand({
       env,
       'active' in io.settings.from || job.refit ? undefined : notAskedFor(job),
     );
+    if (given.then === 'quantize') {
+      const { moeThenQuantize } = await import('./moe-then.js');
+      const { mixture, quantized } = await moeThenQuantize(job, { bits: given.bits === '8' ? 8 : 4, groupSize: given.groupSize }, accept, env); // prettier-ignore
+      const { report: quantizeReport } = await import('./quantize.js');
+      await recordConversion(given.out, io);
+      return extend(joined(await report(mixture, io), quantizeReport(quantized, io)));
+    }
     const result = await runMoe({ ...job, ...(accept && { accept }) }, env);
     await recordConversion(given.out, io);
     return extend(await report(result, io));
   },
 });
+
+/** The report of the quantization, that of the mixture under `mixture`. */
+function joined(mixture: CommandResult, { data, text, ...rest }: CommandResult): CommandResult {
+  const { out: _, ...stage } = mixture.data as Record<string, unknown>;
+  const lines = mixture.text.trimEnd().split('\n').slice(1);
+  return { ...rest, data: { ...data, mixture: stage }, text: `${lines.join('\n')}\n${text}` };
+}
+
+/** Options of the second step mean nothing without it. */
+function requireThen(given: Given, io: Io): void {
+  if (given.then !== undefined) return;
+  const lost = (['bits', 'groupSize'] as const).filter((key) => key in io.settings.from);
+  if (lost.length === 0) return;
+  throw badUsage('Bits and groups are those of --then quantize', {
+    got: `--${lost[0] === 'bits' ? 'bits' : 'group-size'} without --then quantize`,
+    hint: 'Add --then quantize, or quantize the output with a command of its own.',
+  });
+}
 
 /**
  * Without a number of active experts that was asked for, the promise is equality with all experts on, which the job
@@ -169,6 +213,7 @@ function jobOptions(given: Given, io: Io): MoeOptions {
     rounds: given.rounds,
     steps: given.routerSteps,
     lambda: given.ridge,
+    split: given.split,
     seed: given.seed,
     ...(given.states !== undefined && { states: given.states }),
     shardSize: given.shardSize,
@@ -207,7 +252,7 @@ async function report(result: MoeReport, io: Io): Promise<CommandResult> {
   return { data, text: `${lines.join('\n')}\n` };
 }
 
-async function showPlan(plan: MoePlan, job: MoeOptions): Promise<CommandResult> {
+async function showPlan(plan: MoePlan, job: MoeOptions, given: Given): Promise<CommandResult> {
   const { describePlan } = await import('../moe/plan.js');
   const counts = new Map<string, number>();
   for (const { origin } of plan.tensors) counts.set(origin.kind, (counts.get(origin.kind) ?? 0) + 1);
@@ -216,10 +261,14 @@ async function showPlan(plan: MoePlan, job: MoeOptions): Promise<CommandResult> 
     ...describePlan(plan),
     ...[...counts].map(([kind, n]) => `${n} tensors ${kinds[kind as keyof typeof kinds]}`),
     `disk needed while working ${formatBytes(plan.outputBytes)}`,
+    ...(given.then
+      ? [`then quantized to INT${given.bits}, groups of ${given.groupSize}; the mixture in high precision is removed`]
+      : []),
   ];
   const data = {
     dryRun: true,
     out: job.out,
+    then: given.then ?? null,
     shape: plan.shape,
     config: plan.config,
     cost: plan.cost,

@@ -203,7 +203,8 @@ function tensorParallel(given: string): number {
   throw badUsage('Invalid value for --tp', { expected: 'numbers of GPUs such as 1,2,4', got: given });
 }
 
-function report(result: QuantizeResult, io: Io): CommandResult {
+/** What a finished quantization says of itself. */
+export function report(result: QuantizeResult, io: Io): CommandResult {
   const { plan, blocks, stages } = result;
   const linears = blocks.flatMap((block) => block.linears);
   const coverage = blocks.flatMap((block) => block.coverage ?? []);

@@ -1,5 +1,6 @@
 import type { Accept } from '../checkpoint/types.js';
 import type { CalibrationOptions } from '../arch/calibration.js';
+import type { SplitKind } from './baseline.js';
 import type { MoeRecipe } from './plan.js';
 
 export interface MoeOptions extends MoeRecipe {
@@ -10,6 +11,8 @@ export interface MoeOptions extends MoeRecipe {
   readonly out: string;
   readonly overwrite?: boolean;
   readonly restart?: boolean;
+  /** Take an output folder that the very same job finished earlier as it is, in place of refusing it. */
+  readonly reuse?: boolean;
   /**
    * Refit down_proj for the number of active experts. With all experts on the output is then no longer the dense model.
    * Default: yes for fewer active experts than there are.
@@ -21,6 +24,8 @@ export interface MoeOptions extends MoeRecipe {
   readonly rounds?: number;
   readonly steps?: number;
   readonly lambda?: number;
+  /** A baseline to measure against in place of the method; default: fitted. */
+  readonly split?: SplitKind;
   readonly seed?: number;
   /** Precision of hidden states and of the forward pass; default: f32 on the CPU, bf16 on a GPU. */
   readonly states?: 'f32' | 'bf16';

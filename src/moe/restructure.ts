@@ -1,6 +1,7 @@
 import { gather, gemm, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { assignBalanced } from './assign.js';
+import { baselineSplit, type SplitKind } from './baseline.js';
 import { clusterNeurons, oneHot } from './cluster.js';
 import { choose, maskOf, RouterFitter, scoresOf, type Router } from './router.js';
 import type { FfnWeights, Sample } from './sample.js';
@@ -21,6 +22,8 @@ export interface SplitOptions {
   readonly steps: number;
   readonly finalSteps: number;
   readonly seed: number;
+  /** Absent: fitted. */
+  readonly kind?: SplitKind;
 }
 
 export interface Restructured {
@@ -45,7 +48,8 @@ export async function restructure(
   w: FfnWeights,
   options: SplitOptions,
 ): Promise<Restructured> {
-  const { shape, seed } = options;
+  const { shape, seed, kind = 'fitted' } = options;
+  if (kind !== 'fitted') return await baselineSplit(kind, scope, sample, w, options);
   using work = new Scope(scope.device);
   const fit = { x: sample.x.slice(0, 0, sample.fit), h: sample.h.slice(0, 0, sample.fit) };
   const all = energies(work, fit.h, columnNorms(work, w.down));

@@ -1,3 +1,4 @@
+import { resolve } from 'node:path';
 import { ConvertError, badInput, badUsage } from '../base/errors.js';
 import { Job, requireNoOutput, type Json } from '../base/job.js';
 import { Random } from '../base/rng.js';
@@ -12,6 +13,7 @@ import { modelCard } from './card.js';
 import type { MoeOptions } from './options.js';
 import { describePlan, describeShape, makePlan, type MoePlan } from './plan.js';
 import { layerFromJson, toJson, totalsOf, type LayerReport, type MoeReport } from './report.js';
+import { finishedLayers } from './reuse.js';
 import { sampleBytes } from './sample.js';
 import { StandingTest } from './standing-test.js';
 import { convertCopies } from './upcycle.js';
@@ -31,7 +33,9 @@ const exactnessLimit = 1e-3;
 export async function previewMoe(options: MoeOptions): Promise<MoePlan> {
   const open = await openModel(options.input, { config: options.config });
   try {
-    return makePlan(open, options, isTorch(options.out));
+    const plan = makePlan(open, options, isTorch(options.out));
+    requireBaseline(options, plan);
+    return plan;
   } finally {
     await open.close();
   }
@@ -50,12 +54,17 @@ export async function runMoe(options: MoeOptions, env: JobEnv): Promise<MoeRepor
   const open = await openModel(options.input, { config: options.config });
   try {
     const plan = makePlan(open, options, isTorch(options.out));
+    requireBaseline(options, plan);
     for (const line of [...open.notes, ...describePlan(plan)]) env.log.info(line);
-    if (options.restart !== true) await requireNoOutput(options.out, options.overwrite ?? false);
+    const { reuse = false, restart = false, overwrite = false } = options;
+    if (!restart && !reuse) await requireNoOutput(options.out, overwrite);
     const set = plan.method === 'split' ? await calibrate(options, open, env) : undefined;
+    const recipe = fingerprint(options, plan, open, set, env);
+    const finished = reuse && !restart ? await finishedLayers(options.out, recipe) : undefined;
+    if (finished) return { ...unmeasured(options, plan, open, set), ...finished, out: resolve(options.out), resumed: true, seconds: 0 }; // prettier-ignore
     const job = await Job.open({
       out: options.out,
-      fingerprint: fingerprint(options, plan, open, set, env),
+      fingerprint: recipe,
       ...(options.overwrite !== undefined && { overwrite: options.overwrite }),
       ...(options.restart !== undefined && { restart: options.restart }),
     });
@@ -105,6 +114,15 @@ async function calibrate(options: MoeOptions, open: OpenModel, env: JobEnv): Pro
   return set;
 }
 
+/** A fixed choice of experts has to stand in the selection bias. */
+function requireBaseline({ split = 'fitted', method }: MoeOptions, { container }: MoePlan): void {
+  if (split !== 'fitted' && method !== 'split') throw badUsage(`--split ${split} goes with --method split`, { got: `--method ${method}` }); // prettier-ignore
+  if (split !== 'static' || container.selectionBias) return;
+  throw badUsage(`The container ${container.name} cannot hold a static mask: its router has no selection bias`, {
+    hint: 'Use --container glm4_moe.',
+  });
+}
+
 const refits = (o: MoeOptions): boolean => o.method === 'split' && o.active < o.experts && (o.refit ?? true);
 const statesOf = ({ states }: MoeOptions, env: JobEnv): 'f32' | 'bf16' =>
   states ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
@@ -141,6 +159,7 @@ const splitOptions = (o: MoeOptions) => ({
   steps: o.steps ?? tuning.steps,
   finalSteps: finalFactor * (o.steps ?? tuning.steps),
   seed: o.seed ?? 0,
+  ...(o.split !== undefined && o.split !== 'fitted' && { kind: o.split }),
 });
 
 const stage = 'moe';
@@ -249,17 +268,22 @@ function reportOf({ options, open, plan, set, job, started }: Context): MoeRepor
     .map(layerFromJson);
   const exactness = job.data('checked') as unknown as MoeReport['exactness'];
   return {
+    ...unmeasured(options, plan, open, set),
     out: job.out,
-    plan,
     layers: plan.method === 'split' ? layers : [],
     exactness,
-    refit: refits(options),
-    calibration: set?.description,
-    notices: [...open.notes, ...plan.notes, ...(set?.notices ?? [])],
     resumed: job.resumed,
     seconds: (performance.now() - started) / 1000,
   };
 }
+
+/** What a report says whatever came out. */
+const unmeasured = (options: MoeOptions, plan: MoePlan, open: OpenModel, set: CalibrationSet | undefined) => ({
+  plan,
+  refit: refits(options),
+  calibration: set?.description,
+  notices: [...open.notes, ...plan.notes, ...(set?.notices ?? [])],
+});
 
 /** A split that is not the dense model with all experts on is no output. */
 function requireExact({ exactness, plan }: MoeReport): void {

@@ -1,0 +1,120 @@
+import { Random } from '../base/rng.js';
+import { gather, gemm, reduce, unary } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+import { clusterNeurons, oneHot } from './cluster.js';
+import type { Restructured, SplitOptions } from './restructure.js';
+import { RouterFitter } from './router.js';
+import type { FfnWeights, Sample } from './sample.js';
+import { columnNorms, contributions, energies } from './score.js';
+import { chooseShared, evenCapacities } from './shared.js';
+import { layOut, sharedNeurons } from './split.js';
+
+/** Splits to measure the method against. `fitted` is the method itself. */
+export type SplitKind = 'fitted' | 'static' | 'random' | 'cmoe';
+
+/** Neurons that count as active on a token, and tokens that are looked at: K_a of CMoE. */
+const [activeNeurons, markerTokens] = [10, 4096] as const;
+
+/**
+ * The baselines as mixtures of the same shape, so that whole models are compared:
+ * - static: the experts that are on are the same for every token, and hold the neurons with the largest contributions.
+ *   Needs a selection bias, whose order alone decides.
+ * - random: neurons dealt out at random, shared ones too; ridge router.
+ * - cmoe: after CMoE (Pei et al. 2025): shared neurons by how often they are among a token's ten largest, balanced
+ *   clusters of these markers, routed by each cluster's representative neuron. Their router computes that neuron; a
+ *   container's is linear, so ridge regression stands in for it.
+ */
+export async function baselineSplit(
+  kind: Exclude<SplitKind, 'fitted'>,
+  scope: Scope,
+  sample: Sample,
+  w: FfnWeights,
+  options: SplitOptions,
+): Promise<Restructured> {
+  const { shape, seed, intercept, lambda } = options;
+  using work = new Scope(scope.device);
+  const fit = { x: sample.x.slice(0, 0, sample.fit), h: sample.h.slice(0, 0, sample.fit) };
+  const all = energies(work, fit.h, columnNorms(work, w.down));
+  const scores = await contributions(work, all);
+  const room = sharedNeurons(shape);
+  const finish = (shared: Int32Array, rest: Int32Array, expertOf: Int32Array, router: Restructured['router']) => ({
+    split: layOut(shape, shared, rest, expertOf),
+    ...{ router, scores, expertOf, rest },
+  });
+
+  if (kind === 'static') {
+    const { shared, rest } = chooseShared(scores, room);
+    const strongest = rest.slice().sort((a, b) => scores[b]! - scores[a]! || a - b);
+    const expertOf = inTurn(evenCapacities(rest.length, shape.routed));
+    const bias = Float32Array.from({ length: shape.routed }, (_, e) => shape.routed - e);
+    const router = {
+      weight: scope.zeros('f32', [shape.routed, sample.x.dim(1)]),
+      bias: scope.from('f32', [shape.routed], bias),
+    };
+    return finish(shared, strongest, expertOf, router);
+  }
+
+  const fitter = await RouterFitter.make(work, fit.x, { intercept, lambda, active: shape.active, seed });
+  if (kind === 'random') {
+    const order = shuffled(shape.ffn, new Random(seed, 3));
+    const [shared, rest] = [order.slice(0, room).sort(), order.slice(room)];
+    const expertOf = inTurn(evenCapacities(rest.length, shape.routed));
+    const z = gather(work, all, work.from('i32', [rest.length], rest), 1);
+    const energy = gemm(work, z, work.from('f32', [rest.length, shape.routed], oneHot(expertOf, shape.routed)));
+    return finish(shared, rest, expertOf, await fitter.ridge(scope, unary(work, 'sqrt', energy)));
+  }
+
+  const rows = Math.min(sample.fit, markerTokens);
+  const marked = await markers(work, fit.h, rows);
+  const rates = await reduce(work, 'mean', marked, 0).float32();
+  const { shared, rest } = chooseShared(rates, room);
+  const part = gather(work, marked, work.from('i32', [rest.length], rest), 1);
+  const expertOf = await clusterNeurons(scope.device, part, evenCapacities(rest.length, shape.routed), seed);
+  const chosen = await representatives(work, part, expertOf, shape.routed);
+  const idx = work.from('i32', [shape.routed], chosen.map((i) => rest[i]!)); // prettier-ignore
+  const size = unary(work, 'sqrt', unary(work, 'square', gather(work, fit.h, idx, 1)));
+  return finish(shared, rest, expertOf, await fitter.ridge(scope, size));
+}
+
+/** Places filled one after another. */
+const inTurn = (capacities: Int32Array): Int32Array =>
+  Int32Array.from([...capacities].flatMap((size, e) => Array<number>(size).fill(e)));
+
+function shuffled(n: number, random: Random): Int32Array {
+  const order = Int32Array.from({ length: n }, (_, i) => i);
+  for (let i = n - 1; i > 0; i--) {
+    const j = random.below(i + 1);
+    [order[i], order[j]] = [order[j]!, order[i]!];
+  }
+  return order;
+}
+
+/** f32 [rows, I]: 1 where a neuron is among the largest of its token; tokens evenly spread. */
+async function markers(s: Scope, h: Tensor, rows: number): Promise<Tensor> {
+  const n = h.dim(1);
+  const step = h.dim(0) / rows;
+  const picked = Int32Array.from({ length: rows }, (_, i) => Math.floor(i * step));
+  const values = await gather(s, h, s.from('i32', [rows], picked)).float32();
+  const marks = new Float32Array(values.length);
+  for (let t = 0; t < rows; t++) {
+    const sizes = values.subarray(t * n, (t + 1) * n).map(Math.abs);
+    const bound = sizes.slice().sort()[Math.max(0, n - activeNeurons)]!;
+    sizes.forEach((size, i) => size >= bound && (marks[t * n + i] = 1));
+  }
+  return s.from('f32', [rows, n], marks);
+}
+
+/** Of each cluster the neuron whose markers are most like the cluster's mean (cosine). */
+async function representatives(s: Scope, marked: Tensor, expertOf: Int32Array, experts: number): Promise<Int32Array> {
+  const n = expertOf.length;
+  const sums = gemm(s, marked, s.from('f32', [n, experts], oneHot(expertOf, experts)));
+  const like = await gemm(s, marked.transpose(), sums).float32();
+  const counts = await reduce(s, 'sum', marked, 0).float32();
+  const chosen = new Int32Array(experts).fill(-1);
+  const best = new Float64Array(experts).fill(-Infinity);
+  expertOf.forEach((expert, i) => {
+    const value = like[i * experts + expert]! / Math.sqrt(Math.max(counts[i]!, 1));
+    if (value > best[expert]!) [best[expert], chosen[expert]] = [value, i];
+  });
+  return chosen;
+}
