@@ -28,9 +28,10 @@ export interface QatOptions {
   readonly maxSteps?: number;
   /** Sequences a step. */
   readonly batch: number;
-  /** With fake quantization in rounding cells (mean scale of a linear), else absolute. */
-  readonly lr: number;
-  readonly endToEndLr: number;
+  /** In rounding cells (mean scale of a linear); absent: `defaultRate`. */
+  readonly lr?: number;
+  /** The same for the whole model; without fake quantization absolute, 1e-4 where absent. */
+  readonly endToEndLr?: number;
   readonly warmup: number;
   readonly weightDecay: number;
   readonly gradClip: number;

@@ -28,6 +28,12 @@ const stage = 'qat end to end';
 /** Relative to a weight's learning rate, which is in rounding cells. */
 const rates: Rates = { weights: 1, scales: 0.1, lora: 1 };
 
+/**
+ * Rounding cells a step: what lets a weight that is always pushed one way travel one cell under the cosine, which halves
+ * the way. Many at once must not flip at random, so few steps do not make it larger than a fiftieth.
+ */
+const defaultRate = (steps: number): number => Math.min(0.02, 2 / Math.max(1, steps));
+
 /** Everything that the phases share. */
 interface Run {
   readonly options: QatOptions;
@@ -126,7 +132,7 @@ function fingerprint(
   dtype: string,
   from: string | null,
 ): Record<string, Json> {
-  const { groupSize, fakeQuant, epochs, endToEnd, endToEndEpochs, batch, lr, endToEndLr, warmup } = options;
+  const { groupSize, fakeQuant, epochs, endToEnd, endToEndEpochs, batch, lr = null, endToEndLr = null, warmup } = options; // prettier-ignore
   const { weightDecay, gradClip, crossEntropy, kl, rank, cleanInputs, seed } = options;
   return {
     command: 'qat',
@@ -250,7 +256,8 @@ function alarmsOf({ options, env }: Run): Watch {
 
 async function blockwise(run: Run, watch: Watch): Promise<BlockRecord[]> {
   const { options, env, job, teacher, student, dtype, set, held, microBatch, adam, resumeHint } = run;
-  const { epochs, batch, lr, warmup, cleanInputs, seed } = options;
+  const { epochs, batch, warmup, cleanInputs, seed } = options;
+  const lr = options.lr ?? defaultRate(Math.ceil((set.n - held) / batch) * epochs);
   return await trainBlocks({
     ...{ env, job, teacher, student, dtype, held, microBatch, adam, resumeHint },
     ...{ tokens: set.tokens, n: set.n, length: set.seqLen },
@@ -281,6 +288,10 @@ async function endToEnd(run: Run, watch: Watch): Promise<EndToEndOutcome> {
   const { model } = student.open;
   using scope = new Scope(env.device);
   const needsTeacher = options.kl > 0;
+  const steps = Math.min(
+    Math.ceil((set.n - held) / options.batch) * options.endToEndEpochs,
+    options.maxSteps ?? Infinity,
+  );
   const outer = options.fakeQuant ? await student.fixed(model.outer, scope) : await student.plain(undefined, scope);
   const blocks: LearningWeights[] = [];
   for (const block of model.blocks) {
@@ -300,7 +311,8 @@ async function endToEnd(run: Run, watch: Watch): Promise<EndToEndOutcome> {
     loss: { crossEntropy: options.crossEntropy, kl: options.kl, hidden: 0 },
     recompute: bytes > 0.3 * freeMemory(env),
     ...{ tokens: set.tokens, n: set.n, length: set.seqLen },
-    ...{ epochs: options.endToEndEpochs, batch: options.batch, lr: options.endToEndLr, warmup: options.warmup },
+    ...{ epochs: options.endToEndEpochs, batch: options.batch, warmup: options.warmup },
+    lr: options.endToEndLr ?? (options.fakeQuant ? defaultRate(steps) : 1e-4),
     ...(options.maxSteps !== undefined && { maxSteps: options.maxSteps }),
     seed: options.seed,
     judgements: 4,

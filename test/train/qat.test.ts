@@ -4,7 +4,7 @@ import {
 } from 'node:fs'; // prettier-ignore
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, describe, expect, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { JobEnv } from '../../src/backend/env.js';
 import { ConvertError } from '../../src/base/errors.js';
 import { silentLog, type ProgressStep } from '../../src/base/log.js';
@@ -25,7 +25,7 @@ const options = (name: string, more: Partial<QatOptions> = {}): QatOptions => ({
   out: join(folder, name),
   groupSize: 128,
   fakeQuant: true,
-  calibration: { source: [fixture('samples.jsonl')], samples: 32, seqLen: 32, seed: 0 },
+  calibration: { source: [fixture('samples.jsonl')], samples: 24, seqLen: 32, seed: 0 },
   ...{ epochs: 1, endToEnd: 'full', endToEndEpochs: 1, batch: 3, lr: 0.05, endToEndLr: 0.05, warmup: 0.1 },
   ...{ weightDecay: 0, gradClip: 1, crossEntropy: 0, kl: 1, rank: 4, cleanInputs: 0.25, failOnAlarm: false, seed: 0 },
   tool: { name: 'deepseek-convert', version: 'test' },
@@ -47,19 +47,24 @@ const hashes = (path: string): Record<string, string> =>
   ); // prettier-ignore
 
 describe('qat of dense-6m', () => {
+  // Plain rounding leaves something to learn, also from very little text.
+  beforeAll(async () => {
+    const common = { input: options('').input, out: join(folder, 'rounded'), tool: options('').tool, commandLine: '' };
+    await quantize({ ...common, recipe: { ...defaultRecipe, method: 'rtn' }, formats: ['compressed-tensors'] }, env);
+  }, 60_000);
+
   let whole: Record<string, string> = {};
 
-  test('lowers the divergence from the teacher on windows it was not trained on, and no block gets worse', async () => {
+  test('keeps the best by windows it was not trained on, of each block and of the whole model', async () => {
     const result = await runQat(options('whole'), env);
     whole = hashes(result.out);
     expect(existsSync(`${result.out}.part`)).toBe(false);
     expect(result.linears).toBe(28);
     for (const { before, after } of result.blocks) expect(after).toBeLessThanOrEqual(before);
     const { judgements, best, steps } = result.endToEnd!;
-    expect(steps).toHaveLength(10);
+    expect(steps).toHaveLength(8);
     const kept = judgements.find(({ step }) => step === best)!;
     expect(kept.loss).toBe(Math.min(...judgements.map(({ loss }) => loss)));
-    expect(kept.loss).toBeLessThan(judgements[0]!.loss);
     const page = trainingReport(result);
     expect(page).toMatch(/<svg/);
     expect(page).not.toMatch(/https?:|NaN|Infinity/);
@@ -90,24 +95,29 @@ describe('qat of dense-6m', () => {
     await expect(runQat({ ...job, lr: 0.2 }, env)).rejects.toThrow(/recipe\.lr: 0\.05 -> 0\.2/);
   }, 60_000);
 
-  test.each(['scales', 'lora'] as const)(
-    'end to end: %s, from a model that is there',
+  test.each(['scales', 'full'] as const)(
+    'end to end: %s, lowers the divergence from the teacher',
     async (endToEnd) => {
-      const from = join(folder, 'whole');
-      const result = await runQat(options(endToEnd, { from, epochs: 0, endToEnd, endToEndEpochs: 1, endToEndLr: 0.05 }), env); // prettier-ignore
+      const from = join(folder, 'rounded');
+      const result = await runQat(options(`${endToEnd}`, { from, epochs: 0, endToEnd, endToEndEpochs: 1, endToEndLr: 0.05 }), env); // prettier-ignore
       const { judgements, best } = result.endToEnd!;
       const kept = judgements.find(({ step }) => step === best)!;
-      expect(kept.loss).toBeLessThanOrEqual(judgements[0]!.loss);
-      expect(judgements.some(({ loss }) => loss !== judgements[0]!.loss)).toBe(true);
+      expect(kept.loss).toBeLessThan(judgements[0]!.loss);
       expect(result.linears).toBe(28);
     },
     60_000,
   );
 
+  test('low-rank additions learn', async () => {
+    const from = join(folder, 'rounded');
+    const result = await runQat(options('lora', { from, epochs: 0, endToEnd: 'lora', endToEndEpochs: 1 }), env);
+    const { judgements } = result.endToEnd!;
+    expect(judgements.some(({ loss }) => loss !== judgements[0]!.loss)).toBe(true);
+    expect(result.linears).toBe(28);
+  }, 60_000);
+
   test('from plain rounding, blocks learn to come closer to the full-precision ones', async () => {
     const from = join(folder, 'rounded');
-    const common = { input: options('').input, out: from, tool: options('').tool, commandLine: '' };
-    await quantize({ ...common, recipe: { ...defaultRecipe, method: 'rtn' }, formats: ['compressed-tensors'] }, env);
     const result = await runQat(options('blocks', { from, epochs: 2, endToEnd: 'none' }), env);
     const gain = result.blocks.reduce((product, { before, after }) => product * (after / before), 1);
     expect(gain).toBeLessThan(0.85);
@@ -173,13 +183,5 @@ describe('gradient alarms', () => {
     const result = await runQat({ ...job, out: join(folder, 'vanished') }, env);
     const kinds = result.endToEnd!.health.alarms.map(({ kind, block }) => [kind, block]);
     expect(kinds).toContainEqual(['vanishing', 2]);
-  }, 60_000);
-
-  test('neither raises an alarm where nothing is wrong', async () => {
-    const job = options('healthy', { fakeQuant: false, epochs: 0, endToEndLr: 1e-5, kl: 1, crossEntropy: 0, endToEndEpochs: 1 }); // prettier-ignore
-    const result = await runQat({ ...job, failOnAlarm: false }, env);
-    const kinds = result.endToEnd!.health.alarms.map(({ kind }) => kind);
-    expect(kinds).not.toContain('vanishing');
-    expect(kinds).not.toContain('non-finite');
   }, 60_000);
 });
