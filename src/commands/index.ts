@@ -11,6 +11,10 @@ export const commands: Readonly<Record<string, Entry>> = {
     summary: 'show what a model is: parameters, experts, memory, tensors',
     load: () => import('./inspect.js'),
   },
+  advise: {
+    summary: 'say what fits a GPU: precision, memory, speed, the next command',
+    load: () => import('./advise.js'),
+  },
   convert: { summary: 'change file format or precision, merge or split shards', load: () => import('./convert.js') },
   quantize: { summary: 'make a model INT4, checked before it gets its name', load: () => import('./quantize.js') },
   qat: {
