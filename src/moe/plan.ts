@@ -70,9 +70,9 @@ export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): Mo
     throw badUsage(`Unknown container ${recipe.container as string}`, { expected: Object.keys(containers).join(', ') });
   }
   const dense = recipe.dense ?? 0;
-  requireCounts(recipe, container, model.blocks.length);
   const ffn = requireDense(model, where);
   const source = sourceOf(model, dense);
+  requireCounts(recipe, container, source);
   requireFit(container, source, where);
   const shape = shapeOf(recipe, container, ffn.gate.outFeatures);
   const weighting = container.weighting(recipe.method, shape);
@@ -104,8 +104,9 @@ export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): Mo
 function requireCounts(
   { experts, active, shared, dense = 0, method }: MoeRecipe,
   container: Container,
-  layers: number,
+  source: Source,
 ): void {
+  const layers = source.model.blocks.length;
   // prettier-ignore
   if (!Number.isSafeInteger(experts) || experts < 2 || experts > 4096) {
     throw badUsage('--experts must be a whole number from 2 to 4096', { got: String(experts) });
@@ -118,7 +119,7 @@ function requireCounts(
   }
   const { min, max } = container.shared;
   if (shared !== undefined && !(shared >= min && shared <= max)) {
-    const others = Object.values(containers).filter((c) => shared >= c.shared.min && shared <= c.shared.max);
+    const others = Object.values(containers).filter((c) => shared >= c.shared.min && shared <= c.shared.max && c.refuse(source) === undefined); // prettier-ignore
     throw badUsage(`The container ${container.name} cannot have ${shared} shared experts`, {
       expected: max === 0 ? 'none' : `at least ${min}`,
       ...(others.length > 0 && { hint: `Use --container ${others.map(({ name }) => name).join(' or ')}.` }),

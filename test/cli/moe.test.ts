@@ -51,6 +51,25 @@ describe('the documents’ own form', () => {
   });
 });
 
+it('--then quantize: one output, compared with the dense model', async () => {
+  const given = ['moe', v1, '-o', out('then'), '--active', '7', '--then', 'quantize', '--group-size', '64'];
+  const held = ['--validate-samples', '1', ...quick.filter((flag) => flag !== '--no-validate')];
+  const { code, stdout, stderr } = await cli([...given, ...held, '--max-kl', '5', '--keep-failed', '--json']);
+  expect([0, 3], stderr).toContain(code);
+  const data = json(stdout) as unknown as {
+    mixture: { shape: { active: number }; exactness: { split: { relative: number } } };
+    totals: { quantized: number };
+    validation: { kl: { mean: number } };
+  };
+  expect(data.mixture.shape.active).toBe(7);
+  expect(data.mixture.exactness.split.relative).toBeLessThan(5e-5);
+  expect(data.totals.quantized).toBeGreaterThan(4 * 3 * 8);
+  expect(data.validation.kl.mean).toBeGreaterThan(0.001);
+  const config = json(readFileSync(join(out('then'), 'config.json'), 'utf8'));
+  expect(config).toMatchObject({ model_type: 'glm4_moe', quantization_config: { quant_method: 'compressed-tensors' } });
+  expect(existsSync(out('then.mixture'))).toBe(false);
+});
+
 describe('refusals', () => {
   it.each<[string, string[], number, string]>([
     ['more active than experts', [v1, '--active', '9'], 2, 'More active experts than there are'],
@@ -58,6 +77,14 @@ describe('refusals', () => {
     ['shared experts in mixtral', [v1, '--container', 'mixtral', '--shared', '1'], 2, 'cannot have 1 shared experts'],
     ['a width that does not divide', [v1, '--pad', 'none'], 2, 'does not divide by the number of experts'],
     ['an unknown container', [v1, '--container', 'mixtrall'], 2, 'Did you mean mixtral?'],
+    ['bits without a quantization', [v1, '--bits', '8'], 2, 'those of --then quantize'],
+    ['a file behind --then quantize', [v1, '-o', out('y.bin'), '--then', 'quantize'], 2, 'writes a folder'],
+    [
+      'a static mask without a place for it',
+      [v1, '--split', 'static', '--container', 'mixtral'],
+      2,
+      'no selection bias',
+    ],
     ['.gguf', [v1, '-o', out('x.gguf')], 2, 'cannot be written as .gguf'],
   ])('%s', async (_, given, exit, message) => {
     const { code, stderr, stdout } = await cli(['moe', '-o', out('refused'), ...quick, ...given]);

@@ -22,7 +22,7 @@ import type { MoeOptions } from '../../../src/moe/options.js';
 import { previewMoe, runMoe } from '../../../src/moe/run.js';
 import { totalsOf } from '../../../src/moe/report.js';
 import { Scope } from '../../../src/tensor/tensor.js';
-import { fixture, relativeError } from '../../arch/support.js';
+import { archCase, fixture, relativeError } from '../../arch/support.js';
 
 vi.setConfig({ testTimeout: 300_000 });
 // One thread: many small ops on a busy machine otherwise wait for their partner thread.
@@ -198,6 +198,23 @@ describe('refusals', () => {
     expect(await refused({ input: fixture('moe-6m') })).toContain('mixture of experts already');
     expect(await refused({ method: 'upcycle', active: 8 })).toContain('only multiplies');
     expect(await refused({ experts: 2000 })).toContain('More experts than neurons');
+  });
+
+  it('refuses by name what has no gate, or biases in its feed-forward part', async () => {
+    const gpt2 = archCase('llama', { config: (config) => (config.model_type = 'gpt2') });
+    expect(await refused({ input: gpt2 })).toContain('This architecture is not supported');
+    const biased = archCase('llama-tied-bias');
+    const message = await refused({ input: biased });
+    expect(message).toContain('has biases, which experts do not have in any container');
+    expect(message).toContain('model.layers.0.mlp.gate_proj.bias');
+  });
+
+  it('refuses models with vision layers, whose text part no container holds alone', async () => {
+    expect(await refused({ input: archCase('deepseek_vl') })).toContain('No container holds this architecture');
+  });
+
+  it.each([1, 0, 2.5, 5000])('refuses %f experts', async (experts) => {
+    expect(await refused({ experts, active: 1 })).toContain('a whole number from 2 to 4096');
   });
 
   it('says how much calibration text a router needs', async () => {
