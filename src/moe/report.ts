@@ -17,6 +17,8 @@ export interface LayerReport {
     readonly refit?: number;
     /** If the best experts were chosen for each token. */
     readonly oracle: number;
+    /** A split after CMoE, without refit. */
+    readonly cmoe: number;
   } & Baselines;
   readonly refitLambda?: number;
   readonly seconds: Readonly<Record<string, number>>;
@@ -50,6 +52,7 @@ export interface Totals {
   readonly staticBias: number;
   readonly staticRefit: number;
   readonly randomSplit: number;
+  readonly cmoe: number;
   readonly kept: number;
   readonly oracleKept: number;
   readonly overlap: number;
@@ -68,6 +71,7 @@ export function totalsOf(layers: readonly LayerReport[]): Totals {
     staticBias: over(({ errors }) => errors.staticBias),
     staticRefit: over(({ errors }) => errors.staticRefit),
     randomSplit: over(({ errors }) => errors.randomSplit),
+    cmoe: over(({ errors }) => errors.cmoe),
     kept: over(({ router }) => router.kept),
     oracleKept: over(({ router }) => router.oracleKept),
     overlap: over(({ router }) => router.overlap),
@@ -93,7 +97,7 @@ export function summary(report: MoeReport): string[] {
     const t = totalsOf(layers);
     lines.push(
       `Layer error at ${plan.shape.active} of ${plan.shape.routed} experts: ${percent(t.output)}${t.refitLayers > 0 ? ` (before the refit ${percent(t.routed)})` : ''}; best choice of experts ${percent(t.oracle)}`,
-      `  same budget: static mask with bias ${percent(t.staticBias)}, refitted ${percent(t.staticRefit)}; random split ${percent(t.randomSplit)}`,
+      `  same budget: static mask with bias ${percent(t.staticBias)}, refitted ${percent(t.staticRefit)}; random split ${percent(t.randomSplit)}; after CMoE ${percent(t.cmoe)}`,
       `Router: keeps ${percent(t.kept)} of the energy (best possible ${percent(t.oracleKept)}), finds ${percent(t.overlap, 0)} of the best experts; MaxVio ${t.maxVio.toFixed(2)}, entropy ${t.entropy.toFixed(3)}, ${t.dead} dead`,
     );
   }

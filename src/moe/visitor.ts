@@ -8,6 +8,7 @@ import type { WeightReader } from '../arch/weights.js';
 import { cast, matmulT } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { StandingTest } from './standing-test.js';
+import { baselineSplit } from './baseline.js';
 import { baselines, heldEnergies, judgeRouter, largest, relativeError } from './judge.js';
 import { mixtureOutput } from './mixture.js';
 import { writeThrough } from './output.js';
@@ -95,7 +96,7 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     const experts = cut(scope, shape, plain, { routedDown: 1, sharedDown: 1, normalized: false }, dtype);
     this.#converted = { ffn, router: made.router, experts };
     await timer.mark('cut', env);
-    this.#report = await this.#judge(site, sample, w, made, arranged, held, refitted, timer);
+    this.#report = await this.#judge(site, sample, w, ffn, made, arranged, held, refitted, timer);
   }
 
   async #exactWeights(s: Scope, ffn: FfnSpec, w: FfnWeights): Promise<FfnWeights> {
@@ -118,6 +119,7 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     site: Site,
     sample: Sample,
     w: FfnWeights,
+    ffn: FfnSpec,
     made: Restructured,
     arranged: FfnWeights,
     held: { readonly whole: Tensor; readonly masked: Tensor },
@@ -139,6 +141,7 @@ export class SplitVisitor implements BlockVisitor, Disposable {
       shape,
     );
     const same = await baselines(sample, w, shape, made.scores, { intercept: container.selectionBias, lambda: split.lambda }, split.seed); // prettier-ignore
+    const cmoe = await this.#cmoeError(sample, w, ffn, target);
     const report: LayerReport = {
       block: site.block.index,
       tokens: sample.fit,
@@ -149,12 +152,24 @@ export class SplitVisitor implements BlockVisitor, Disposable {
         ...(refitted && { refit: await relativeError(matmulT(s, held.masked, refitted.down), target) }),
         oracle: await relativeError(matmulT(s, oracle, down), target),
         ...same,
+        cmoe,
       },
       ...(refitted && { refitLambda: refitted.lambda }),
       seconds: timer.seconds,
     };
     await timer.mark('judge', env);
     return report;
+  }
+
+  /** Of a split after CMoE at the same shape. */
+  async #cmoeError(sample: Sample, w: FfnWeights, ffn: FfnSpec, target: Tensor): Promise<number> {
+    const { env, plan, split } = this.#options;
+    const { shape, container } = plan;
+    using s = new Scope(env.device);
+    const made = await baselineSplit('cmoe', s, sample, w, { ...split, shape, intercept: container.selectionBias });
+    const arranged = arrange(s, made.split, w);
+    const { masked } = await this.#hold(s, sample, arranged, ffn, made.router);
+    return await relativeError(matmulT(s, masked, arranged.down, { dtype: 'f32' }), target);
   }
 
   answer(call: Call, ctx: ForwardContext, block: Block): unknown {

@@ -45,6 +45,9 @@ it('baselines are the dense model with all experts on, and lose to the method at
     // What the report says of a static mask without its bias is what the whole model of it does, or a little better.
     const { staticBias, randomSplit } = totalsOf(layers);
     if (kind === 'static') expect(error.static! / staticBias).toBeGreaterThan(0.95);
+    // The report's own figures at the same budget: the whole model's first layer sees what the layer's baseline saw.
+    if (kind === 'cmoe') expect(layers[0]!.errors.cmoe).toBe(layers[0]!.errors.routed);
+    else expect(layers[0]!.errors.cmoe).not.toBe(layers[0]!.errors.routed);
     if (kind === 'random') expect(error.random! / randomSplit).toBeCloseTo(1, 0);
   }
   expect(error.fitted).toBeLessThan(0.8 * error.static!);
