@@ -173,7 +173,14 @@ extern "C" int dc_cuda_gather(dc_context* c, const dc_call* call) {
 extern "C" int dc_cuda_scatter_add(dc_context* c, const dc_call* call) {
   const dc_tensor &dst = call->t[0], &src = call->t[1], &idx = call->t[2], &w = call->t[3];
   if (count(src) == 0) return 0;
-  scatter_rows<<<grid_for(c, dst.dim[1], 64), 64, 0, c->stream>>>(dst, src, data<int32_t>(idx), data<float>(w), src.dim[0]);
+  // A 16-bit dst is summed in fp32 and rounded once.
+  dc_tensor sums = dst;
+  if (dst.dtype != DC_F32) {
+    sums = matrix(scratch(c, 2, size_t(count(dst)) * 4), DC_F32, dst.dim[0], dst.dim[1], dst.dim[1]);
+    if (!sums.data || copy(c, sums, dst)) return 1;
+  }
+  scatter_rows<<<grid_for(c, dst.dim[1], 64), 64, 0, c->stream>>>(sums, src, data<int32_t>(idx), data<float>(w), src.dim[0]);
+  if (dst.dtype != DC_F32 && copy(c, dst, sums)) return 1;
   return launched(c, "scatter_add");
 }
 
