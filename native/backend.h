@@ -12,7 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define DC_ABI 1
+// Version of the structures, then how many ops there are: an op more or less moves those behind it.
+#define DC_ABI (1000 + DC_OP_COUNT)
 
 enum dc_dtype {  // numbers are fixed: src/base/dtype.ts has the same
   DC_F32, DC_BF16, DC_F16, DC_F64, DC_I8, DC_U8, DC_I16, DC_U16, DC_I32, DC_U32, DC_I64, DC_U64, DC_BOOL,
