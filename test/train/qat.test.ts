@@ -118,7 +118,15 @@ describe('qat of dense-6m', () => {
 
   test('from plain rounding, blocks learn to come closer to the full-precision ones', async () => {
     const from = join(folder, 'rounded');
-    const result = await runQat(options('blocks', { from, epochs: 2, endToEnd: 'none' }), env);
+    const result = await runQat(
+      options('blocks', {
+        from,
+        epochs: 2,
+        endToEnd: 'none',
+        calibration: { ...options('').calibration, samples: 32 },
+      }),
+      env,
+    );
     const gain = result.blocks.reduce((product, { before, after }) => product * (after / before), 1);
     expect(gain).toBeLessThan(0.85);
     expect(result.blocks.every(({ before, after, best }) => (best === 0 ? after === before : after < before))).toBe(true); // prettier-ignore
