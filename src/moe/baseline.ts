@@ -2,15 +2,12 @@ import { Random } from '../base/rng.js';
 import { gather, gemm, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { clusterNeurons, oneHot } from './cluster.js';
-import type { Restructured, SplitOptions } from './restructure.js';
+import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
 import { RouterFitter } from './router.js';
 import type { FfnWeights, Sample } from './sample.js';
 import { columnNorms, contributions, energies } from './score.js';
 import { chooseShared, evenCapacities } from './shared.js';
 import { layOut, sharedNeurons } from './split.js';
-
-/** Splits to measure the method against. `fitted` is the method itself. */
-export type SplitKind = 'fitted' | 'static' | 'random' | 'cmoe';
 
 /** Neurons that count as active on a token, and tokens that are looked at: K_a of CMoE. */
 const [activeNeurons, markerTokens] = [10, 4096] as const;

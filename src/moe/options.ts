@@ -1,6 +1,6 @@
 import type { Accept } from '../checkpoint/types.js';
 import type { CalibrationOptions } from '../arch/calibration.js';
-import type { SplitKind } from './baseline.js';
+import type { SplitKind } from './restructured.js';
 import type { MoeRecipe } from './plan.js';
 
 export interface MoeOptions extends MoeRecipe {

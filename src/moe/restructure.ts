@@ -1,40 +1,14 @@
 import { gather, gemm, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { assignBalanced } from './assign.js';
-import { baselineSplit, type SplitKind } from './baseline.js';
+import { baselineSplit } from './baseline.js';
 import { clusterNeurons, oneHot } from './cluster.js';
 import { choose, maskOf, RouterFitter, scoresOf, type Router } from './router.js';
 import type { FfnWeights, Sample } from './sample.js';
 import { columnNorms, contributions, energies } from './score.js';
-import type { MoeShape } from './shape.js';
+import type { Restructured, SplitOptions } from './restructured.js';
 import { chooseShared, evenCapacities } from './shared.js';
-import { layOut, sharedNeurons, type Split } from './split.js';
-
-export interface SplitOptions {
-  readonly shape: MoeShape;
-  /** Whether the container's selection has a bias. */
-  readonly intercept: boolean;
-  /** Ridge penalty of the router relative to the mean of the diagonal. */
-  readonly lambda: number;
-  /** Times that neurons are reassigned to the experts that the router turns on for them. */
-  readonly rounds: number;
-  /** Router training steps in each round, and at the end; 0: ridge regression alone. */
-  readonly steps: number;
-  readonly finalSteps: number;
-  readonly seed: number;
-  /** Absent: fitted. */
-  readonly kind?: SplitKind;
-}
-
-export interface Restructured {
-  readonly split: Split;
-  /** Lives in the scope that was given. */
-  readonly router: Router;
-  /** Contribution of each neuron. */
-  readonly scores: Float32Array;
-  readonly expertOf: Int32Array;
-  readonly rest: Int32Array;
-}
+import { layOut, sharedNeurons } from './split.js';
 
 /**
  * Divides a layer's neurons among shared and routed experts and fits the router. Neurons are clustered by when they

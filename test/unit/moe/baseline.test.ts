@@ -2,7 +2,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, expect, it, vi } from 'vitest';
-import type { SplitKind } from '../../../src/moe/baseline.js';
+import type { SplitKind } from '../../../src/moe/restructured.js';
 import type { MoeOptions } from '../../../src/moe/options.js';
 import { totalsOf } from '../../../src/moe/report.js';
 import { previewMoe, runMoe } from '../../../src/moe/run.js';

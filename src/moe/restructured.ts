@@ -1,0 +1,32 @@
+import type { Router } from './router.js';
+import type { MoeShape } from './shape.js';
+import type { Split } from './split.js';
+
+/** Splits to measure the method against. `fitted` is the method itself. */
+export type SplitKind = 'fitted' | 'static' | 'random' | 'cmoe';
+
+export interface SplitOptions {
+  readonly shape: MoeShape;
+  /** Whether the container's selection has a bias. */
+  readonly intercept: boolean;
+  /** Ridge penalty of the router relative to the mean of the diagonal. */
+  readonly lambda: number;
+  /** Times that neurons are reassigned to the experts that the router turns on for them. */
+  readonly rounds: number;
+  /** Router training steps in each round, and at the end; 0: ridge regression alone. */
+  readonly steps: number;
+  readonly finalSteps: number;
+  readonly seed: number;
+  /** Absent: fitted. */
+  readonly kind?: SplitKind;
+}
+
+export interface Restructured {
+  readonly split: Split;
+  /** Lives in the scope that was given. */
+  readonly router: Router;
+  /** Contribution of each neuron. */
+  readonly scores: Float32Array;
+  readonly expertOf: Int32Array;
+  readonly rest: Int32Array;
+}
