@@ -17,6 +17,8 @@ export interface Option<T> {
   readonly value: string;
   /** The only values there are; for help, completion and did-you-mean. */
   readonly choices: readonly string[] | undefined;
+  /** What numbers the value may be, for schemas; undefined for other values. */
+  readonly numbers: (NumberRange & { readonly whole: boolean }) | undefined;
   /** What help says in place of the default: `what the machine has`. */
   readonly defaultNote: string | undefined;
   /** Heading in help under which the option stands. */
@@ -56,7 +58,7 @@ function option<T, S extends OptionSpec<T>>(
   spec: S,
   value: string,
   read: (text: string) => unknown,
-  more: { choices?: readonly string[]; separator?: string } = {},
+  more: { choices?: readonly string[]; separator?: string; numbers?: NumberRange & { whole: boolean } } = {},
 ): Option<ValueOf<T, S>> {
   return {
     kind,
@@ -67,6 +69,7 @@ function option<T, S extends OptionSpec<T>>(
     aliases: spec.aliases ?? [],
     value: spec.value ?? value,
     choices: more.choices,
+    numbers: more.numbers,
     defaultNote: spec.defaultNote,
     section: spec.section,
     group: spec.group,
@@ -99,10 +102,12 @@ function readText(given: string): string {
   return given;
 }
 
-export interface NumberSpec extends OptionSpec<number> {
+interface NumberRange {
   readonly min?: number;
   readonly max?: number;
 }
+
+export interface NumberSpec extends OptionSpec<number>, NumberRange {}
 
 /** A whole number within [min, max]. */
 export const integer = <const S extends NumberSpec>(spec: S): Option<ValueOf<number, S>> =>
@@ -112,7 +117,7 @@ export const integer = <const S extends NumberSpec>(spec: S): Option<ValueOf<num
       throw new Expected(`a whole number${range(spec)}`);
     }
     return value;
-  });
+  }, { numbers: { ...limits(spec), whole: true } }); // prettier-ignore
 
 /** A finite number within [min, max]. */
 export const number = <const S extends NumberSpec>(spec: S): Option<ValueOf<number, S>> =>
@@ -122,12 +127,14 @@ export const number = <const S extends NumberSpec>(spec: S): Option<ValueOf<numb
       throw new Expected(`a number${range(spec)}`);
     }
     return value;
-  });
+  }, { numbers: { ...limits(spec), whole: false } }); // prettier-ignore
 
-const within = (value: number, { min = -Infinity, max = Infinity }: NumberSpec): boolean =>
+const within = (value: number, { min = -Infinity, max = Infinity }: NumberRange): boolean =>
   value >= min && value <= max;
 
-function range({ min, max }: NumberSpec): string {
+const limits = ({ min, max }: NumberRange): NumberRange => ({ ...(min !== undefined && { min }), ...(max !== undefined && { max }) }); // prettier-ignore
+
+function range({ min, max }: NumberRange): string {
   if (min !== undefined && max !== undefined) return ` from ${min} to ${max}`;
   if (min !== undefined) return ` of at least ${min}`;
   return max !== undefined ? ` of at most ${max}` : '';

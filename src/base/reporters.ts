@@ -45,7 +45,6 @@ export function junitXml(suite: string, cases: readonly JunitCase[]): string {
 }
 
 // XML 1.0 has no form for most control characters: error messages may quote a damaged file's bytes.
-// eslint-disable-next-line no-control-regex
 const unprintable = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g;
 
 function xmlText(value: string): string {

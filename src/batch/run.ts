@@ -1,0 +1,325 @@
+import { cpus } from 'node:os';
+import { relative } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
+import { ConvertError } from '../base/errors.js';
+import type { Log, ProgressStep } from '../base/log.js';
+import { duration } from '../base/text.js';
+import { Metrics, MetricsFile, serveMetrics } from './metrics.js';
+import { argumentsOf, BatchState, fingerprintOf, isDone, newRecord, wasFinished, type JobRecord } from './state.js';
+import type { Job, JobState } from './types.js';
+import { shellCode, Worker, type Outcome } from './worker.js';
+
+export interface BatchOptions {
+  readonly jobs: readonly Job[];
+  readonly workFolder: string;
+  /** Path of our own program, which the workers run. */
+  readonly program: string;
+  readonly environment: NodeJS.ProcessEnv;
+  /** Workers at a time. */
+  readonly parallel: number;
+  /** GPUs of this machine; worker i takes GPU i modulo this, where its job may. */
+  readonly gpus: number;
+  /** Go on with other jobs when one has failed. */
+  readonly keepGoing: boolean;
+  readonly retries: number;
+  readonly metricsFile: string | undefined;
+  readonly metricsPort: number | undefined;
+}
+
+export interface JobReport extends JobRecord {
+  readonly name: string;
+  readonly command: string;
+  readonly needs: readonly string[];
+  readonly out: string | null;
+  /** Done by an earlier run. */
+  readonly before: boolean;
+}
+
+export interface BatchReport {
+  readonly jobs: readonly JobReport[];
+  readonly seconds: number;
+  readonly workFolder: string;
+  readonly retries: number;
+  readonly interrupted: boolean;
+}
+
+/** Failures that another try can mend: a crash, a lack of resources, a bug, a worker that was told to stop. */
+const worthRetrying = ({ exitCode }: Outcome): boolean => exitCode === null || [4, 70, 75].includes(exitCode) || exitCode > 128; // prettier-ignore
+
+/** Seconds before try n + 1 when resources lacked: others may give some back. */
+const patience = (attempt: number): number => Math.min(60, 2 ** attempt);
+
+/**
+ * Runs jobs, each in a process of its own, in an order that their needs allow. What an earlier run finished is left
+ * alone. On `signal` the workers finish their block and the jobs wait for the next run. The state is on disk after
+ * each change. Failed jobs do not throw: they are in the report.
+ */
+export async function runBatch(options: BatchOptions, log: Log, signal: AbortSignal): Promise<BatchReport> {
+  const state = await BatchState.open(options.workFolder);
+  try {
+    const metrics = new Metrics();
+    const served = options.metricsPort === undefined ? undefined : await serveMetrics(metrics, options.metricsPort);
+    if (served) log.info(`Metrics: ${served.url}`);
+    const file = options.metricsFile === undefined ? undefined : new MetricsFile(options.metricsFile, metrics);
+    try {
+      return await new Run(options, state, metrics, file, log, signal).all();
+    } finally {
+      served?.server.close();
+      metrics.set('batch_running', {}, 0);
+      await file?.flush();
+    }
+  } finally {
+    await state.close();
+  }
+}
+
+class Run {
+  readonly #running = new Map<string, Promise<void>>();
+  readonly #workers = new Set<Worker>();
+  readonly #records = new Map<string, JobRecord>();
+  readonly #before = new Set<string>();
+  readonly #freeSlots: number[];
+  #failed = false;
+  #retries = 0;
+  #ended = 0;
+
+  constructor(
+    private readonly options: BatchOptions,
+    private readonly state: BatchState,
+    private readonly metrics: Metrics,
+    private readonly file: MetricsFile | undefined,
+    private readonly log: Log,
+    private readonly signal: AbortSignal,
+  ) {
+    this.#freeSlots = Array.from({ length: options.parallel }, (_, i) => i);
+  }
+
+  async all(): Promise<BatchReport> {
+    const started = performance.now();
+    const { jobs } = this.options;
+    const stopAll = () => this.#workers.forEach((worker) => worker.stop());
+    // Whatever ends this process, short of SIGKILL, leaves no worker behind.
+    const killAll = () => this.#workers.forEach((worker) => worker.kill());
+    this.signal.addEventListener('abort', stopAll);
+    process.once('exit', killAll);
+    try {
+      await this.#lookBack();
+      await this.state.event('batch-start', { jobs: jobs.length, done: this.#before.size, parallel: this.options.parallel }); // prettier-ignore
+      for (;;) {
+        await this.#startReady();
+        if (this.#running.size === 0) break;
+        await Promise.race(this.#running.values());
+      }
+      const report = this.#report((performance.now() - started) / 1000);
+      const counts = Object.fromEntries(report.jobs.map(({ name, state }) => [name, state]));
+      await this.state.event('batch-end', { seconds: report.seconds, interrupted: report.interrupted, jobs: counts });
+      return report;
+    } finally {
+      killAll(); // only where something above has thrown are there any
+      await Promise.allSettled(this.#running.values());
+      this.signal.removeEventListener('abort', stopAll);
+      process.removeListener('exit', killAll);
+    }
+  }
+
+  /** What earlier runs left: finished jobs stay; all others begin or go on. */
+  async #lookBack(): Promise<void> {
+    for (const job of this.options.jobs) {
+      const stored = this.state.get(job.name);
+      const needsRun = job.needs.some((need) => !this.#before.has(need));
+      if (!needsRun && (await isDone(job, stored))) {
+        this.#before.add(job.name);
+        this.#records.set(job.name, stored!);
+      } else if (!needsRun && (await wasFinished(job, stored))) {
+        this.#before.add(job.name);
+        await this.#set(job.name, { ...stored!, state: 'done', exitCode: 0, message: null });
+      } else {
+        this.#records.set(job.name, { ...newRecord(''), attempts: stored?.attempts ?? 0 });
+      }
+    }
+    this.#ended = this.#before.size;
+    if (this.#before.size > 0) this.log.info(`${this.#before.size} of ${this.options.jobs.length} jobs are done already.`); // prettier-ignore
+    this.#publish();
+  }
+
+  async #startReady(): Promise<void> {
+    const stateOf = (name: string): JobState => this.#records.get(name)!.state;
+    for (const job of this.options.jobs) {
+      if (stateOf(job.name) !== 'waiting') continue;
+      const broken = job.needs.find((need) => ['failed', 'gate', 'skipped'].includes(stateOf(need)));
+      if (broken !== undefined) {
+        await this.#end(job, { ...this.#records.get(job.name)!, state: 'skipped', message: `needs ${broken}, which is not done` }); // prettier-ignore
+        continue;
+      }
+      if (this.signal.aborted || (this.#failed && !this.options.keepGoing)) continue;
+      if (!job.needs.every((need) => stateOf(need) === 'done')) continue;
+      const slot = this.#freeSlots.shift();
+      if (slot === undefined) return;
+      await this.#set(job.name, { ...this.#records.get(job.name)!, fingerprint: await fingerprintOf(job), state: 'running', started: new Date().toISOString() }); // prettier-ignore
+      const work = this.#run(job, slot).finally(() => {
+        this.#running.delete(job.name);
+        this.#freeSlots.unshift(slot);
+      });
+      this.#running.set(job.name, work);
+    }
+  }
+
+  async #run(job: Job, slot: number): Promise<void> {
+    const retries = job.retries ?? this.options.retries;
+    for (let attempt = 1; ; attempt++) {
+      const outcome = await this.#attempt(job, slot);
+      const before = this.#records.get(job.name)!;
+      const record = {
+        ...before,
+        attempts: before.attempts + 1,
+        seconds: outcome.seconds,
+        exitCode: outcome.exitCode,
+        signal: outcome.signal,
+        message: outcome.message,
+        memory: outcome.memory,
+        ended: new Date().toISOString(),
+      };
+      if (outcome.exitCode === 0) {
+        await this.state.storeResult(job.name, outcome.result ?? null);
+        this.#count(job, outcome);
+        return this.#end(job, { ...record, state: 'done', message: null });
+      }
+      if (outcome.result !== undefined) await this.state.storeResult(job.name, outcome.result);
+      // Asked to stop, a worker that crashed instead also waits for the next run.
+      if (this.signal.aborted && worthRetrying(outcome)) return this.#end(job, { ...record, state: 'interrupted' });
+      if (outcome.exitCode === 3) this.metrics.add('gate_failures_total', {}, 1);
+      if (attempt > retries || !worthRetrying(outcome)) {
+        return this.#end(job, { ...record, state: outcome.exitCode === 3 ? 'gate' : 'failed' });
+      }
+      this.#retries++;
+      this.metrics.add('retries_total', {}, 1);
+      await this.#set(job.name, record);
+      const firstLine = outcome.message?.split('\n')[0] ?? '';
+      this.log.warn(`${job.name}: ${firstLine}; trying again (${attempt} of ${retries})`);
+      await this.state.event('job-retry', { job: job.name, attempt, exitCode: outcome.exitCode, signal: outcome.signal, message: outcome.message }); // prettier-ignore
+      if (outcome.exitCode === 4) await delay(1000 * patience(attempt), undefined, { signal: this.signal }).catch(() => undefined); // prettier-ignore
+      if (this.signal.aborted) return this.#end(job, { ...record, state: 'interrupted' });
+    }
+  }
+
+  async #attempt(job: Job, slot: number): Promise<Outcome> {
+    const argv = [...argumentsOf(job), ...this.#place(job, slot)];
+    const worker = new Worker({
+      program: this.options.program,
+      argv,
+      environment: this.options.environment,
+      logPath: this.state.logPath(job.name),
+      onStep: this.#watchSteps(job),
+      onWarning: (text) => this.log.warn(`${job.name}: ${text}`),
+    });
+    this.#workers.add(worker);
+    // The signal may have come while the worker was being made.
+    if (this.signal.aborted) worker.stop();
+    await this.state.event('job-start', { job: job.name, pid: worker.pid ?? null, argv });
+    const outcome = await worker.ended;
+    this.#workers.delete(worker);
+    const { exitCode, signal, seconds, memory, message } = outcome;
+    await this.state.event('job-end', { job: job.name, exitCode, signal, seconds, memory, message });
+    return outcome;
+  }
+
+  /** The share of the machine that a job gets where it names none itself. */
+  #place(job: Job, slot: number): string[] {
+    const { gpus, parallel } = this.options;
+    const device = gpus > 0 && job.values.device === 'auto' ? [`--device=cuda:${slot % gpus}`] : [];
+    const shares = parallel > 1 && 'threads' in job.values && job.values.threads === undefined;
+    return [...device, ...(shares ? [`--threads=${Math.max(1, Math.floor(cpus().length / parallel))}`] : [])];
+  }
+
+  #watchSteps(job: Job): (step: ProgressStep, seconds: number) => void {
+    let [lastSeconds, lastStage, lastDone] = [0, '', 0];
+    return ({ stage, done, total, detail, data }, seconds) => {
+      // A worker that goes on where another stopped begins in the middle: its first step is one step.
+      if (stage !== lastStage || done < lastDone) [lastStage, lastDone] = [stage, Math.max(0, done - 1)];
+      this.metrics.add('steps_total', { stage }, done - lastDone);
+      this.metrics.add('stage_seconds_total', { stage }, Math.max(0, seconds - lastSeconds));
+      [lastSeconds, lastDone] = [seconds, done];
+      this.file?.touch();
+      this.log.debug(`${job.name}: ${stage} ${done}/${total}${detail === undefined ? '' : `  ${detail}`}`);
+      this.state.event('progress', { job: job.name, stage, done, total, detail, data }).catch(() => undefined); // the end of the job tells of a full disk
+    };
+  }
+
+  /** What finished jobs say of themselves, by the names that their results have for it. */
+  #count(job: Job, { result }: Outcome): void {
+    const { reads, writes, bytes, linears } = (result ?? {}) as {
+      reads?: unknown; writes?: unknown; bytes?: { input?: unknown; output?: unknown }; linears?: unknown;
+    }; // prettier-ignore
+    for (const [direction, value] of [['read', reads ?? bytes?.input], ['written', writes ?? bytes?.output]] as const) {
+      if (typeof value === 'number') this.metrics.add('bytes_total', { direction }, value);
+    } // prettier-ignore
+    const errors = Array.isArray(linears) ? linears.map((linear: { error?: unknown }) => linear.error) : [];
+    const known = errors.filter((error) => typeof error === 'number');
+    if (known.length > 0) {
+      this.metrics.set('quantization_error', { job: job.name }, known.reduce((a, b) => a + b, 0) / known.length);
+    }
+  }
+
+  async #end(job: Job, record: JobRecord): Promise<void> {
+    if (record.state === 'failed' || record.state === 'gate') this.#failed = true;
+    await this.#set(job.name, record);
+    const labels = { job: job.name };
+    this.metrics.set('job_seconds', labels, record.seconds);
+    this.metrics.set('job_attempts', labels, record.attempts);
+    if (record.memory !== null) this.metrics.set('job_memory_peak_bytes', labels, record.memory);
+    const words: Partial<Record<JobState, string>> = { gate: 'a quality gate failed', interrupted: 'interrupted; goes on with the next run' }; // prettier-ignore
+    const why = record.state === 'done' || record.message === null ? '' : `: ${record.message.split('\n')[0]}`;
+    const time = record.state === 'skipped' ? '' : `, ${duration(record.seconds)}`;
+    const detail = `${job.name} ${words[record.state] ?? record.state}${time}${why}`;
+    this.log.progress({ stage: 'batch', done: ++this.#ended, total: this.options.jobs.length, detail, data: { job: job.name, state: record.state } }); // prettier-ignore
+  }
+
+  async #set(name: string, record: JobRecord): Promise<void> {
+    this.#records.set(name, record);
+    await this.state.set(name, record);
+    this.#publish();
+  }
+
+  #publish(): void {
+    this.metrics.setStates([...this.#records.values()].map(({ state }) => state));
+    this.file?.touch();
+  }
+
+  #report(seconds: number): BatchReport {
+    const jobs = this.options.jobs.map((job) => ({
+      name: job.name,
+      command: job.command,
+      needs: job.needs,
+      out: job.out === undefined ? null : relative(process.cwd(), job.out),
+      before: this.#before.has(job.name),
+      ...this.#records.get(job.name)!,
+    }));
+    return { jobs, seconds, workFolder: this.options.workFolder, retries: this.#retries, interrupted: this.signal.aborted && jobs.some(({ state }) => ['waiting', 'interrupted'].includes(state)) }; // prettier-ignore
+  }
+}
+
+/**
+ * What a batch with failed jobs ends with; undefined when all are done. Interrupted: 75. Otherwise the code of the
+ * gravest failure: a bug (70), resources or a crash (4), usage (2), input (1), a gate (3).
+ */
+export function failureOf(report: BatchReport): ConvertError | undefined {
+  const bad = report.jobs.filter(({ state }) => state !== 'done');
+  if (bad.length === 0) return undefined;
+  const of = `${bad.length} of ${report.jobs.length} jobs are not done`;
+  if (report.interrupted) return new ConvertError('interrupted', `Interrupted: ${of}`);
+  const codes = report.jobs.filter(({ state }) => state === 'failed' || state === 'gate').map((job) => shellCode(job)); // prettier-ignore
+  const kind = codes.includes(70)
+    ? 'internal'
+    : codes.some((code) => code === 4 || code > 70)
+      ? 'resource'
+      : codes.includes(2)
+        ? 'usage'
+        : codes.some((code) => code !== 3)
+          ? 'input'
+          : 'gate';
+  const causes = bad.filter(({ state }) => state === 'failed' || state === 'gate').map(({ name }) => name);
+  return new ConvertError(kind, of, {
+    got: `${causes.slice(0, 5).join(', ')}${causes.length > 5 ? ` and ${causes.length - 5} more` : ''} failed`,
+    hint: `Logs: ${report.workFolder}/logs. The same command does only what is not done.`,
+  });
+}
