@@ -27,7 +27,10 @@ process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 /** Runs a child; seconds on the clock, and of all processors. */
 function timed(command, args) {
   const begin = performance.now();
-  const run = spawnSync('/usr/bin/env', ['time', '-f', 'cpu %U %S', command, ...args], { encoding: 'utf8', maxBuffer: 2 ** 28 });
+  const run = spawnSync('/usr/bin/env', ['time', '-f', 'cpu %U %S', command, ...args], {
+    encoding: 'utf8',
+    maxBuffer: 2 ** 28,
+  });
   const wall = (performance.now() - begin) / 1e3;
   if (run.status !== 0) throw new Error(`${command} ${args.join(' ')}: ${run.stderr}`);
   const [, user, system] = /cpu ([\d.]+) ([\d.]+)/.exec(run.stderr) ?? [0, NaN, NaN];
@@ -55,7 +58,10 @@ const flags = readFileSync('/proc/cpuinfo', 'utf8');
 const isa = ['amx_bf16', 'avx512f', 'avx2'].find((name) => flags.includes(name)) ?? 'base';
 console.log(`commit ${commit}, ${cpus()[0].model} (${isa}), ${options.threads} threads`);
 console.log(`${model}, ${options.samples} x ${options['seq-len']} tokens\n`);
-const row = (name, wall, cpu) => console.log(`${name.padEnd(44)} ${wall.toFixed(1).padStart(8)} ${cpu === undefined ? '' : cpu.toFixed(1).padStart(8)}`);
+const row = (name, wall, cpu) =>
+  console.log(
+    `${name.padEnd(44)} ${wall.toFixed(1).padStart(8)} ${cpu === undefined ? '' : cpu.toFixed(1).padStart(8)}`,
+  );
 console.log(`${''.padEnd(44)}   wall s    CPU s`);
 const best = { ours: undefined, peer: undefined };
 for (let round = 0; round < Number(options.rounds); round++) {
@@ -69,5 +75,7 @@ if (best.peer) {
   const sum = (i) => Object.values(stages).reduce((all, stage) => all + stage[i], 0);
   row(`PyTorch ${torch} loop (${dtype}), without I/O`, sum(0), sum(1));
   for (const [name, [wall, cpu]] of Object.entries(stages)) row(`  ${name}`, wall, cpu);
-  console.log(`\nPyTorch / ours: wall ${(sum(0) / best.ours.wall).toFixed(2)}, CPU ${(sum(1) / best.ours.cpu).toFixed(2)}`);
+  console.log(
+    `\nPyTorch / ours: wall ${(sum(0) / best.ours.wall).toFixed(2)}, CPU ${(sum(1) / best.ours.cpu).toFixed(2)}`,
+  );
 } else console.log(`\nno ${python}: ours alone`);
