@@ -1,4 +1,4 @@
-import { lstat, open, readFile, rename, rm, statfs } from 'node:fs/promises';
+import { lstat, open, readFile, readdir, rename, rm, statfs } from 'node:fs/promises';
 import { read as readCallback, write as writeCallback } from 'node:fs';
 import type { FileHandle } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
@@ -99,6 +99,14 @@ export async function writeFileAtomic(path: string, data: string | Uint8Array): 
     throw ioError(error, 'write', path, bytes.length);
   }
   await renameDurable(temporary, path);
+}
+
+/** Removes what killed processes left of `writeFileAtomic` in a folder and below. */
+export async function removeTemporaries(folder: string): Promise<void> {
+  if (!(await exists(folder))) return;
+  for (const name of await readdir(folder, { recursive: true })) {
+    if (/^\..+\.\d+\.tmp$/.test(basename(name))) await rm(join(folder, name), { force: true });
+  }
 }
 
 /** JSON of a small file of ours (journal, provenance ...); undefined when there is no such file. */

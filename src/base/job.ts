@@ -1,7 +1,7 @@
 import { mkdir, readdir, rm, rmdir, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { badInput } from './errors.js';
-import { exists, fsyncPath, ioError, readJsonFile, writeFileAtomic } from './files.js';
+import { exists, fsyncPath, ioError, readJsonFile, removeTemporaries, writeFileAtomic } from './files.js';
 import { FileLock, clearLeftLocks } from './lock.js';
 
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -126,6 +126,7 @@ export class Job {
 
   /** To be called when the output is complete and verified, just before it gets its name. */
   async markFinishing(): Promise<void> {
+    await removeTemporaries(this.outputFolder);
     await writeFileAtomic(join(this.folder, finishing), '{}\n');
   }
 

@@ -178,6 +178,16 @@ describe('Job', () => {
     expect(existsSync(job.folder)).toBe(false);
   });
 
+  it('leaves nothing in the output that a killed process was writing', async () => {
+    const job = await start();
+    mkdirSync(join(job.outputFolder, 'gptq'), { recursive: true });
+    const files = ['.config.json.4711.tmp', 'gptq/.README.md.12.tmp', 'config.json', '.hidden.tmp'];
+    for (const name of files) writeFileSync(join(job.outputFolder, name), 'x');
+    await job.markFinishing();
+    expect(files.map((name) => existsSync(join(job.outputFolder, name)))).toEqual([false, false, true, true]);
+    await job.remove();
+  });
+
   it('starts anew over a work folder whose header never reached the disk', async () => {
     mkdirSync(join(`${out}.part`, 'steps'), { recursive: true });
     writeFileSync(join(`${out}.part`, 'steps', '000000.json'), '{"step":"a","data":null}');
