@@ -1,15 +1,4 @@
-import { expect, it } from 'vitest';
-import { fuzz, times } from './engine.js';
+import { fuzzEach } from './suite.js';
 import { containers } from './targets.js';
 
-it.each(containers)(
-  'no input of $count made after $target.name crashes, hangs or takes much memory',
-  async ({ target, count, kinds }) => {
-    const outcome = await fuzz(target, count);
-    expect(outcome.inputs).toBe(Math.ceil(count * times));
-    expect(outcome.accepted).toBeGreaterThan(outcome.inputs / 100);
-    if (times >= 1) expect(outcome.kinds).toBeGreaterThanOrEqual(kinds);
-    else console.log(target.name, outcome);
-  },
-  600_000,
-);
+fuzzEach(containers);

@@ -1,14 +1,13 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import type { JobEnv } from '../../src/backend/env.js';
+import { describe, expect, it } from 'vitest';
 import { openModel } from '../../src/arch/open.js';
 import { compareModels, type SidesResult } from '../../src/validate/sides.js';
 import type { AttentionMode, LayerError } from '../../src/validate/report.js';
 import type { Windows } from '../../src/validate/texts.js';
 import { compareGenerations } from '../../src/validate/generations.js';
 import { writeInt4 } from './int4.js';
-import { Damage, cpu, dense, moe, shared, truncate } from './models.js';
+import { damage, dense, env, moe, shared, truncate, useModels } from './models.js';
 
 type Maps = Pick<AttentionMode, 'divergence' | 'cosine' | 'overlap'>;
 interface Load {
@@ -46,16 +45,7 @@ const load = (name: string): unknown =>
 const int4 = load('int4') as Record<'dense' | 'moe', Int4>;
 const expected = load('expected') as Record<'dense' | 'moe' | 'int4', Expected>;
 
-let env: JobEnv & { close(): void };
-let damage: Damage;
-beforeAll(async () => {
-  env = cpu();
-  damage = await Damage.make();
-});
-afterAll(async () => {
-  env.close();
-  await damage.remove();
-});
+useModels();
 
 const windowsOf = ({ tokens }: Expected): Windows[] => [
   { name: 'text', tokens: Int32Array.from(tokens.flat()), n: tokens.length, length: tokens[0]!.length, sha256: '' },

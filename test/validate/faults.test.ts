@@ -1,27 +1,17 @@
 import { open, readFile, writeFile } from 'node:fs/promises';
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
-import type { JobEnv } from '../../src/backend/env.js';
+import { beforeAll, describe, expect, it, vi } from 'vitest';
 import { openModel } from '../../src/arch/open.js';
 import { runMoe } from '../../src/moe/run.js';
 import { gateFailure, runValidate, type ValidateOptions } from '../../src/validate/run.js';
 import type { ValidateReport } from '../../src/validate/report.js';
-import { Damage, cpu, dense, fixture, moe, scaleBy, shared, toBits, toNumber, type Edit } from './models.js';
+import { damage, dense, env, fixture, moe, scaleBy, shared, toBits, toNumber, useModels, type Edit } from './models.js';
 
 // Each test compares whole models: seconds on a free machine, more beside other work.
 vi.setConfig({ testTimeout: 240_000 });
 
-let env: JobEnv & { close(): void };
-let damage: Damage;
-beforeAll(async () => {
-  env = cpu();
-  damage = await Damage.make();
-});
-afterAll(async () => {
-  env.close();
-  await damage.remove();
-});
+useModels();
 
 const validate = (reference: string, candidate: string, more: Partial<ValidateOptions> = {}): Promise<ValidateReport> =>
   runValidate(

@@ -1,22 +1,12 @@
 import { closeSync, cpSync, mkdirSync, openSync, readSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import type { JobEnv } from '../../src/backend/env.js';
+import { describe, expect, it } from 'vitest';
 import { openModel } from '../../src/arch/open.js';
 import { compareModels } from '../../src/validate/sides.js';
 import { writeTensors, type StoredTensor } from '../cli/files.js';
-import { Damage, cpu, dense } from './models.js';
+import { damage, dense, env, useModels } from './models.js';
 
-let env: JobEnv & { close(): void };
-let damage: Damage;
-beforeAll(async () => {
-  env = cpu();
-  damage = await Damage.make();
-});
-afterAll(async () => {
-  env.close();
-  await damage.remove();
-});
+useModels();
 
 /** dense-6m with its four layers again and again. */
 async function deepen(layers: number): Promise<{ path: string; blockBytes: number; outerBytes: number }> {

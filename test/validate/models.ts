@@ -2,6 +2,7 @@ import { cp, mkdtemp, open, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { basename, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { afterAll, beforeAll } from 'vitest';
 import { openDevice } from '../../src/backend/load.js';
 import type { JobEnv } from '../../src/backend/env.js';
 import { silentLog } from '../../src/base/log.js';
@@ -80,4 +81,20 @@ export class Damage {
     }
     return path;
   }
+}
+
+/** Of the file whose tests run, from its `useModels()` on. */
+export let env: JobEnv & { close(): void };
+export let damage: Damage;
+
+/** Opens a device and a folder of damaged copies for all tests of a file. */
+export function useModels(): void {
+  beforeAll(async () => {
+    env = cpu();
+    damage = await Damage.make();
+  });
+  afterAll(async () => {
+    env.close();
+    await damage.remove();
+  });
 }
