@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -17,6 +18,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <unistd.h>
 #include <vector>
 
 #include "backend.h"
@@ -38,6 +40,8 @@ size_t dtype_size(int dtype) {
   static const uint8_t size[] = {4, 2, 2, 8, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1};
   return dtype >= 0 && dtype < int(sizeof(size)) ? size[dtype] : 0;
 }
+
+std::atomic<int> open_devices{0};
 
 // What a promise is settled with, on the JS thread.
 struct Outcome {
@@ -185,8 +189,9 @@ class Device : public Napi::ObjectWrap<Device> {
     queue_thread_ = std::thread([this] { queue_loop(); });
     const int io_threads = std::max(1, info[4].As<Napi::Number>().Int32Value());
     for (int i = 0; i < io_threads; i++) io_threads_.emplace_back([this] { io_loop(); });
-    napi_add_env_cleanup_hook(env, on_exit, this);
+    napi_add_env_cleanup_hook(env, on_cleanup, this);
     Ref();  // lives until close: its threads hold `this`
+    open_devices++;
   }
 
  private:
@@ -490,7 +495,7 @@ class Device : public Napi::ObjectWrap<Device> {
     }
     return table;
   }
-  static void on_exit(void* self) { static_cast<Device*>(self)->shut_down(); }
+  static void on_cleanup(void* self) { static_cast<Device*>(self)->shut_down(); }
   void shut_down() {
     if (closed_) return;
     closed_ = true;
@@ -509,16 +514,25 @@ class Device : public Napi::ObjectWrap<Device> {
     buffers_.clear();
     memory_->trim([] {});
     backend_->close(context_);
+    open_devices--;
   }
   void Close(const Napi::CallbackInfo& info) {
     if (closed_) return;
-    napi_remove_env_cleanup_hook(info.Env(), on_exit, this);
+    napi_remove_env_cleanup_hook(info.Env(), on_cleanup, this);
     shut_down();
     Unref();
   }
 };
 
+// process.exit runs no cleanup hooks but the destructors of libraries (OpenBLAS unmaps its buffers), under which an op in
+// progress would crash; with a device still open the process ends without them.
+void leave_at_once(int status, void*) {
+  if (open_devices > 0) _exit(status);
+}
+
 Napi::Object init(Napi::Env env, Napi::Object exports) {
+  static const int once = ::on_exit(leave_at_once, nullptr);
+  (void)once;
   auto ops = Napi::Array::New(env);
   for (uint32_t i = 0; i < DC_OP_COUNT; i++) {
     auto op = Napi::Object::New(env);
