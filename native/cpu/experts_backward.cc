@@ -36,11 +36,8 @@ extern "C" int dc_cpu_grouped_outer(dc_context* c, const dc_call* call) {
 extern "C" int dc_cpu_expert_combine_backward(dc_context* c, const dc_call* call) {
   const dc_tensor &dy = call->t[0], &dw = call->t[1], &out = call->t[2], &y = call->t[3], &place = call->t[4], &w = call->t[5];
   const int64_t T = out.dim[0], width = out.dim[1], K = place.dim[1];
-  auto row_of = [&](int64_t t, int64_t j) { return data<int32_t>(place)[t * place.stride[0] + j * place.stride[1]]; };
-  for (int64_t t = 0; t < T; t++)
-    for (int64_t j = 0; j < K; j++)
-      if (row_of(t, j) < 0 || row_of(t, j) >= y.dim[0])
-        return fail(c, "place[%ld, %ld] = %d of %ld rows", long(t), long(j), row_of(t, j), long(y.dim[0]));
+  const Places row_of{place};
+  if (row_of.check(c, y.dim[0])) return 1;
   parallel_for(c, T, row_grain(width * K), [&](int64_t begin, int64_t end) {
     std::vector<float> row(static_cast<size_t>(width));
     RowReader gradients, values;

@@ -52,6 +52,19 @@ class RowReader {
   std::vector<float> buffer_;
 };
 
+// place i32 [T,k] of the expert ops: the row of y that holds choice j of token t.
+struct Places {
+  const dc_tensor& place;
+  int32_t operator()(int64_t t, int64_t j) const { return data<int32_t>(place)[t * place.stride[0] + j * place.stride[1]]; }
+  int check(dc_context* c, int64_t rows) const {
+    for (int64_t t = 0; t < place.dim[0]; t++)
+      for (int64_t j = 0; j < place.dim[1]; j++)
+        if ((*this)(t, j) < 0 || (*this)(t, j) >= rows)
+          return fail(c, "place[%ld, %ld] = %d of %ld rows", long(t), long(j), (*this)(t, j), long(rows));
+    return 0;
+  }
+};
+
 // Grain for parallel_for over rows of `width` elements: pieces of some 16k elements.
 static inline int64_t row_grain(int64_t width) { return width >= 16384 ? 1 : 16384 / (width > 0 ? width : 1); }
 
