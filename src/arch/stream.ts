@@ -108,11 +108,12 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
     const done = finished;
     [finished, busy, since] = [[], true, performance.now()];
     const last = done.at(-1)!.i;
-    if (last < blocks.length - 1) await states.commit(blocks[last]!.index);
+    const behind = last < blocks.length - 1 ? blocks[last]!.index : undefined; // nobody needs those behind the last block
+    if (behind !== undefined) await states.commit(behind);
     for (const { i, seconds, data } of done) {
       await job.mark(blockStep(stage, blocks[i]!.index), { seconds: round(seconds), result: data });
     }
-    await states.forget(last < blocks.length - 1 ? blocks[last]!.index : undefined);
+    await states.forget(behind);
     [busy, cost] = [false, performance.now() - since];
     for (const { i, seconds, detail } of done) {
       env.log.progress({

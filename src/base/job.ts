@@ -12,9 +12,9 @@ export interface JobOptions {
   /** Everything that decides the output's bytes: inputs, recipe, calibration text, tool version. */
   readonly fingerprint: Readonly<Record<string, Json>>;
   /** An existing output may be replaced (at the very end, by rename). */
-  readonly overwrite?: boolean;
+  readonly overwrite?: boolean | undefined;
   /** Throws away what an earlier run left in the work folder. */
-  readonly restart?: boolean;
+  readonly restart?: boolean | undefined;
 }
 
 interface Step {
@@ -88,6 +88,19 @@ export class Job {
     } catch (error) {
       await lock.release();
       throw error;
+    }
+  }
+
+  /** Opens the job for as long as `body` works in it; a failure before the first step leaves nothing behind. */
+  static async run<T>(options: JobOptions, body: (job: Job) => Promise<T>): Promise<T> {
+    const job = await Job.open(options);
+    try {
+      return await body(job);
+    } catch (error) {
+      await job.fail();
+      throw error;
+    } finally {
+      await job.close();
     }
   }
 

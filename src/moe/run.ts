@@ -62,20 +62,9 @@ export async function runMoe(options: MoeOptions, env: JobEnv): Promise<MoeRepor
     const recipe = fingerprint(options, plan, open, set, env);
     const finished = reuse && !restart ? await finishedLayers(options.out, recipe) : undefined;
     if (finished) return { ...unmeasured(options, plan, open, set), ...finished, out: resolve(options.out), resumed: true, seconds: 0 }; // prettier-ignore
-    const job = await Job.open({
-      out: options.out,
-      fingerprint: recipe,
-      ...(options.overwrite !== undefined && { overwrite: options.overwrite }),
-      ...(options.restart !== undefined && { restart: options.restart }),
-    });
-    try {
-      return await runJob({ options, open, plan, set, job, env, started });
-    } catch (error) {
-      await job.fail();
-      throw error;
-    } finally {
-      await job.close();
-    }
+    return await Job.run({ out: options.out, overwrite, restart, fingerprint: recipe }, (job) =>
+      runJob({ options, open, plan, set, job, env, started }),
+    );
   } finally {
     await open.close();
   }

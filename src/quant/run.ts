@@ -116,24 +116,14 @@ export async function quantize(options: QuantizeOptions, env: JobEnv): Promise<Q
     for (const notice of prepared.notices) env.log.info(notice);
     if (options.restart !== true) await requireNoOutputYet(options);
     const set = await calibrate(options, prepared, env);
-    const job = await Job.open({
-      out: options.out,
-      fingerprint: fingerprint(options, prepared, set, env),
-      ...(options.overwrite !== undefined && { overwrite: options.overwrite }),
-      ...(options.restart !== undefined && { restart: options.restart }),
-    });
-    try {
+    const { out, overwrite, restart, commandLine } = options;
+    const recipe = fingerprint(options, prepared, set, env);
+    return await Job.run({ out, overwrite, restart, fingerprint: recipe }, async (job) => {
       const states = statesOf(options, prepared, env);
-      const chosen =
-        set && (await chooseBits({ ...prepared, set, job, env, states, commandLine: options.commandLine }));
+      const chosen = set && (await chooseBits({ ...prepared, set, job, env, states, commandLine }));
       const final = chosen ? await planAll(options, prepared, chosen) : prepared;
       return await runJob(options, final, set, job, env, started);
-    } catch (error) {
-      await job.fail();
-      throw error;
-    } finally {
-      await job.close();
-    }
+    });
   } finally {
     await open.close();
   }

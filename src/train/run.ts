@@ -68,20 +68,11 @@ export async function runQat(options: QatOptions, env: JobEnv): Promise<QatResul
     for (const notice of [...teacher.notes, ...set.notices]) env.log.warn(notice);
     env.log.info(`Training text: ${set.description}`);
     const dtype = options.dtype ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
-    const job = await Job.open({
-      out: options.out,
-      fingerprint: fingerprint(options, teacher, set, env, dtype, await startFingerprint(options)),
-      ...(options.overwrite !== undefined && { overwrite: options.overwrite }),
-      ...(options.restart !== undefined && { restart: options.restart }),
-    });
-    try {
-      return await inJob(options, env, job, set, teacher, dtype, started);
-    } catch (error) {
-      await job.fail();
-      throw error;
-    } finally {
-      await job.close();
-    }
+    const { out, overwrite, restart } = options;
+    const recipe = fingerprint(options, teacher, set, env, dtype, await startFingerprint(options));
+    return await Job.run({ out, overwrite, restart, fingerprint: recipe }, (job) =>
+      inJob(options, env, job, set, teacher, dtype, started),
+    );
   } finally {
     await teacher.close();
   }
