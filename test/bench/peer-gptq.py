@@ -1,5 +1,5 @@
-"""GPTQ (Frantar et al. 2023) as Python tools run it on a CPU, at its best: PyTorch, weights transposed so that a column is
-contiguous, blocks of 128, grids of 128 fixed beforehand. Reads "K repetitions", answers with [seconds, CPU seconds]."""
+"""GPTQ of one K x K linear (gptq.py), grids of 128 fixed beforehand. Reads "K repetitions", answers with [seconds, CPU
+seconds]."""
 
 import json
 import sys
@@ -7,29 +7,15 @@ import time
 
 import torch
 
+from gptq import sweep
+
 torch.set_num_threads(int(sys.argv[1]))
 
 
-def solve(wt: torch.Tensor, h: torch.Tensor, group: int = 128, block: int = 128) -> torch.Tensor:
+def solve(wt: torch.Tensor, h: torch.Tensor, group: int = 128) -> torch.Tensor:
     """wt [K,N] = W', h [K,K]: the dequantized weights, transposed."""
-    k = wt.shape[0]
-    wt, h = wt.clone(), h.clone()
-    scale = wt.view(k // group, group, -1).abs().amax(1) / 7.5
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    q = torch.empty_like(wt)
-    for i1 in range(0, k, block):
-        i2 = min(i1 + block, k)
-        w, e, u1 = wt[i1:i2], torch.empty_like(wt[i1:i2]), u[i1:i2, i1:i2]
-        for i in range(i2 - i1):
-            s = scale[(i1 + i) // group]
-            q[i1 + i] = (w[i] / s).round_().clamp_(-8, 7).mul_(s)
-            e[i] = (w[i] - q[i1 + i]).div_(u1[i, i])
-            if i + 1 < i2 - i1:
-                w[i + 1 :].addr_(u1[i, i + 1 :], e[i], alpha=-1)
-        if i2 < k:
-            wt[i2:].addmm_(u[i1:i2, i2:].T, e, alpha=-1)
-    return q
+    scale = wt.view(wt.shape[0] // group, group, -1).abs().amax(1) / 7.5
+    return sweep(wt.clone(), h.clone(), lambda j: scale[j // group])
 
 
 made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -10,32 +10,19 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
+from gptq import sweep
+
 model_path, samples, length, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(threads)
 torch.manual_seed(0)
 
 
-def solve(w: torch.Tensor, h: torch.Tensor, group: int = 128, block: int = 128) -> torch.Tensor:
+def solve(w: torch.Tensor, h: torch.Tensor, group: int = 128) -> torch.Tensor:
     """w [N,K], h [K,K]: the dequantized weights. Works on W', whose columns are contiguous."""
-    k = w.shape[1]
-    wt, h = w.T.contiguous().clone(), h.clone()
+    wt = w.T.contiguous().clone()
     order = torch.argsort(h.diagonal(), descending=True)  # static activation order
-    scale = (wt.view(k // group, group, -1).abs().amax(1) / 7.5).clamp(min=1e-9)[order // group]
-    wt, h = wt[order], h[order][:, order]
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    q = torch.empty_like(wt)
-    for i1 in range(0, k, block):
-        i2 = min(i1 + block, k)
-        b, e, u1 = wt[i1:i2], torch.empty_like(wt[i1:i2]), u[i1:i2, i1:i2]
-        for i in range(i2 - i1):
-            s = scale[i1 + i]
-            q[i1 + i] = (b[i] / s).round_().clamp_(-8, 7).mul_(s)
-            e[i] = (b[i] - q[i1 + i]).div_(u1[i, i])
-            if i + 1 < i2 - i1:
-                b[i + 1 :].addr_(u1[i, i + 1 :], e[i], alpha=-1)
-        if i2 < k:
-            wt[i2:].addmm_(u[i1:i2, i2:].T, e, alpha=-1)
+    scale = (wt.view(wt.shape[0] // group, group, -1).abs().amax(1) / 7.5).clamp(min=1e-9)[order // group]
+    q = sweep(wt[order], h[order][:, order], lambda j: scale[j])
     return q[torch.argsort(order)].T.contiguous()
 
 
