@@ -18,8 +18,12 @@ export const command = defineCommand({
     const heads = ['made', 'id', 'from', 'command', 'output', 'size', 'KL', 'perplexity', 'same choice', 'gates'];
     const rows = records.map(rowOf);
     if (given.html !== undefined) {
-      const { tablePage } = await import('../validate/report/html.js');
-      await writeFileAtomic(given.html, tablePage('Conversions', resolve(given.folder), heads, rows));
+      const { markup } = await import('../base/html/markup.js');
+      const { page, sortableTable } = await import('../base/html/page.js');
+      const head = markup`<small>deepseek-convert</small>
+        <h1>Conversions</h1>
+        <p class="soft">${resolve(given.folder)}</p>`;
+      await writeFileAtomic(given.html, page('Conversions', markup`${head} ${sortableTable(heads, rows)}`));
     }
     const none = `No conversions in ${given.folder} (no ${historyName})`;
     return {

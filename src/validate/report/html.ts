@@ -1,21 +1,10 @@
 import type { GateResult, ModelFacts, ValidateReport } from '../report.js';
-import { Markup, markup, percent, show } from './markup.js';
-import { pageScript } from './script.js';
+import { type Markup, markup, percent, show } from '../../base/html/markup.js';
+import { linkedSections, page, type Section } from '../../base/html/page.js';
 import { attentionSection, layersSection, logitsSection } from './sections.js';
 import { diversitySection, routingSection, settingsSection, weightsSection } from './sections-more.js';
-import { styleSheet } from './style.js';
 
-/** A section of the page, or nothing where there is nothing to show. */
-interface Section {
-  readonly id: string;
-  readonly title: string;
-  readonly body: Markup;
-}
-
-/**
- * The report as one HTML file: no scripts, styles, fonts or images from anywhere else, and a policy that forbids them.
- * All text is in the file as it comes; the script only sorts, switches and reads out.
- */
+/** The report as one HTML file. */
 export function toHtml(report: ValidateReport): string {
   const data: Record<string, unknown> = {};
   const sections = [
@@ -30,99 +19,19 @@ export function toHtml(report: ValidateReport): string {
   ].filter((section): section is Section => section !== undefined);
   const failed = report.gates.filter(({ status }) => status === 'fail');
   const title = `${report.passed ? 'Passed' : 'Failed'}: ${baseName(report.candidate.path)} against ${baseName(report.reference.path)}`;
-  return markup`<!doctype html>
-    <html lang="en">
-      ${head(title)}
-      <body>
-        <main>
-          <small>deepseek-convert validate</small>
-          <h1>
-            ${baseName(report.candidate.path)} <span class="soft">against</span> ${baseName(report.reference.path)}
-          </h1>
-          <p class="soft">${describe(report.candidate)} <br />against ${describe(report.reference)}</p>
-          ${verdict(report, failed)} ${tiles(report)}
-          ${
-            report.diagnosis.length > 0 &&
-            markup`<ul class="found">
-              ${report.diagnosis.map((line) => markup`<li>${line}</li>`)}
-            </ul>`
-          }
-          <nav>${sections.map(({ id, title }) => markup`<a href="#${id}">${title}</a>`)}</nav>
-          ${sections.map(
-            ({ id, title, body }) =>
-              markup`<section>
-                <h2 id="${id}">${title}</h2>
-                ${body}
-              </section> `,
-          )}
-        </main>
-        <script type="application/json" id="data">
-          ${new Markup(JSON.stringify(data).replaceAll('<', '\\u003c'))}
-        </script>
-        <script>
-          ${new Markup(pageScript)};
-        </script>
-      </body>
-    </html> `.text;
+  const main = markup`<small>deepseek-convert validate</small>
+    <h1>${baseName(report.candidate.path)} <span class="soft">against</span> ${baseName(report.reference.path)}</h1>
+    <p class="soft">${describe(report.candidate)} <br />against ${describe(report.reference)}</p>
+    ${verdict(report, failed)} ${tiles(report)}
+    ${
+      report.diagnosis.length > 0 &&
+      markup`<ul class="found">
+        ${report.diagnosis.map((line) => markup`<li>${line}</li>`)}
+      </ul>`
+    }
+    ${linkedSections(sections)}`;
+  return page(title, main, data);
 }
-
-/** One table as a page of its own, in the report's clothes; its columns sort. */
-export function tablePage(
-  title: string,
-  where: string,
-  heads: readonly string[],
-  rows: readonly (readonly string[])[],
-): string {
-  const numeric = heads.map(
-    (_, c) => rows.length > 0 && rows.every((row) => row[c] === '' || !Number.isNaN(Number(row[c]))),
-  );
-  const kind = (c: number) => (numeric[c] ? 'num' : '');
-  return markup`<!doctype html>
-    <html lang="en">
-      ${head(title)}
-      <body>
-        <main>
-          <small>deepseek-convert</small>
-          <h1>${title}</h1>
-          <p class="soft">${where}</p>
-          <div class="scroll">
-            <table class="sort">
-              <thead>
-                <tr>
-                  ${heads.map((text, c) => markup`<th class="${kind(c)}">${text}</th>`)}
-                </tr>
-              </thead>
-              <tbody>
-                ${rows.map((row) => markup`<tr>${row.map((cell, c) => markup`<td class="${kind(c)}">${cell}</td>`)}</tr>`)}
-              </tbody>
-            </table>
-          </div>
-        </main>
-        <script type="application/json" id="data">
-          {}
-        </script>
-        <script>
-          ${new Markup(pageScript)};
-        </script>
-      </body>
-    </html> `.text;
-}
-
-const head = (title: string): Markup => markup`<head>
-  <meta charset="utf-8" />
-  <meta name="viewport" content="width=device-width,initial-scale=1" />
-  <meta
-    http-equiv="Content-Security-Policy"
-    content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-  />
-  <meta name="color-scheme" content="light dark" />
-  <meta name="generator" content="deepseek-convert" />
-  <link rel="icon" href="data:," />
-  <title>${title}</title>
-  <style>
-    ${new Markup(styleSheet)}
-  </style>
-</head>`;
 
 const baseName = (path: string): string => path.replace(/\/+$/, '').split('/').at(-1) ?? path;
 

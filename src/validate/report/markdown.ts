@@ -1,5 +1,5 @@
 import type { GateResult, ValidateReport } from '../report.js';
-import { percent, show } from './markup.js';
+import { percent, show } from '../../base/html/markup.js';
 
 /** For a pull request or a model card: the verdict, the gates, the numbers that people ask for. */
 export function toMarkdown(report: ValidateReport): string {

@@ -1,4 +1,4 @@
-import { Markup, markup, show } from './markup.js';
+import { Markup, markup, show } from '../../base/html/markup.js';
 
 /**
  * Plots as inline SVG that stretches with the page; all text is HTML beside it, so that it keeps its size on a phone.

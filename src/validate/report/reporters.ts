@@ -1,7 +1,7 @@
 import { basename } from 'node:path';
 import { githubAnnotation, junitXml, type JunitCase } from '../../base/reporters.js';
 import type { GateResult, ValidateReport } from '../report.js';
-import { show } from './markup.js';
+import { show } from '../../base/html/markup.js';
 
 const sides = (report: ValidateReport): string =>
   `${basename(report.candidate.path)} against ${basename(report.reference.path)}`;

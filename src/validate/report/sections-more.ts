@@ -1,14 +1,9 @@
 import type { RoutingLayer, ValidateReport } from '../report.js';
 import { diffWords, type Span } from './diff.js';
-import { type Markup, markup, show } from './markup.js';
+import { type Markup, markup, show } from '../../base/html/markup.js';
+import type { Section } from '../../base/html/page.js';
 import { bars, heatMap, linearScale } from './plots.js';
 import { numeric, sortable } from './tables.js';
-
-interface Section {
-  readonly id: string;
-  readonly title: string;
-  readonly body: Markup;
-}
 
 /** So many layers of bars are readable; beyond, a map shows all of them and bars the worst ones. */
 const mostBars = 6;

@@ -3,7 +3,7 @@ import { diffWords } from '../../../src/validate/report/diff.js';
 import { toHtml } from '../../../src/validate/report/html.js';
 import { toJson } from '../../../src/validate/report/json.js';
 import { toMarkdown } from '../../../src/validate/report/markdown.js';
-import { escapeHtml, show } from '../../../src/validate/report/markup.js';
+import { escapeHtml, show } from '../../../src/base/html/markup.js';
 import { heatMap, linearScale, logScale } from '../../../src/validate/report/plots.js';
 import { syntheticReport } from './synthetic.js';
 
