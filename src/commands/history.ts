@@ -19,11 +19,17 @@ export const command = defineCommand({
     const rows = records.map(rowOf);
     if (given.html !== undefined) {
       const { markup } = await import('../base/html/markup.js');
-      const { page, sortableTable } = await import('../base/html/page.js');
+      const { page } = await import('../base/html/page.js');
+      const { sortable } = await import('../base/html/tables.js');
+      const columns = heads.map((title, c) => ({
+        title,
+        cell: (row: readonly string[]) => row[c]!,
+        ...(numbers.includes(title) && { value: (row: readonly string[]) => (row[c] === '' ? null : Number(row[c])) }),
+      }));
       const head = markup`<small>deepseek-convert</small>
         <h1>Conversions</h1>
         <p class="soft">${resolve(given.folder)}</p>`;
-      await writeFileAtomic(given.html, page('Conversions', markup`${head} ${sortableTable(heads, rows)}`));
+      await writeFileAtomic(given.html, page('Conversions', markup`${head} ${sortable(rows, columns)}`));
     }
     const none = `No conversions in ${given.folder} (no ${historyName})`;
     return {
@@ -32,6 +38,9 @@ export const command = defineCommand({
     };
   },
 });
+
+/** Columns that sort as numbers. */
+const numbers = ['KL', 'perplexity'];
 
 function rowOf({ time, id, parent, command: made, out, bytes, validation }: HistoryRecord): string[] {
   const number = (value: number | undefined): string => (value === undefined ? '' : String(Number(value.toPrecision(4)))); // prettier-ignore

@@ -53,23 +53,3 @@ export const linkedSections = (sections: readonly Section[]): Markup =>
           ${body}
         </section> `,
     )}`;
-
-/** A table whose columns sort; columns of numbers alone are aligned right. */
-export function sortableTable(heads: readonly string[], rows: readonly (readonly string[])[]): Markup {
-  const numeric = heads.map(
-    (_, c) => rows.length > 0 && rows.every((row) => row[c] === '' || !Number.isNaN(Number(row[c]))),
-  );
-  const kind = (c: number) => (numeric[c] ? 'num' : '');
-  return markup`<div class="scroll">
-    <table class="sort">
-      <thead>
-        <tr>
-          ${heads.map((text, c) => markup`<th class="${kind(c)}">${text}</th>`)}
-        </tr>
-      </thead>
-      <tbody>
-        ${rows.map((row) => markup`<tr>${row.map((cell, c) => markup`<td class="${kind(c)}">${cell}</td>`)}</tr>`)}
-      </tbody>
-    </table>
-  </div>`;
-}

@@ -3,7 +3,7 @@ import { diffWords, type Span } from './diff.js';
 import { type Markup, markup, show } from '../../base/html/markup.js';
 import type { Section } from '../../base/html/page.js';
 import { bars, heatMap, linearScale } from './plots.js';
-import { numeric, sortable } from './tables.js';
+import { numeric, sortable } from '../../base/html/tables.js';
 
 /** So many layers of bars are readable; beyond, a map shows all of them and bars the worst ones. */
 const mostBars = 6;

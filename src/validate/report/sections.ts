@@ -2,7 +2,7 @@ import type { AttentionMode, HeadMap, ValidateReport } from '../report.js';
 import { Markup, markup, percent, show } from '../../base/html/markup.js';
 import type { Section } from '../../base/html/page.js';
 import { curves, heatMap, histogram, linearScale, logScale } from './plots.js';
-import { numeric, sortable } from './tables.js';
+import { numeric, sortable } from '../../base/html/tables.js';
 
 export function layersSection({ layers, gates }: ValidateReport): Section | undefined {
   if (layers.length === 0) return undefined;

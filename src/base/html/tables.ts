@@ -1,4 +1,4 @@
-import { Markup, markup, show } from '../../base/html/markup.js';
+import { Markup, markup, show } from './markup.js';
 
 export interface Column<R> {
   readonly title: string;
