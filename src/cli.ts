@@ -6,9 +6,10 @@ import type { Json } from './base/job.js';
 import { environmentName, fromEnvironment, mergeTables, resolveOptions, type Values } from './base/options.js';
 import type { ProgressLog, ProgressMode } from './base/progress.js';
 import { columns, shellQuote } from './base/text.js';
+import { usageOf } from './base/usage.js';
 import { commands } from './commands/index.js';
 import { route } from './commands/route.js';
-import { commonOptions } from './commands/shared.js';
+import { commonOptions, devicesUsed } from './commands/shared.js';
 import type { Command, CommandResult, Io } from './commands/types.js';
 
 const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')) as {
@@ -80,6 +81,7 @@ async function main(): Promise<number> {
     stream: process.stderr,
     warnColor: run.paintErr.yellow,
     dimColor: run.paintErr.dim,
+    usage: () => ({ ...usageOf('self'), devices: devicesUsed }),
   });
   await warnOfUnknownVariables(run.log);
   const io: Io = {

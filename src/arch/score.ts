@@ -55,10 +55,11 @@ export async function score(
       stopIfAborted(env, 'Run the same command again.');
       states = await advance(reader, env, model, block, tokens, batches, states, held);
       await env.device.sync();
-      env.log.progress({ stage: 'score', done: p * (model.blocks.length + 1) + i + 1, total });
+      env.log.progress({ stage: 'score', done: p * (model.blocks.length + 1) + i + 1, total, data: { block: block.name } }); // prettier-ignore
     }
     await readLogprobs(reader, env, model, tokens, batches, states, logprobs);
-    env.log.progress({ stage: 'score', done: (p + 1) * (model.blocks.length + 1), total });
+    const through = batches.reduce((sum, { rows, length }) => sum + rows * length, 0);
+    env.log.progress({ stage: 'score', done: (p + 1) * (model.blocks.length + 1), total, data: { tokens: through } });
   }
   const scored = tokens.length - Math.ceil(tokens.length / window);
   let sum = 0;

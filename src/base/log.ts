@@ -13,7 +13,10 @@ export interface ProgressStep {
   readonly total: number;
   /** Human-readable: `rel. error 0.0123, 4.13 bits`. */
   readonly detail?: string;
-  /** The same for machines. */
+  /**
+   * The same for machines. Every stage has the same names for: `block`, where the step is a block of the model;
+   * `tokens` that went through the model, or through that block of it; `seconds` that the step took.
+   */
   readonly data?: Readonly<Record<string, unknown>>;
 }
 

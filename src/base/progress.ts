@@ -17,6 +17,8 @@ export interface ProgressOptions {
   readonly heartbeat?: number;
   /** Seconds since some start; tests bring their own. */
   readonly clock?: () => number;
+  /** What the process has used; told once at the end in JSON. */
+  readonly usage?: () => Readonly<Record<string, unknown>>;
 }
 
 export interface ProgressLog extends Log {
@@ -129,9 +131,11 @@ function left(stage: Stage, step: ProgressStep, now: number): string {
   return `, ${duration(((now - stage.started) / done) * (step.total - step.done))} left`;
 }
 
-function jsonProgress({ quiet, verbose, stream, heartbeat = 30, clock = monotonic }: ProgressOptions): ProgressLog {
+function jsonProgress(options: ProgressOptions): ProgressLog {
+  const { quiet, verbose, stream, heartbeat = 30, clock = monotonic } = options;
   const start = clock();
   let last = start;
+  let { usage } = options;
   const emit = (event: string, facts: Record<string, unknown>) => {
     last = clock();
     stream.write(`${JSON.stringify({ event, seconds: Number((last - start).toFixed(3)), ...facts })}\n`);
@@ -149,6 +153,10 @@ function jsonProgress({ quiet, verbose, stream, heartbeat = 30, clock = monotoni
     warn: (text) => emit('warning', { text }),
     progress: ({ stage, done, total, detail, data }) =>
       !quiet && emit('progress', { stage, done, total, detail, data }),
-    stop: () => clearInterval(beat),
+    stop() {
+      clearInterval(beat);
+      if (usage && !quiet) emit('usage', usage());
+      usage = undefined;
+    },
   };
 }

@@ -17,21 +17,35 @@ interface Family {
 export class Metrics {
   readonly #families = new Map<string, Family>();
 
-  constructor() {
+  constructor(version: string) {
     this.#define('jobs', 'gauge', 'Jobs of the batch by state.');
-    this.#define('steps_total', 'counter', 'Blocks, windows or tensors that workers have finished, by stage.');
-    this.#define('stage_seconds_total', 'counter', 'Time of the workers, by stage.');
-    this.#define('bytes_total', 'counter', 'Bytes of models read and written by finished jobs.');
-    this.#define('job_seconds', 'gauge', 'Duration of the last attempt of a job.');
+    this.#define('blocks_total', 'counter', 'Blocks of models that workers have finished, by stage.');
+    this.#define('steps_total', 'counter', 'Blocks, tensors, windows or training steps that workers have finished, by stage.'); // prettier-ignore
+    this.#define('stage_seconds_total', 'counter', 'Time of the workers by the stage that they were in; end: after the last step.'); // prettier-ignore
+    this.#define(
+      'tokens_total',
+      'counter',
+      'Tokens that went through models, by stage; one block of n counts for 1/n.',
+    );
+    this.#define('read_bytes_total', 'counter', 'Bytes that workers have read, from the page cache too.');
+    this.#define('written_bytes_total', 'counter', 'Bytes that workers have written.');
+    this.#define('job_duration_seconds', 'gauge', 'Duration of the last attempt of a job.');
     this.#define('job_attempts', 'gauge', 'Workers started for a job, over all runs.');
-    this.#define('job_memory_peak_bytes', 'gauge', 'Largest resident memory of a worker.');
-    this.#define('quantization_error', 'gauge', 'Mean relative output error of the linears that a job quantized.');
+    this.#define('job_memory_peak_bytes', 'gauge', 'Largest resident memory of a worker of the job.');
+    this.#define('job_device_memory_peak_bytes', 'gauge', 'Most memory that tensors of a worker took on a device at once.'); // prettier-ignore
+    this.#define(
+      'quantization_error_ratio',
+      'gauge',
+      'Mean relative output error of the linears that a job quantized.',
+    );
     this.#define('retries_total', 'counter', 'Workers started again after a crash or for lack of resources.');
     this.#define('gate_failures_total', 'counter', 'Jobs that ended with a failed quality gate.');
     this.#define('batch_start_time_seconds', 'gauge', 'When this run of the batch began, since 1970.');
     this.#define('batch_last_change_time_seconds', 'gauge', 'When a number here last changed, since 1970.');
     this.#define('batch_running', 'gauge', '1 while the batch runs, 0 when it has ended.');
-    for (const name of ['retries_total', 'gate_failures_total']) this.add(name, {}, 0);
+    this.#define('build_info', 'gauge', 'Always 1; the version is a label.');
+    for (const name of ['read_bytes_total', 'written_bytes_total', 'retries_total', 'gate_failures_total']) this.add(name, {}, 0); // prettier-ignore
+    this.set('build_info', { version }, 1);
     this.set('batch_start_time_seconds', {}, Date.now() / 1000);
     this.set('batch_running', {}, 1);
   }
@@ -54,6 +68,13 @@ export class Metrics {
     const { values } = this.#family(name);
     const key = written(labels);
     values.set(key, (values.get(key) ?? 0) + value);
+  }
+
+  /** The largest value that was ever given. */
+  raise(name: string, labels: Readonly<Record<string, string>>, value: number): void {
+    const { values } = this.#family(name);
+    const key = written(labels);
+    values.set(key, Math.max(values.get(key) ?? value, value));
   }
 
   /** All states, also those of no job: a query must not meet gaps. */

@@ -89,6 +89,7 @@ async function planJob(job: Job, done: ReadonlySet<string>, options: PlanOptions
     environment: options.environment,
     logPath: '/dev/null',
     onStep: () => undefined,
+    onUsage: () => undefined,
     onWarning: () => undefined,
   });
   const { exitCode, result, message } = await worker.ended;

@@ -2,8 +2,10 @@ import { cpus } from 'node:os';
 import { relative } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { ConvertError } from '../base/errors.js';
-import type { Log, ProgressStep } from '../base/log.js';
+import type { Log } from '../base/log.js';
 import { duration } from '../base/text.js';
+import { tool } from '../base/version.js';
+import { Meter } from './meter.js';
 import { Metrics, MetricsFile, serveMetrics } from './metrics.js';
 import { argumentsOf, BatchState, fingerprintOf, isDone, newRecord, wasFinished, type JobRecord } from './state.js';
 import type { Job, JobState } from './types.js';
@@ -57,7 +59,7 @@ const patience = (attempt: number): number => Math.min(60, 2 ** attempt);
 export async function runBatch(options: BatchOptions, log: Log, signal: AbortSignal): Promise<BatchReport> {
   const state = await BatchState.open(options.workFolder);
   try {
-    const metrics = new Metrics();
+    const metrics = new Metrics(tool.version);
     const served = options.metricsPort === undefined ? undefined : await serveMetrics(metrics, options.metricsPort);
     if (served) log.info(`Metrics: ${served.url}`);
     const file = options.metricsFile === undefined ? undefined : new MetricsFile(options.metricsFile, metrics);
@@ -97,14 +99,17 @@ class Run {
   async all(): Promise<BatchReport> {
     const started = performance.now();
     const { jobs } = this.options;
-    const stopAll = () => this.#workers.forEach((worker) => worker.stop());
+    const stopAll = () => {
+      this.state.event('batch-interrupt', { running: [...this.#running.keys()] }).catch(() => undefined); // batch-end tells of a full disk
+      this.#workers.forEach((worker) => worker.stop());
+    };
     // Whatever ends this process, short of SIGKILL, leaves no worker behind.
     const killAll = () => this.#workers.forEach((worker) => worker.kill());
     this.signal.addEventListener('abort', stopAll);
     process.once('exit', killAll);
     try {
+      await this.state.event('batch-start', { jobs: jobs.length, parallel: this.options.parallel, version: tool.version }); // prettier-ignore
       await this.#lookBack();
-      await this.state.event('batch-start', { jobs: jobs.length, done: this.#before.size, parallel: this.options.parallel }); // prettier-ignore
       for (;;) {
         await this.#startReady();
         if (this.#running.size === 0) break;
@@ -129,7 +134,7 @@ class Run {
       const needsRun = job.needs.some((need) => !this.#before.has(need));
       if (!needsRun && (await isDone(job, stored))) {
         this.#before.add(job.name);
-        this.#records.set(job.name, stored!);
+        await this.#set(job.name, stored!);
       } else if (!needsRun && (await wasFinished(job, stored))) {
         this.#before.add(job.name);
         await this.#set(job.name, { ...stored!, state: 'done', exitCode: 0, message: null });
@@ -176,12 +181,11 @@ class Run {
         exitCode: outcome.exitCode,
         signal: outcome.signal,
         message: outcome.message,
-        memory: outcome.memory,
+        memory: outcome.usage.memory,
         ended: new Date().toISOString(),
       };
       if (outcome.exitCode === 0) {
         await this.state.storeResult(job.name, outcome.result ?? null);
-        this.#count(job, outcome);
         return this.#end(job, { ...record, state: 'done', message: null });
       }
       if (outcome.result !== undefined) await this.state.storeResult(job.name, outcome.result);
@@ -204,13 +208,26 @@ class Run {
 
   async #attempt(job: Job, slot: number): Promise<Outcome> {
     const argv = [...argumentsOf(job), ...this.#place(job, slot)];
+    const meter = new Meter(this.metrics, job.name);
+    const say = (event: string, facts: Readonly<Record<string, unknown>>) =>
+      this.state.event(event, { job: job.name, ...facts }).catch(() => undefined); // the end of the job tells of a full disk
     const worker = new Worker({
       program: this.options.program,
       argv,
       environment: this.options.environment,
       logPath: this.state.logPath(job.name),
-      onStep: this.#watchSteps(job),
-      onWarning: (text) => this.log.warn(`${job.name}: ${text}`),
+      onStep: (step) => {
+        meter.step(step);
+        this.file?.touch();
+        const { stage, done, total, detail, data } = step;
+        this.log.debug(`${job.name}: ${stage} ${done}/${total}${detail === undefined ? '' : `  ${detail}`}`);
+        void say('progress', { stage, done, total, detail, data });
+      },
+      onUsage: (usage) => meter.usage(usage),
+      onWarning: (text) => {
+        this.log.warn(`${job.name}: ${text}`);
+        void say('warning', { text });
+      },
     });
     this.#workers.add(worker);
     // The signal may have come while the worker was being made.
@@ -218,8 +235,9 @@ class Run {
     await this.state.event('job-start', { job: job.name, pid: worker.pid ?? null, argv });
     const outcome = await worker.ended;
     this.#workers.delete(worker);
-    const { exitCode, signal, seconds, memory, message } = outcome;
-    await this.state.event('job-end', { job: job.name, exitCode, signal, seconds, memory, message });
+    meter.end(outcome);
+    const { exitCode, signal, seconds, usage, message } = outcome;
+    await this.state.event('job-end', { job: job.name, exitCode, signal, seconds, ...usage, message });
     return outcome;
   }
 
@@ -231,42 +249,9 @@ class Run {
     return [...device, ...(shares ? [`--threads=${Math.max(1, Math.floor(cpus().length / parallel))}`] : [])];
   }
 
-  #watchSteps(job: Job): (step: ProgressStep, seconds: number) => void {
-    let [lastSeconds, lastStage, lastDone] = [0, '', 0];
-    return ({ stage, done, total, detail, data }, seconds) => {
-      // A worker that goes on where another stopped begins in the middle: its first step is one step.
-      if (stage !== lastStage || done < lastDone) [lastStage, lastDone] = [stage, Math.max(0, done - 1)];
-      this.metrics.add('steps_total', { stage }, done - lastDone);
-      this.metrics.add('stage_seconds_total', { stage }, Math.max(0, seconds - lastSeconds));
-      [lastSeconds, lastDone] = [seconds, done];
-      this.file?.touch();
-      this.log.debug(`${job.name}: ${stage} ${done}/${total}${detail === undefined ? '' : `  ${detail}`}`);
-      this.state.event('progress', { job: job.name, stage, done, total, detail, data }).catch(() => undefined); // the end of the job tells of a full disk
-    };
-  }
-
-  /** What finished jobs say of themselves, by the names that their results have for it. */
-  #count(job: Job, { result }: Outcome): void {
-    const { reads, writes, bytes, linears } = (result ?? {}) as {
-      reads?: unknown; writes?: unknown; bytes?: { input?: unknown; output?: unknown }; linears?: unknown;
-    }; // prettier-ignore
-    for (const [direction, value] of [['read', reads ?? bytes?.input], ['written', writes ?? bytes?.output]] as const) {
-      if (typeof value === 'number') this.metrics.add('bytes_total', { direction }, value);
-    } // prettier-ignore
-    const errors = Array.isArray(linears) ? linears.map((linear: { error?: unknown }) => linear.error) : [];
-    const known = errors.filter((error) => typeof error === 'number');
-    if (known.length > 0) {
-      this.metrics.set('quantization_error', { job: job.name }, known.reduce((a, b) => a + b, 0) / known.length);
-    }
-  }
-
   async #end(job: Job, record: JobRecord): Promise<void> {
     if (record.state === 'failed' || record.state === 'gate') this.#failed = true;
     await this.#set(job.name, record);
-    const labels = { job: job.name };
-    this.metrics.set('job_seconds', labels, record.seconds);
-    this.metrics.set('job_attempts', labels, record.attempts);
-    if (record.memory !== null) this.metrics.set('job_memory_peak_bytes', labels, record.memory);
     const words: Partial<Record<JobState, string>> = { gate: 'a quality gate failed', interrupted: 'interrupted; goes on with the next run' }; // prettier-ignore
     const why = record.state === 'done' || record.message === null ? '' : `: ${record.message.split('\n')[0]}`;
     const time = record.state === 'skipped' ? '' : `, ${duration(record.seconds)}`;
@@ -275,13 +260,22 @@ class Run {
   }
 
   async #set(name: string, record: JobRecord): Promise<void> {
+    const before = this.#records.get(name);
     this.#records.set(name, record);
     await this.state.set(name, record);
     this.#publish();
+    const { state, attempts, message } = record;
+    if (state !== before?.state) await this.state.event('job-state', { job: name, state, attempts, message });
   }
 
   #publish(): void {
     this.metrics.setStates([...this.#records.values()].map(({ state }) => state));
+    for (const [job, { attempts, seconds, memory }] of this.#records) {
+      if (attempts === 0) continue;
+      this.metrics.set('job_attempts', { job }, attempts);
+      this.metrics.set('job_duration_seconds', { job }, seconds);
+      if (memory !== null) this.metrics.raise('job_memory_peak_bytes', { job }, memory);
+    }
     this.file?.touch();
   }
 

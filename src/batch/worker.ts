@@ -1,13 +1,18 @@
 import { spawn } from 'node:child_process';
-import { createWriteStream, readFileSync } from 'node:fs';
+import { createWriteStream } from 'node:fs';
 import { constants } from 'node:os';
 import type { ProgressStep } from '../base/log.js';
+import { usageOf, type Usage } from '../base/usage.js';
 
 /** One line of a worker's `--progress json`. */
-interface WorkerEvent extends Partial<ProgressStep> {
+interface WorkerEvent extends Partial<ProgressStep>, Partial<WorkerUsage> {
   readonly event: string;
-  readonly seconds: number;
   readonly text?: string;
+}
+
+export interface WorkerUsage extends Usage {
+  /** Known at the end, from the worker itself: most bytes of tensors on each device. */
+  readonly devices: readonly { readonly device: string; readonly memory: number }[];
 }
 
 export interface WorkerOptions {
@@ -17,7 +22,9 @@ export interface WorkerOptions {
   readonly environment: NodeJS.ProcessEnv;
   /** What the worker says on stderr is added here. */
   readonly logPath: string;
-  readonly onStep: (step: ProgressStep, seconds: number) => void;
+  readonly onStep: (step: ProgressStep) => void;
+  /** What it has used since it began: twice a second, and what it says itself at its end. */
+  readonly onUsage: (usage: WorkerUsage) => void;
   readonly onWarning: (text: string) => void;
 }
 
@@ -28,13 +35,13 @@ export interface Outcome {
   readonly result: Readonly<Record<string, unknown>> | undefined;
   readonly message: string | null;
   readonly seconds: number;
-  /** Largest resident memory in bytes, as far as it was seen. */
-  readonly memory: number | null;
+  /** In bytes, as far as it was seen. */
+  readonly usage: WorkerUsage;
 }
 
 /** Results beyond this are cut off, and then no JSON: only a broken worker writes so much. */
 const mostOutput = 256e6;
-const memoryEveryMs = 500;
+const lookEveryMs = 500;
 
 /** One process that does one job: our own program, by itself, so that a crash takes nothing else along. */
 export class Worker {
@@ -42,7 +49,7 @@ export class Worker {
   readonly ended: Promise<Outcome>;
   readonly #kill: (signal: NodeJS.Signals) => void;
 
-  constructor({ program, argv, environment, logPath, onStep, onWarning }: WorkerOptions) {
+  constructor({ program, argv, environment, logPath, onStep, onUsage, onWarning }: WorkerOptions) {
     const started = performance.now();
     // A group of its own: Ctrl-C in the terminal reaches the batch alone, which tells the workers once.
     const child = spawn(process.execPath, [program, ...argv, '--json', '--progress=json'], {
@@ -57,9 +64,14 @@ export class Worker {
     log.write(`${JSON.stringify({ event: 'start', time: new Date().toISOString(), argv })}\n`);
 
     let [stdout, rest, lastText] = ['', '', ''];
-    let memory: number | null = null;
-    const look = () => (memory = Math.max(memory ?? 0, residentPeak(child.pid) ?? 0) || null);
-    const watch = setInterval(look, memoryEveryMs).unref();
+    let usage: WorkerUsage = { memory: null, read: null, written: null, devices: [] };
+    const used = (seen: Partial<WorkerUsage>) => {
+      const largest = (key: keyof Usage) => Math.max(usage[key] ?? 0, seen[key] ?? 0) || null;
+      const devices = seen.devices ?? usage.devices;
+      usage = { memory: largest('memory'), read: largest('read'), written: largest('written'), devices };
+      onUsage(usage);
+    };
+    const watch = setInterval(() => child.pid !== undefined && used(usageOf(child.pid)), lookEveryMs).unref();
     child.stdout.setEncoding('utf8').on('data', (text: string) => {
       if (stdout.length < mostOutput) stdout += text;
     });
@@ -72,8 +84,9 @@ export class Worker {
         if (event === undefined) {
           if (line.trim() !== '') lastText = line;
         } else if (event.event === 'progress') {
-          look();
-          onStep(event as unknown as ProgressStep, event.seconds);
+          onStep(event as unknown as ProgressStep);
+        } else if (event.event === 'usage') {
+          used(event);
         } else if (event.event === 'warning') {
           onWarning(event.text ?? '');
         }
@@ -89,10 +102,10 @@ export class Worker {
         const message = error?.message ?? failure?.message ?? died ?? code;
         const seconds = (performance.now() - started) / 1000;
         log.end(`${JSON.stringify({ event: 'end', exitCode, signal, seconds })}\n`, () =>
-          done({ exitCode, signal, result, message, seconds, memory }),
+          done({ exitCode, signal, result, message, seconds, usage }),
         );
         // A disk that is full must not keep the batch waiting for the log.
-        log.once('error', () => done({ exitCode, signal, result, message, seconds, memory }));
+        log.once('error', () => done({ exitCode, signal, result, message, seconds, usage }));
       };
       child.once('close', (code, signal) => end(code, signal));
       child.once('error', (error) => child.pid === undefined && end(null, null, error));
@@ -119,14 +132,5 @@ function parse(text: string): Readonly<Record<string, unknown>> | undefined {
     return JSON.parse(text) as Record<string, unknown>;
   } catch {
     return undefined; // cut off by a crash
-  }
-}
-
-function residentPeak(pid: number | undefined): number | undefined {
-  try {
-    const kilobytes = /^VmHWM:\s+(\d+) kB/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1];
-    return kilobytes === undefined ? undefined : Number(kilobytes) * 1024;
-  } catch {
-    return undefined; // it has ended
   }
 }

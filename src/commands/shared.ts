@@ -70,6 +70,9 @@ export const seedOption = {
 
 export type DeviceValues = Values<typeof deviceOptions>;
 
+/** Devices that this process has closed, and the most bytes that tensors took there at once. */
+export const devicesUsed: { device: string; memory: number }[] = [];
+
 /** A job's surroundings with the device that the options ask for; to be closed by `using`. */
 export async function openEnvironment(given: DeviceValues, io: Io): Promise<JobEnv & Disposable> {
   const { openBestDevice, openDevice, cudaLibraryPath } = await import('../backend/load.js');
@@ -100,6 +103,7 @@ export async function openEnvironment(given: DeviceValues, io: Io): Promise<JobE
   if (given.trace) device.trace();
   const close = (): void => {
     if (given.trace) io.log.info(traceTable(device.trace()));
+    devicesUsed.push({ device: device.kind === 'cpu' ? 'cpu' : `cuda:${device.index}`, memory: device.memory().peak });
     device.close();
   };
   return { device, log: io.log, signal: io.signal, [Symbol.dispose]: close };

@@ -65,7 +65,8 @@ export async function measureSensitivities(options: SensitivityOptions): Promise
     const next = cast(states, y, y.dtype);
     states.free(x);
     x = next;
-    env.log.progress({ stage: 'sensitivities', done: block.index + 1, total: open.model.blocks.length });
+    const data = { block: block.name, tokens: rows * set.seqLen };
+    env.log.progress({ stage: 'sensitivities', done: block.index + 1, total: open.model.blocks.length, data });
   }
   return found;
 }

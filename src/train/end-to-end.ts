@@ -97,6 +97,8 @@ export class EndToEnd implements Disposable {
   #judgements: Judgement[] = [];
   #health = new GradientHealth();
   #bestStep = 0;
+  /** Trained on since the last word on progress. */
+  #tokens = 0;
   #file: 'a' | 'b' = 'b';
   #savedAt = performance.now();
 
@@ -151,6 +153,7 @@ export class EndToEnd implements Disposable {
       const part = rows.slice(from, from + microBatch);
       const ids = new Int32Array(part.length * length);
       part.forEach((row, i) => ids.set(tokens.subarray(row * length, (row + 1) * length), i * length));
+      if (learn) this.#tokens += ids.length;
       const one = await pass(this.#pass, ids, part.length, rows.length, learn ? this.#optimizer : undefined);
       sum.crossEntropy += one.crossEntropy;
       sum.kl += one.kl;
@@ -194,7 +197,8 @@ export class EndToEnd implements Disposable {
       `gradient ${record.norm.toPrecision(3)}`,
       ...(judged ? [`held-out loss ${judged.loss.toPrecision(4)}`] : []),
     ].join(', ');
-    env.log.progress({ stage, done: step, total, detail, data: { ...record } });
+    env.log.progress({ stage, done: step, total, detail, data: { ...record, tokens: this.#tokens } });
+    this.#tokens = 0;
   }
 
   async #stop(step: number): Promise<never> {

@@ -68,6 +68,7 @@ class Comparison implements Disposable {
   readonly #models: readonly [Model, Model];
   readonly #readers: readonly [WeightReader, WeightReader];
   readonly #chunks: readonly Chunk[];
+  readonly #tokens: number;
   readonly #states: readonly [Scope, Scope];
   /** Hidden states by side and chunk: the reference's stream, the candidate's own. */
   readonly #x: [Tensor[], Tensor[]] = [[], []];
@@ -96,6 +97,7 @@ class Comparison implements Disposable {
     this.#states = [new Scope(device), new Scope(device)];
     this.#names = windows.map(({ name }) => name);
     this.#chunks = chunksOf(windows, options.batchTokens ?? (device.kind === 'cpu' ? 2048 : 16384));
+    this.#tokens = this.#chunks.reduce((sum, { rows, length }) => sum + rows * length, 0);
     const layers = reference.model.blocks.length;
     this.#heads = { teacherForced: new HeadMaps(layers), freeRunning: new HeadMaps(layers) };
   }
@@ -241,7 +243,7 @@ class Comparison implements Disposable {
       done: i + 1,
       total: this.#models[0].blocks.length,
       detail: `${blocks[1].name}: own error ${own.update.toPrecision(3)}, stream ${free.output.toPrecision(3)}`,
-      data: { layer: i, ownError: own.update, streamError: free.output },
+      data: { block: blocks[1].name, layer: i, ownError: own.update, streamError: free.output, tokens: this.#tokens }, // prettier-ignore
     });
   }
 
@@ -334,7 +336,8 @@ class Comparison implements Disposable {
       await this.#env.device.sync();
     }
     const stage = side === 0 ? 'reference' : 'candidate';
-    this.#env.log.progress({ stage, done: i + 1, total: model.blocks.length });
+    const data = { block: model.blocks[i]!.name, tokens: this.#tokens };
+    this.#env.log.progress({ stage, done: i + 1, total: model.blocks.length, data });
   }
 
   async #logits(): Promise<LogitsMeter> {

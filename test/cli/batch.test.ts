@@ -95,7 +95,7 @@ jobs:
     } // prettier-ignore
     // Blocks count once, though two workers did them.
     expect(metrics).toContain('\ndeepseek_convert_steps_total{stage="quantize"} 4\n');
-    expect(metrics).toMatch(/\ndeepseek_convert_quantization_error\{job="killed"\} 0\.00\d+\n/);
+    expect(metrics).toMatch(/\ndeepseek_convert_quantization_error_ratio\{job="killed"\} 0\.00\d+\n/);
     for (const line of metrics.trim().split('\n')) {
       expect(line).toMatch(
         /^(# (HELP|TYPE) deepseek_convert_\w+ .+|deepseek_convert_\w+(\{\w+="[^"]*"\})? [\d.e+-]+)$/,

@@ -1,0 +1,57 @@
+import type { ProgressStep } from '../base/log.js';
+import type { Metrics } from './metrics.js';
+import type { Outcome, WorkerUsage } from './worker.js';
+
+/** What comes after a worker's last step: verification, names, the end of the process. */
+const lastStage = 'end';
+
+/** Turns what one worker says and uses into the numbers of the batch. One for each worker that is started. */
+export class Meter {
+  #since = performance.now();
+  #stage = '';
+  #done = 0;
+  #used = { read: 0, written: 0 };
+
+  constructor(
+    private readonly metrics: Metrics,
+    private readonly job: string,
+  ) {}
+
+  step({ stage, done, total, data }: ProgressStep): void {
+    // A worker that goes on where another stopped begins in the middle: its first step is one step.
+    if (stage !== this.#stage || done < this.#done) [this.#stage, this.#done] = [stage, Math.max(0, done - 1)];
+    this.metrics.add('steps_total', { stage }, done - this.#done);
+    this.#done = done;
+    this.#time(stage);
+    const isBlock = data?.block !== undefined;
+    if (isBlock) this.metrics.add('blocks_total', { stage }, 1);
+    if (typeof data?.tokens === 'number') this.metrics.add('tokens_total', { stage }, isBlock ? data.tokens / total : data.tokens); // prettier-ignore
+  }
+
+  #time(stage: string): void {
+    const now = performance.now();
+    this.metrics.add('stage_seconds_total', { stage }, (now - this.#since) / 1000);
+    this.#since = now;
+  }
+
+  /** What the worker has used since it began, told again and again. */
+  usage({ memory, read, written, devices }: WorkerUsage): void {
+    const { job } = this;
+    this.metrics.add('read_bytes_total', {}, Math.max(0, (read ?? 0) - this.#used.read));
+    this.metrics.add('written_bytes_total', {}, Math.max(0, (written ?? 0) - this.#used.written));
+    this.#used = { read: Math.max(this.#used.read, read ?? 0), written: Math.max(this.#used.written, written ?? 0) };
+    if (memory !== null) this.metrics.raise('job_memory_peak_bytes', { job }, memory);
+    for (const { device, memory } of devices)
+      this.metrics.raise('job_device_memory_peak_bytes', { job, device }, memory);
+  }
+
+  /** The worker has ended. `linears` of its result have the errors that quantization made. */
+  end({ result }: Outcome): void {
+    this.#time(lastStage);
+    const { linears } = (result ?? {}) as { readonly linears?: unknown };
+    const errors = Array.isArray(linears) ? linears.map((linear: { error?: unknown }) => linear.error) : [];
+    const known = errors.filter((error) => typeof error === 'number');
+    if (known.length === 0) return;
+    this.metrics.set('quantization_error_ratio', { job: this.job }, known.reduce((a, b) => a + b, 0) / known.length);
+  }
+}
