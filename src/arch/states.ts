@@ -1,7 +1,7 @@
 import { open, readdir, rm, type FileHandle } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { ConvertError, badInput, bug, noResource } from '../base/errors.js';
-import { ioError, renameDurable } from '../base/files.js';
+import { ioError, processId, renameDurable } from '../base/files.js';
 import { dtypeSize, elementCount } from '../base/dtype.js';
 import type { Device } from '../backend/device.js';
 import { copyInto } from '../tensor/ops.js';
@@ -114,20 +114,19 @@ export class States implements AsyncDisposable {
     await this.#committing;
   }
 
-  /** Removes all state files but the one of block `keep` and those in use. */
-  async forget(keep: number | undefined): Promise<void> {
+  /** Removes all state files but those of the blocks `keep` and those in use. */
+  async forget(keep: ReadonlySet<number>): Promise<void> {
     const folder = dirname(this.#options.path(0));
-    const kept = keep === undefined ? undefined : this.#options.path(keep);
+    const kept = new Set([...keep].map((block) => this.#options.path(block)));
     const ours = /^hidden-(\d+|next.*)\.bin$/;
     for (const name of await readdir(folder).catch(() => [] as string[])) {
       const path = join(folder, name);
-      if (ours.test(name) && path !== kept && !this.#growing.has(path)) await rm(path, { force: true });
+      if (ours.test(name) && !kept.has(path) && !this.#growing.has(path)) await rm(path, { force: true });
     }
   }
 
-  /** Goes on from the stored states after block `block`. */
-  async load(block: number): Promise<void> {
-    const path = this.#options.path(block);
+  /** Goes on from stored states. */
+  async load(path: string): Promise<void> {
     let file: FileHandle;
     try {
       file = await open(path, 'r');
@@ -152,7 +151,7 @@ export class States implements AsyncDisposable {
 
   async #begin(): Promise<Generation> {
     await this.#committing.catch(() => undefined); // who asked for it is told
-    const path = this.#options.path(`next-${process.pid}-${this.#generations++}`);
+    const path = this.#options.path(`next-${processId}-${this.#generations++}`);
     this.#growing.add(path);
     return { file: await create(path), path, scope: new Scope(this.#device), tensors: [], writes: [] };
   }

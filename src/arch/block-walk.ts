@@ -1,0 +1,206 @@
+import { bug } from '../base/errors.js';
+import type { Json } from '../base/job.js';
+import { stopIfAborted, type JobEnv } from '../backend/env.js';
+import { answer, run } from '../nn/run.js';
+import type { Call, Calls, ExpertsCall, ForwardContext, LinearCall, LinearSpec, Weights } from '../nn/calls.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+import type { CalibrationSet } from './calibration.js';
+import { forwardContext } from './context.js';
+import type { Geometry } from './geometry.js';
+import type { OpenModel } from './open.js';
+import type { States } from './states.js';
+import type { Block } from './types.js';
+
+export interface BlockVisitor {
+  /** Whether all batches wait at this call for `visit`; default: at every linear and experts call. */
+  holds?(call: LinearCall | ExpertsCall, block: Block): boolean;
+  /** All batches stand before this call; `site.weights.set` decides what they will meet. */
+  visit(site: Site): Promise<void>;
+  /** Answers a call of one batch in place of the weights; undefined leaves it to them. */
+  answer?(call: Call, ctx: ForwardContext, block: Block): unknown;
+  /**
+   * All batches are through the block. Whatever the visitor wrote must be durable when this resolves; what it returns
+   * goes into the journal with the block.
+   */
+  finish(block: Block, weights: Weights): Promise<{ readonly data: Json; readonly detail?: string }>;
+}
+
+/** One call at which all batches of a block stand. */
+export interface Site {
+  readonly block: Block;
+  /** Position among the held calls of the block. */
+  readonly index: number;
+  readonly kind: 'linear' | 'experts';
+  /** linears[j]: those that share the input; for experts linears[j][e]. */
+  readonly linears: readonly LinearSpec[] | readonly (readonly LinearSpec[])[];
+  readonly weights: Weights;
+  /** Tokens of all batches together. */
+  readonly tokens: number;
+  /**
+   * Hands out the calls of all batches, in order; `call.x` is valid until the handler's promise resolves. May be used
+   * several times. Under a tight budget each use recomputes the block up to here: use it as seldom as you can.
+   */
+  each(handle: (call: LinearCall | ExpertsCall, batch: number) => void | Promise<void>): Promise<void>;
+}
+
+export interface WalkOptions {
+  readonly open: OpenModel;
+  readonly env: JobEnv;
+  readonly set: CalibrationSet;
+  /** The command that goes on with an interrupted job. */
+  readonly resumeHint: string;
+}
+
+/** A forward pass of one batch through one block, suspended at a call. */
+interface Suspended {
+  readonly calls: Calls<Tensor>;
+  readonly ctx: ForwardContext;
+  readonly scope: Scope;
+  step: IteratorResult<Call, Tensor>;
+}
+
+/** One block: all batches from call to call, the visitor between. */
+export class BlockWalk {
+  readonly #answer: (call: Call, ctx: ForwardContext) => unknown;
+
+  constructor(
+    readonly options: WalkOptions,
+    readonly visitor: BlockVisitor,
+    readonly block: Block,
+    readonly weights: Weights,
+    readonly states: States,
+    readonly geometry: Geometry,
+  ) {
+    this.#answer = (call, ctx) => visitor.answer?.(call, ctx, block) ?? answer(call, ctx);
+  }
+
+  /** All batches through the block with the weights as they are; the states that they become are put. */
+  async pass(): Promise<void> {
+    for (let b = 0; b < this.geometry.batches.length; b++) {
+      stopIfAborted(this.options.env, this.options.resumeHint);
+      using scope = new Scope(this.options.env.device);
+      const { calls, ctx } = await this.#open(b, scope);
+      await this.states.put(
+        b,
+        run(calls, ctx, (call) => this.visitor.answer?.(call, ctx, this.block)),
+        scope,
+      );
+      await this.options.env.device.sync();
+    }
+  }
+
+  /** `last`: nobody needs the states after this block, so the batches end at the last held call. */
+  async run(last: boolean): Promise<void> {
+    const held = this.geometry.hold ? await this.#startAll() : undefined;
+    try {
+      for (let index = 0; ; index++) {
+        const site = await this.#siteAt(index, held);
+        if (site === undefined) break;
+        stopIfAborted(this.options.env, this.options.resumeHint);
+        await this.visitor.visit(site);
+        if (held) for (const one of held) await this.#advance(one);
+      }
+      if (!last) await this.#collect(held);
+      else if (held) for (const one of held) if (!one.step.done) throw bug('a batch stopped before its block ended');
+    } finally {
+      for (const one of held ?? []) one.scope[Symbol.dispose]();
+    }
+  }
+
+  async #startAll(): Promise<Suspended[]> {
+    const all: Suspended[] = [];
+    for (let b = 0; b < this.geometry.batches.length; b++) all.push(await this.#start(b));
+    return all;
+  }
+
+  /** Batch `b` from the block's beginning to its first held call. */
+  async #start(b: number): Promise<Suspended> {
+    const scope = new Scope(this.options.env.device);
+    const { calls, ctx } = await this.#open(b, scope);
+    const one: Suspended = { calls, ctx, scope, step: calls.next() };
+    await this.#run(one);
+    return one;
+  }
+
+  async #open(b: number, scope: Scope): Promise<Pick<Suspended, 'calls' | 'ctx'>> {
+    const { open, set } = this.options;
+    const { from, rows } = this.geometry.batches[b]!;
+    const tokens = set.tokens.subarray(from * set.seqLen, (from + rows) * set.seqLen);
+    const ctx = forwardContext(scope, open.model, this.weights, rows, set.seqLen, { tokens });
+    return { calls: this.block.forward(await this.states.get(b, scope), ctx), ctx };
+  }
+
+  /** Answers the call at which the batch stands and runs it to its next held call. */
+  async #advance(one: Suspended): Promise<void> {
+    if (one.step.done) return;
+    one.step = one.calls.next(this.#answer(one.step.value, one.ctx));
+    await this.#run(one);
+  }
+
+  async #run(one: Suspended): Promise<void> {
+    while (!one.step.done && this.#heldCall(one.step.value) === undefined) {
+      one.step = one.calls.next(this.#answer(one.step.value, one.ctx));
+    }
+    // Ops are only enqueued: without this wait a fast producer would fill the device's memory with what is to come.
+    await this.options.env.device.sync();
+  }
+
+  #heldCall(call: Call): LinearCall | ExpertsCall | undefined {
+    if (call.kind !== 'linear' && call.kind !== 'experts') return undefined;
+    return (this.visitor.holds?.(call, this.block) ?? true) ? call : undefined;
+  }
+
+  async #siteAt(index: number, held: readonly Suspended[] | undefined): Promise<Site | undefined> {
+    const probe = held?.[0] ?? (await this.#replay(0, index));
+    const call = probe.step.done ? undefined : this.#heldCall(probe.step.value);
+    if (held === undefined) probe.scope[Symbol.dispose]();
+    if (call === undefined) return undefined;
+    return {
+      block: this.block,
+      index,
+      kind: call.kind,
+      linears: call.linears,
+      weights: this.weights,
+      tokens: this.options.set.n * this.options.set.seqLen,
+      each: async (handle) => {
+        for (let b = 0; b < this.geometry.batches.length; b++) {
+          const one = held?.[b] ?? (await this.#replay(b, index));
+          try {
+            const at = one.step.done ? undefined : this.#heldCall(one.step.value);
+            if (at === undefined || !sameCall(at, call)) {
+              throw bug(`batch ${b} of ${this.block.name} left the lockstep`, { expected: nameOf(call) });
+            }
+            await handle(at, b);
+            if (held === undefined) await this.options.env.device.sync();
+          } finally {
+            if (held === undefined) one.scope[Symbol.dispose]();
+          }
+        }
+      },
+    };
+  }
+
+  /** Batch `b` at the held call `index`, from the block's beginning, with the weights as they are now. */
+  async #replay(b: number, index: number): Promise<Suspended> {
+    const one = await this.#start(b);
+    for (let i = 0; i < index; i++) await this.#advance(one);
+    return one;
+  }
+
+  async #collect(held: readonly Suspended[] | undefined): Promise<void> {
+    for (let b = 0; b < this.geometry.batches.length; b++) {
+      const one = held?.[b] ?? (await this.#start(b));
+      while (!one.step.done) await this.#advance(one);
+      await this.states.put(b, one.step.value, one.scope);
+      one.scope[Symbol.dispose]();
+    }
+    await this.states.next();
+  }
+}
+
+const nameOf = (call: LinearCall | ExpertsCall): string => {
+  const first = call.kind === 'linear' ? call.linears[0] : call.linears[0]?.[0];
+  return `${call.kind} ${first?.name ?? '?'}`;
+};
+
+const sameCall = (a: LinearCall | ExpertsCall, b: LinearCall | ExpertsCall): boolean => nameOf(a) === nameOf(b);
