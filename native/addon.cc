@@ -22,6 +22,9 @@
 #include <vector>
 
 #include "backend.h"
+#include "bpe_addon.h"
+#include "files.h"
+#include "settler.h"
 
 extern "C" const dc_backend* dc_cpu_backend(void);
 
@@ -42,49 +45,6 @@ size_t dtype_size(int dtype) {
 }
 
 std::atomic<int> open_devices{0};
-
-// What a promise is settled with, on the JS thread.
-struct Outcome {
-  std::string error, code;
-  bool has_data = false;
-};
-
-class Device;
-
-// A promise that any thread may settle once.
-class Settler {
- public:
-  explicit Settler(Napi::Env env) : deferred_(Napi::Promise::Deferred::New(env)) {
-    tsfn_ = Napi::ThreadSafeFunction::New(env, Napi::Function(), "deepseek-convert", 0, 1);
-  }
-  Napi::Promise promise() const { return deferred_.Promise(); }
-  void keep(Napi::Object value) { kept_ = Napi::Persistent(value); }  // resolved with it; kept alive until then
-  void settle(Outcome outcome) {
-    auto* self = this;
-    auto* result = new Outcome(std::move(outcome));
-    auto tsfn = tsfn_;
-    if (tsfn.BlockingCall(result, [self](Napi::Env env, Napi::Function, Outcome* r) {
-          Napi::HandleScope scope(env);
-          if (r->error.empty()) {
-            self->deferred_.Resolve(self->kept_.IsEmpty() ? env.Undefined() : Napi::Value(self->kept_.Value()));
-          } else {
-            Napi::Error error = Napi::Error::New(env, r->error);
-            error.Set("code", r->code);
-            self->deferred_.Reject(error.Value());
-          }
-          delete r;
-          delete self;
-        }) != napi_ok) {
-      delete result;  // the environment is going away
-    }
-    tsfn.Release();
-  }
-
- private:
-  Napi::Promise::Deferred deferred_;
-  Napi::ThreadSafeFunction tsfn_;
-  Napi::ObjectReference kept_;
-};
 
 struct Block {
   void* data;
@@ -155,8 +115,8 @@ class Device : public Napi::ObjectWrap<Device> {
                        {InstanceMethod<&Device::Alloc>("alloc"), InstanceMethod<&Device::Free>("free"),
                         InstanceMethod<&Device::Run>("run"), InstanceMethod<&Device::Upload>("upload"),
                         InstanceMethod<&Device::Download>("download"), InstanceMethod<&Device::ReadFile>("readFile"),
-                        InstanceMethod<&Device::WriteFile>("writeFile"), InstanceMethod<&Device::Sync>("sync"),
-                        InstanceMethod<&Device::Stats>("stats"), InstanceMethod<&Device::ResetPeak>("resetPeak"),
+                        InstanceMethod<&Device::WriteFile>("writeFile"), InstanceMethod<&Device::CopyRange>("copyRange"),
+                        InstanceMethod<&Device::Sync>("sync"), InstanceMethod<&Device::Stats>("stats"), InstanceMethod<&Device::ResetPeak>("resetPeak"),
                         InstanceMethod<&Device::Trim>("trim"), InstanceMethod<&Device::Info>("info"),
                         InstanceMethod<&Device::Trace>("trace"), InstanceMethod<&Device::Has>("has"),
                         InstanceMethod<&Device::Close>("close")});
@@ -269,7 +229,7 @@ class Device : public Napi::ObjectWrap<Device> {
   // Queue thread: takes the failure so that it is reported once.
   Outcome take_failure() {
     std::lock_guard lock(mutex_);
-    Outcome outcome{std::move(failure_), "DC_OP_FAILED", false};
+    Outcome outcome{std::move(failure_), "DC_OP_FAILED", {}};
     failure_.clear();
     return outcome;
   }
@@ -425,7 +385,9 @@ class Device : public Napi::ObjectWrap<Device> {
     return settler->promise();
   }
 
-  using Transfer = std::function<int(char*, int*)>;
+  static const char* io_code(int error) {
+    return error == ENOSPC ? "ENOSPC" : error == EIO ? "EIO" : error > 0 ? "DC_IO" : "DC_EOF";
+  }
   // File transfers run on I/O threads, beside the queue. Reads wait for the memory's earlier users only; writes for
   // everything enqueued so far.
   Napi::Value transfer(const Napi::CallbackInfo& info, bool read) {
@@ -441,14 +403,14 @@ class Device : public Napi::ObjectWrap<Device> {
       Outcome outcome;
       int system_error = 0;
       if (!wait_for(ticket)) {
-        outcome = {"the device is closing", "DC_CLOSED", false};
+        outcome = {"the device is closing", "DC_CLOSED", {}};
       } else if (!read && failed()) {
         outcome = take_failure();
       } else if (read ? backend_->read_file(context_, fd, position, data, size_t(bytes), &system_error)
                       : backend_->write_file(context_, fd, position, data, size_t(bytes), &system_error)) {
         outcome.error = system_error ? std::strerror(system_error)
                                      : std::string(read ? "the file ended early" : backend_->last_error(context_));
-        outcome.code = system_error == ENOSPC ? "ENOSPC" : system_error == EIO ? "EIO" : system_error ? "DC_IO" : "DC_EOF";
+        outcome.code = io_code(system_error ? system_error : -1);
       }
       block.reset();  // before the promise settles: its owner may free the buffer then
       settler->settle(std::move(outcome));
@@ -458,6 +420,24 @@ class Device : public Napi::ObjectWrap<Device> {
   }
   Napi::Value ReadFile(const Napi::CallbackInfo& info) { return transfer(info, true); }
   Napi::Value WriteFile(const Napi::CallbackInfo& info) { return transfer(info, false); }
+  // copyRange(in, from, out, to, bytes, dtype) -> values that are infinite or not a number
+  Napi::Value CopyRange(const Napi::CallbackInfo& info) {
+    auto number = [&](int i) { return info[size_t(i)].As<Napi::Number>().DoubleValue(); };
+    const int in = int(number(0)), out = int(number(2)), dtype = int(number(5));
+    const uint64_t from = uint64_t(number(1)), to = uint64_t(number(3)), bytes = uint64_t(number(4));
+    auto* settler = new Settler(info.Env());
+    std::lock_guard lock(mutex_);
+    io_.push_back([=] {
+      uint64_t odd = 0;
+      const int error = copy_range(in, from, out, to, bytes, dtype, &odd);
+      Outcome outcome;
+      if (error) outcome = {error < 0 ? "the file ended early" : std::strerror(error), io_code(error), {}};
+      outcome.value = [odd](Napi::Env env) -> Napi::Value { return Napi::Number::New(env, double(odd)); };
+      settler->settle(std::move(outcome));
+    });
+    io_wake_.notify_one();
+    return settler->promise();
+  }
 
   Napi::Value Stats(const Napi::CallbackInfo& info) {
     auto stats = Napi::Object::New(info.Env());
@@ -545,6 +525,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("ops", ops);
   exports.Set("abi", DC_ABI);
   exports.Set("Device", Device::define(env));
+  define_hasher(env, exports);
+  exports.Set("BpeTrainer", define_bpe_trainer(env));
   return exports;
 }
 

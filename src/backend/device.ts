@@ -1,5 +1,5 @@
 import { ConvertError, bug, noResource } from '../base/errors.js';
-import { dtypeCode } from '../base/dtype.js';
+import { dtypeCode, type DType } from '../base/dtype.js';
 import type { DeviceKind, DeviceOptions, MemoryStats, NativeDevice, NativeModule, TensorView } from './types.js';
 
 /** One call of an op of native/backend.h. */
@@ -8,6 +8,12 @@ export interface Op {
   readonly tensors: (TensorView | undefined)[];
   readonly ints: readonly number[];
   readonly floats: readonly number[];
+}
+
+export interface FilePlace {
+  readonly fd: number;
+  /** Byte. */
+  readonly position: number;
 }
 
 const maxNumbers = 12 * 16 + 32;
@@ -106,6 +112,16 @@ export class Device {
   /** Device memory -> file, after everything enqueued so far. */
   async writeFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void> {
     await this.#native.writeFile(buffer, offset, fd, position, bytes).catch((e: unknown) => this.#raise(e, 'write'));
+  }
+
+  /**
+   * File -> file, beside the queue and without device memory. Gives how many values are infinite or not a number, where
+   * `dtype` is f32, bf16 or f16 (0 for others).
+   */
+  async copyRange(from: FilePlace, to: FilePlace, bytes: number, dtype: DType): Promise<number> {
+    return this.#native
+      .copyRange(from.fd, from.position, to.fd, to.position, bytes, dtypeCode[dtype])
+      .catch((e: unknown) => this.#raise(e, 'copy'));
   }
 
   /** Resolves when everything enqueued so far is done; rejects with the first failure. */

@@ -2,6 +2,7 @@ import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { useNativeHasher } from '../base/digest.js';
 import { noResource } from '../base/errors.js';
 import { Device } from './device.js';
 import type { DeviceOptions, NativeModule } from './types.js';
@@ -48,6 +49,7 @@ export function loadNative(): NativeModule {
       cause,
     });
   }
+  if (native.Hasher) useNativeHasher(native.Hasher);
   return native;
 }
 

@@ -1,3 +1,4 @@
+import type { NativeHasher } from '../base/digest.js';
 import type { DType } from '../base/dtype.js';
 
 /** What build/deepseek_convert.node exports: see native/addon.cc. */
@@ -13,6 +14,10 @@ export interface NativeModule {
     ioThreads: number,
     poison: boolean,
   ) => NativeDevice;
+  /** Learns byte-level BPE: see native/bpe.h. */
+  readonly BpeTrainer: new (splits: readonly string[]) => NativeBpeTrainer;
+  /** Absent where Node hashes as fast. */
+  readonly Hasher?: new () => NativeHasher;
 }
 
 /** One device: an in-order queue, memory, file transfers. Buffers are numbers; offsets and sizes are bytes. */
@@ -25,6 +30,8 @@ export interface NativeDevice {
   download(buffer: number, offset: number, into: Uint8Array): Promise<Uint8Array>;
   readFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void>;
   writeFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void>;
+  /** Gives the values that are infinite or not a number, where `dtype` is the number of f32, bf16 or f16. */
+  copyRange(from: number, position: number, to: number, at: number, bytes: number, dtype: number): Promise<number>;
   sync(): Promise<void>;
   stats(): MemoryStats;
   resetPeak(): void;
@@ -33,6 +40,14 @@ export interface NativeDevice {
   trace(): Record<string, { calls: number; seconds: number }>;
   has(op: number): boolean;
   close(): void;
+}
+
+/** What src/tokenizer/bpe-train.ts drives. */
+export interface NativeBpeTrainer {
+  count(text: Uint8Array): Promise<number>;
+  merge(first: readonly string[], byteIds: Int32Array, vocabSize: number, minFrequency: number): Promise<Int32Array>;
+  made(): number;
+  stop(): void;
 }
 
 /** Bytes. `peak` is the most that was in use at once. */

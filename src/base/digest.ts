@@ -11,7 +11,7 @@ const { createHash } = require('node:crypto');
 const { crc32 } = require('node:zlib');
 const fs = require('node:fs');
 const files = new Map();
-const buffer = Buffer.allocUnsafeSlow(1 << 20);
+const buffer = Buffer.allocUnsafeSlow(1 << 17); // stays in the core's cache
 parentPort.on('message', ({ id, path, to, crc, end, restart }) => {
   try {
     if (restart && files.has(path)) { fs.closeSync(files.get(path).fd); files.delete(path); }
@@ -50,8 +50,79 @@ interface Answer {
   readonly code?: string;
 }
 
-/** SHA-256 (and CRC-32) of files on a thread of its own, beside the work that writes or reads them. */
-export class DigestWorker {
+/** Running SHA-256 of files, beside the work that writes or reads them. */
+export interface Digests {
+  /** Hashes on to byte `to`; returns the CRC-32 of this part where it is asked for. */
+  advance(path: string, to: number, crc?: boolean): Promise<number>;
+  /** Hashes the rest of the file; returns the hex SHA-256 of all of it. */
+  finish(path: string): Promise<string>;
+  /** Forgets what was hashed of a file. */
+  restart(path: string): Promise<void>;
+  close(): Promise<void>;
+}
+
+/** Files by number; several advance at once, on threads of the native core. */
+export interface NativeHasher {
+  open(path: string): number;
+  advance(file: number, to: number): Promise<void>;
+  finish(file: number): Promise<string>;
+  drop(file: number): void;
+}
+
+let native: (new () => NativeHasher) | undefined;
+
+/** From now on files are hashed by the native core (backend/load.ts, where the machine has the instructions for it). */
+export function useNativeHasher(hasher: new () => NativeHasher): void {
+  native = hasher;
+}
+
+/** `crc`: whether parts need their CRC-32, which Node computes. */
+export const openDigests = (crc = false): Digests =>
+  native && !crc ? new NativeDigests(new native()) : new DigestWorker();
+
+export class NativeDigests implements Digests {
+  readonly #files = new Map<string, number>();
+
+  constructor(readonly hasher: NativeHasher) {}
+
+  async advance(path: string, to: number): Promise<number> {
+    await this.#on(path, (file) => this.hasher.advance(file, to));
+    return 0;
+  }
+
+  async finish(path: string): Promise<string> {
+    const sha256 = await this.#on(path, (file) => this.hasher.finish(file));
+    this.#drop(path);
+    return sha256;
+  }
+
+  async restart(path: string): Promise<void> {
+    this.#drop(path);
+  }
+
+  async close(): Promise<void> {
+    for (const path of [...this.#files.keys()]) this.#drop(path);
+  }
+
+  async #on<T>(path: string, work: (file: number) => Promise<T>): Promise<T> {
+    try {
+      let file = this.#files.get(path);
+      if (file === undefined) this.#files.set(path, (file = this.hasher.open(path)));
+      return await work(file);
+    } catch (error) {
+      throw ioError(error, 'checksum', path);
+    }
+  }
+
+  #drop(path: string): void {
+    const file = this.#files.get(path);
+    if (file !== undefined) this.hasher.drop(file);
+    this.#files.delete(path);
+  }
+}
+
+/** On a thread of its own, through Node. */
+export class DigestWorker implements Digests {
   #worker: Worker | undefined;
   #next = 0;
   readonly #pending = new Map<
@@ -59,19 +130,16 @@ export class DigestWorker {
     { resolve: (value: never) => void; reject: (error: unknown) => void; path: string }
   >();
 
-  /** Hashes on to byte `to`; returns the CRC-32 of this part. */
   advance(path: string, to: number, crc = false): Promise<number> {
     return this.#ask(path, { to, crc });
   }
 
-  /** Hashes the rest of the file; returns the hex SHA-256 of all of it. */
   finish(path: string): Promise<string> {
     return this.#ask(path, { end: true });
   }
 
-  /** Forgets what was hashed of a file. */
-  restart(path: string): Promise<number> {
-    return this.#ask(path, { to: 0, restart: true });
+  async restart(path: string): Promise<void> {
+    await this.#ask(path, { to: 0, restart: true });
   }
 
   async close(): Promise<void> {

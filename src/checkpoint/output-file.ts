@@ -2,7 +2,7 @@ import { open } from 'node:fs/promises';
 import type { FileHandle } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { ByteSource } from '../base/bytes.js';
-import type { DigestWorker } from '../base/digest.js';
+import type { Digests } from '../base/digest.js';
 import { badInput, bug } from '../base/errors.js';
 import { ioError, writeFully } from '../base/files.js';
 import type { FileLayout } from './layout.js';
@@ -15,7 +15,7 @@ export class OutputFile {
   readonly path: string;
   readonly layout: FileLayout;
   readonly #handle: FileHandle;
-  readonly #digest: DigestWorker;
+  readonly #digest: Digests;
   /** Which extents are complete, by index. */
   readonly done: Uint8Array;
   #dirty = false;
@@ -25,13 +25,13 @@ export class OutputFile {
   #following: Promise<void> | undefined;
   #failure: unknown;
 
-  private constructor(path: string, layout: FileLayout, handle: FileHandle, digest: DigestWorker) {
+  private constructor(path: string, layout: FileLayout, handle: FileHandle, digest: Digests) {
     [this.path, this.layout, this.#handle, this.#digest] = [path, layout, handle, digest];
     this.done = new Uint8Array(layout.extents.length);
   }
 
   /** Makes the file in its final size, with the headers that are known already. */
-  static async create(folder: string, layout: FileLayout, digest: DigestWorker): Promise<OutputFile> {
+  static async create(folder: string, layout: FileLayout, digest: Digests): Promise<OutputFile> {
     const path = join(folder, layout.name);
     try {
       const handle = await open(path, 'w+');
@@ -46,7 +46,7 @@ export class OutputFile {
   }
 
   /** Goes on with a file of an earlier run; `done` says which extents are on disk. */
-  static async reopen(folder: string, layout: FileLayout, digest: DigestWorker, done: Uint8Array): Promise<OutputFile> {
+  static async reopen(folder: string, layout: FileLayout, digest: Digests, done: Uint8Array): Promise<OutputFile> {
     const path = join(folder, layout.name);
     try {
       const handle = await open(path, 'r+');

@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto';
 import { mkdir, rm } from 'node:fs/promises';
 import { basename, extname, join } from 'node:path';
 import type { ByteSource } from '../base/bytes.js';
-import { DigestWorker } from '../base/digest.js';
+import { openDigests, type Digests } from '../base/digest.js';
 import { badInput, bug } from '../base/errors.js';
 import { fsyncPath, ioError, readJsonFile, requireSpace, writeFileAtomic } from '../base/files.js';
 import type { Json } from '../base/job.js';
@@ -40,7 +40,7 @@ export async function createWriter(options: WriterOptions): Promise<CheckpointWr
     onnx: options.onnx,
   });
   const sidecars = await planSidecars(options, fileName, layout);
-  const digest = new DigestWorker();
+  const digest = openDigests(layout.files.some(({ afterExtent }) => afterExtent !== undefined));
   try {
     const extra = sidecars.reduce((sum, { bytes }) => sum + bytes.length, 2 ** 20);
     const files = await openFiles(options, layout, digest, extra);
@@ -75,7 +75,7 @@ const folderOf = ({ job, part }: Place): string =>
 async function openFiles(
   options: Place,
   layout: OutputLayout,
-  digest: DigestWorker,
+  digest: Digests,
   extraBytes: number,
 ): Promise<OutputFile[]> {
   const { job } = options;
@@ -124,7 +124,7 @@ class Writer implements CheckpointWriter {
   readonly #hash: string;
   readonly #folder: string;
   #closed = false;
-  readonly #inputs = new DigestWorker();
+  readonly #inputs = openDigests();
   readonly #inputHashes: readonly Promise<string>[];
 
   constructor(
@@ -132,7 +132,7 @@ class Writer implements CheckpointWriter {
     readonly layout: OutputLayout,
     readonly sidecars: readonly Sidecar[],
     readonly files: readonly OutputFile[],
-    readonly digest: DigestWorker,
+    readonly digest: Digests,
   ) {
     this.partFolder = options.job.folder;
     this.#hash = planHash(layout);

@@ -44,8 +44,8 @@ const pieceBytes = 4 * 2 ** 20;
 const flushEvery = 5e8;
 const tensorsAtOnce = 8;
 
-/** The dtypes in which `norm_add` counts values that are infinite or not a number. */
-const scanned: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f16']);
+/** Bytes of one copy from file to file, which needs no memory: after each an interruption is noticed. */
+const copyBytes = 32 * 2 ** 20;
 
 /**
  * Writes what is planned: tensors stream through the device in pieces, reads and writes of several overlap. An
@@ -146,6 +146,7 @@ class Converter {
   readonly #loader: TensorLoader;
   readonly #budget: Budget;
   readonly #saturated: Record<string, number> = {};
+  readonly #turns = new Map<number, Promise<void>>();
 
   constructor(
     readonly plan: ConvertPlan,
@@ -194,17 +195,17 @@ class Converter {
     using scope = new Scope(device);
     const counts = scope.from('i64', [2], new BigInt64Array(2));
     const finite = scope.zeros('f32', [2]);
-    const source =
-      tensor.action === 'decode'
-        ? this.#decoded(tensor, counts)
-        : tensor.action === 'encode'
-          ? this.#encoded(tensor, finite)
-          : tensor.action === 'repack'
-            ? this.#repacked(tensor)
-            : this.#streamed(tensor, counts, finite);
+    let odd = 0;
+    const source = {
+      copy: () => this.#copied(tensor, (values) => (odd += values)),
+      cast: () => this.#streamed(tensor, counts),
+      decode: () => this.#decoded(tensor, counts),
+      encode: () => this.#encoded(tensor, finite),
+      repack: () => this.#repacked(tensor),
+    }[tensor.action]();
     await this.writer.write(tensor.name, source);
     const [saturated, nonFinite] = new BigInt64Array((await counts.bytesOut()).buffer);
-    const odd = Number(nonFinite!) + (await finite.float32())[1]!;
+    odd += Number(nonFinite!) + (await finite.float32())[1]!;
     if (odd > 0) throw this.#notFinite(tensor, odd);
     if (saturated! > 0n) this.#saturated[tensor.name] = Number(saturated);
   }
@@ -218,13 +219,40 @@ class Converter {
     });
   }
 
+  /** The bytes as they are, from file to file. */
+  #copied({ entry: { span, encoding } }: PlannedConversion, odd: (values: number) => void): ByteSource {
+    const dtype = encoding.kind === 'plain' ? encoding.dtype : 'u8';
+    return {
+      byteLength: span.bytes,
+      writeTo: (fd, position) =>
+        this.#inTurn(fd, async () => {
+          const { fd: from } = await this.plan.source.file(span.path);
+          for (let at = 0; at < span.bytes; at += copyBytes) {
+            stopIfAborted(this.env, this.run.resumeHint);
+            const bytes = Math.min(copyBytes, span.bytes - at);
+            const target = { fd, position: position + at };
+            odd(await this.env.device.copyRange({ fd: from, position: span.offset + at }, target, bytes, dtype));
+          }
+        }),
+    };
+  }
+
+  /** One at a time for each output file: a file system lets one writer in, the others would spin. */
+  async #inTurn(fd: number, work: () => Promise<void>): Promise<void> {
+    const before = this.#turns.get(fd) ?? Promise.resolve();
+    const turn = before.then(work);
+    this.#turns.set(fd, turn.catch(() => undefined)); // prettier-ignore
+    await turn;
+  }
+
   /** Piece by piece from file to file through the device; element-wise, so that a piece needs no other. */
-  #streamed({ entry, output, action }: PlannedConversion, counts: Tensor, finite: Tensor): ByteSource {
+  #streamed({ entry, output }: PlannedConversion, counts: Tensor): ByteSource {
     const { device } = this.env;
-    const { encoding, span, shape } = entry;
-    const from: DType = encoding.kind === 'plain' ? encoding.dtype : 'u8';
-    const elements = encoding.kind === 'plain' ? elementCount(shape) : span.bytes;
-    const [size, to] = [dtypeSize(from), action === 'cast' ? output.dtype : from];
+    const { span, shape } = entry;
+    const from = entry.encoding.kind === 'plain' ? entry.encoding.dtype : 'u8';
+    const to = output.dtype;
+    const elements = elementCount(shape);
+    const size = dtypeSize(from);
     const step = pieceBytes / size;
     const piece = async (fd: number, position: number, start: number): Promise<void> => {
       const count = Math.min(step, elements - start);
@@ -232,9 +260,9 @@ class Converter {
       const read = scope.empty(from, [count]);
       const file = await this.plan.source.file(span.path);
       await device.readFile(read.buffer, read.byteOffset, file.fd, span.offset + start * size, count * size);
-      if (action === 'copy' && scanned.has(from)) normAdd(finite, read);
-      const written = to === from ? read : cast(scope, read, to, counts);
-      await written.source().writeTo(fd, position + start * dtypeSize(to));
+      await cast(scope, read, to, counts)
+        .source()
+        .writeTo(fd, position + start * dtypeSize(to));
     };
     return {
       byteLength: elements * dtypeSize(to),
