@@ -3,11 +3,12 @@ import { fromConfigFile, readConfigFile } from '../base/config.js';
 import { ConvertError, badUsage, didYouMean } from '../base/errors.js';
 import { flagName, fromEnvironment, mergeTables, resolveOptions } from '../base/options.js';
 import { checkOutputs, settleNeeds } from './graph.js';
+import { readSlurm } from './slurm-options.js';
 import { substitute } from './substitute.js';
 import type { Job, JobCommand, JobCommands } from './types.js';
 
 /** Keys of a job that are no options of its command. */
-export const jobKeys = ['name', 'command', 'needs', 'retries'] as const;
+export const jobKeys = ['name', 'command', 'needs', 'retries', 'slurm'] as const;
 export const fileKeys = ['version', 'defaults', 'matrix', 'jobs'] as const;
 export const matrixKeys = ['models', 'recipes', 'exclude'] as const;
 /** Names of jobs are names of files in the work folder. */
@@ -44,7 +45,8 @@ export async function readJobs(path: string, options: JobFileOptions): Promise<J
       return work();
     } catch (error) {
       if (!(error instanceof ConvertError) || error.kind === 'internal') throw error;
-      problems.push(error);
+      // What is wrong with defaults is wrong with each job: once is enough.
+      if (!problems.some(({ message }) => message === error.message)) problems.push(error);
       return undefined;
     }
   };
@@ -153,6 +155,7 @@ function jobOf(draft: Draft, { commands, environment }: JobFileOptions): Job {
   const given: Job['given'] = new Map([...fromEnvironment(table, environment), ...inFile]);
   const { values } = resolveOptions(table, [given]);
   const needs = substitute(draft.body.needs ?? [], own, environment, `needs of ${where}`);
+  const sections = levels.toReversed().map(({ where, values }) => ({ where, value: substitute(values.slurm, own, environment, `slurm of ${where}`) })); // prettier-ignore
   const writes = command.writes.flatMap((key) => (typeof values[key] === 'string' ? [resolve(values[key])] : []));
   const reads = Object.keys(command.arguments).flatMap((key) => values[key] as string | readonly string[]);
   return {
@@ -165,6 +168,7 @@ function jobOf(draft: Draft, { commands, environment }: JobFileOptions): Job {
     writes,
     out: 'out' in table && typeof values.out === 'string' ? resolve(values.out) : undefined,
     reads: reads.map((path) => resolve(path)),
+    slurm: readSlurm(sections),
   };
 }
 

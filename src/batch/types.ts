@@ -1,4 +1,5 @@
 import type { Given, OptionTable } from '../base/options.js';
+import type { SlurmOptions } from './slurm-options.js';
 
 /** A command that jobs may run, as its option table says. The floor of commands hands these down. */
 export interface JobCommand {
@@ -28,6 +29,8 @@ export interface Job {
   readonly out: string | undefined;
   /** Paths of the models that it reads. */
   readonly reads: readonly string[];
+  /** What it asks of Slurm, where that runs it. */
+  readonly slurm: SlurmOptions;
 }
 
 /**
