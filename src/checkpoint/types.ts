@@ -62,16 +62,20 @@ export type Accept = (staged: StagedOutput) => Promise<Json>;
 /** What `CheckpointWriter.write` calls a planned tensor: names repeat where each tensor says its file. */
 export const planKey = ({ name, file }: PlannedTensor): string => (file === undefined ? name : `${file}/${name}`);
 
-/** Writes planned tensors in any order into temporary files; nothing has its final name before `finish`. */
-export interface CheckpointWriter {
+/** Takes planned tensors, in any order. */
+export interface TensorSink {
+  /** Puts one planned tensor's bytes where they belong; size and name are checked against the plan. */
+  write(name: string, data: ByteSource): Promise<void>;
+  /** Forces everything written so far to disk. After a crash, what was flushed is there. */
+  flush(): Promise<void>;
+}
+
+/** Writes planned tensors into temporary files; nothing has its final name before `finish`. */
+export interface CheckpointWriter extends TensorSink {
   /** The job's work folder. */
   readonly partFolder: string;
   /** Whether a tensor is on disk already, from an earlier run too. */
   has(name: string): boolean;
-  /** Puts one planned tensor's bytes where they belong; size and name are checked against the plan. */
-  write(name: string, data: ByteSource): Promise<void>;
-  /** Forces everything written so far to disk. After a crash, what was flushed is there (`has`). */
-  flush(): Promise<void>;
   /**
    * Every planned tensor written: index, config, companions, provenance; verifies the output with our own reader;
    * then the rename. `report` goes into the provenance file (per-layer errors ...).

@@ -43,7 +43,7 @@ async function orRefused<T>(plan: () => Promise<T>): Promise<T | Refused> {
 }
 
 async function quantizing(given: Input): Promise<QuantizeOutlook> {
-  const { previewQuantize } = await import('../quant/run.js');
+  const { previewQuantize } = await import('../quant/prepare.js');
   const { defaultRecipe } = await import('../quant/scheme.js');
   const { plan, inputBytes, output } = await previewQuantize({
     ...given,

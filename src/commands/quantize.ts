@@ -120,7 +120,8 @@ export const command = defineCommand({
     ['quantize fixtures/v1.0/v1.0_checkpoint.bin -o out/plan --dry-run', 'What would be done, and what it would take.'],
   ], // prettier-ignore
   async run(given, io) {
-    const { quantize, previewQuantize } = await import('../quant/run.js');
+    const { quantize } = await import('../quant/run.js');
+    const { previewQuantize } = await import('../quant/prepare.js');
     const job = await jobOptions(given, io);
     if (given.dryRun) return await showPlan(await previewQuantize(job), job, given, io);
     using env = await openEnvironment(given, io);
@@ -263,7 +264,7 @@ async function showPlan(preview: QuantizePreview, job: QuantizeOptions, given: G
   const seqLen = job.calibration?.seqLen ?? Math.min(2048, model.context);
   const tokens = job.calibration === undefined ? 0 : job.calibration.samples * seqLen;
   using env = await openEnvironment(given, io);
-  const { statesOf } = await import('../quant/run.js');
+  const { statesOf } = await import('../quant/prepare.js');
   const size = statesOf(job, preview, env) === 'f32' ? 4 : 2;
   const needs = estimate(model, plan, job.recipe, tokens, size);
   const { forward, capture, solve } = needs.flops;

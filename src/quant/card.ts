@@ -1,4 +1,4 @@
-import { basename } from 'node:path';
+import { basename, resolve } from 'node:path';
 import type { CalibrationSet } from '../arch/calibration.js';
 import type { Json } from '../base/job.js';
 import type { QuantPlan } from './plan.js';
@@ -13,7 +13,7 @@ export function modelCard(
   { plan }: { readonly plan: QuantPlan },
   set: CalibrationSet | undefined,
 ): string {
-  const name = basename(input.replace(/\/+$/, ''));
+  const name = basename(resolve(input));
   const schemes = plan.use.groups.map(
     ({ scheme, linears }) => `- ${describeScheme(scheme)}: ${linears.length} linears`,
   );

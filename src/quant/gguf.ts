@@ -8,7 +8,7 @@ import type { StoredWeight } from '../arch/stored.js';
 import type { GgufFileType, GgufMetadata } from '../checkpoint/gguf-config.js';
 import { planGguf } from '../checkpoint/gguf-model.js';
 import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
-import type { CheckpointWriter, PlannedTensor } from '../checkpoint/types.js';
+import type { PlannedTensor, TensorSink } from '../checkpoint/types.js';
 import { blockFormats, cast, copyInto, decode, encode } from '../tensor/ops.js';
 import { mixtureType } from '../targets/gguf-mixture.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
@@ -173,7 +173,7 @@ export class GgufTarget implements Target {
     this.#stacks.clear();
   }
 
-  async writeThrough(block: number, writer: CheckpointWriter): Promise<void> {
+  async writeThrough(block: number, writer: TensorSink): Promise<void> {
     this.#release();
     const env = this.#env;
     const open = { tensors: this.#tensors, file: (path: string) => this.#files.get(path) };

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import type { OpenModel } from '../arch/open.js';
 import type { GgufMetadata } from '../checkpoint/gguf-config.js';
 import { planGguf } from '../checkpoint/gguf-model.js';
-import type { CheckpointWriter, PlannedTensor } from '../checkpoint/types.js';
+import type { PlannedTensor, TensorSink } from '../checkpoint/types.js';
 import { bytesSource } from '../base/io.js';
 import { readImatrix } from '../targets/imatrix.js';
 import { linearsOf } from './gguf.js';
@@ -62,7 +62,7 @@ export async function planImatrix(open: OpenModel, plan: QuantPlan): Promise<Ima
     ['imatrix.chunk_size', { type: 'u32', value: 512 }],
   ]);
   const bytes = out.reduce((sum, { planned }) => sum + plannedBytes(planned), 0);
-  const write = async (block: number, writer: CheckpointWriter): Promise<void> => {
+  const write = async (block: number, writer: TensorSink): Promise<void> => {
     for (const { name, sums, counts } of entries.get(block) ?? []) {
       await writer.write(`${name}.in_sum2`, bytesSource(new Uint8Array(sums.buffer)));
       await writer.write(`${name}.counts`, bytesSource(new Uint8Array(counts.buffer)));

@@ -2,7 +2,7 @@ import type { FloatDType } from '../base/dtype.js';
 import type { JobEnv } from '../backend/env.js';
 import type { OpenModel } from '../arch/open.js';
 import type { WeightReader } from '../arch/weights.js';
-import type { CheckpointWriter } from '../checkpoint/types.js';
+import type { TensorSink } from '../checkpoint/types.js';
 import type { OnnxGraph } from '../formats/onnx-writer.js';
 import { matMulNBitsWriter } from '../layout/matmulnbits-writer.js';
 import { cast, copyInto } from '../tensor/ops.js';
@@ -57,7 +57,7 @@ async function writeOne(
   { planned, origin }: OutputTensor,
   reader: WeightReader,
   env: JobEnv,
-  writer: CheckpointWriter,
+  writer: TensorSink,
 ): Promise<void> {
   using scope = new Scope(env.device);
   const { name, shape, dtype } = planned;

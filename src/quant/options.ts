@@ -34,6 +34,8 @@ export interface QuantizeOptions {
   readonly maxUncovered?: number;
   /** Calibrate every expert on every token, not on those that its router sends it. */
   readonly calibrateAllExperts?: boolean;
+  /** Each block is calibrated on the states of the model as it is, not on those that quantized blocks make. */
+  readonly independentBlocks?: boolean;
   readonly shardSize?: number;
   /** Sequences a batch, bytes for states: see `streamBlocks`. */
   readonly batchRows?: number;

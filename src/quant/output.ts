@@ -2,7 +2,7 @@ import { badInput, bug } from '../base/errors.js';
 import { elementCount, dtypeSize, type FloatDType } from '../base/dtype.js';
 import { fileSource } from '../base/io.js';
 import { encodedBytes } from '../formats/ggml.js';
-import type { CheckpointWriter, PlannedTensor, TensorEntry } from '../checkpoint/types.js';
+import type { PlannedTensor, TensorEntry, TensorSink } from '../checkpoint/types.js';
 import type { LinearShape } from '../layout/types.js';
 import type { OpenModel } from '../arch/open.js';
 import type { StoredWeight } from '../arch/stored.js';
@@ -111,7 +111,7 @@ export function plannedBytes({ shape, dtype, encoding }: PlannedTensor): number 
 /** Writes tensors that are not quantized. */
 export async function writeThrough(
   tensors: readonly OutputTensor[],
-  writer: CheckpointWriter,
+  writer: TensorSink,
   reader: WeightReader,
   scopeOf: () => Scope,
 ): Promise<void> {

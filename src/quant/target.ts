@@ -1,5 +1,5 @@
 import type { JobEnv } from '../backend/env.js';
-import type { CheckpointWriter } from '../checkpoint/types.js';
+import type { TensorSink } from '../checkpoint/types.js';
 import type { LayoutWriter, StoredTensor } from '../layout/types.js';
 import type { WeightReader } from '../arch/weights.js';
 import { cast, dequantize } from '../tensor/ops.js';
@@ -30,7 +30,7 @@ export interface Stored {
 export interface Target {
   store(scope: Scope, plan: LinearPlan, scheme: Scheme, coded: Coded, source: Source): Stored;
   /** Writes what a block holds beside quantized linears and `made` tensors; block -1 is what lies outside the blocks. */
-  writeThrough(block: number, writer: CheckpointWriter, made?: ReadonlySet<string>): Promise<void>;
+  writeThrough(block: number, writer: TensorSink, made?: ReadonlySet<string>): Promise<void>;
   close?(): Promise<void>;
 }
 

@@ -1,8 +1,7 @@
-import { ConvertError } from '../base/errors.js';
 import type { FloatDType } from '../base/dtype.js';
 import type { Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
-import type { CheckpointWriter } from '../checkpoint/types.js';
+import type { TensorSink } from '../checkpoint/types.js';
 import type { ExpertsCall, LinearCall, LinearSpec, Weights } from '../nn/calls.js';
 import type { BlockVisitor, Site } from '../arch/stream.js';
 import type { Block } from '../arch/types.js';
@@ -11,6 +10,7 @@ import { Scope, type Tensor } from '../tensor/tensor.js';
 import { AllExpertStatistics } from './all-experts.js';
 import { normInFront, searchScaling, type Scaling } from './awq.js';
 import { captureLinear, type Evidence, type Statistics } from './capture.js';
+import type { CoverageGate } from './coverage.js';
 import { ExpertStatistics } from './experts.js';
 import { total } from './gptq.js';
 import type { LinearPlan, QuantPlan } from './plan.js';
@@ -24,7 +24,7 @@ import type { Target } from './target.js';
 export interface TargetWriter {
   readonly name: string;
   readonly target: Target;
-  readonly writer: CheckpointWriter;
+  readonly writer: TensorSink;
 }
 
 export interface VisitorOptions {
@@ -35,16 +35,11 @@ export interface VisitorOptions {
   readonly targets: readonly TargetWriter[];
   /** Precisions that scales must survive, for a weight of this type. */
   readonly scales: (dtype: FloatDType) => StoredScales;
-  /** Largest share of the model's routed experts that no token may reach. */
-  readonly maxUncovered: number;
+  readonly coverage: CoverageGate;
   /** Every expert is calibrated on every token. */
   readonly calibrateAllExperts: boolean;
   /** In which precision the output holds a tensor that is not quantized. */
   readonly plannedDType: (name: string) => FloatDType;
-  /** Routed experts of the whole model. */
-  readonly experts: number;
-  /** Experts without tokens in blocks that an earlier run has finished. */
-  readonly uncoveredBefore: number;
 }
 
 /** Quantizes the planned linears of each block as the calibration stream comes by, and writes the block out. */
@@ -52,7 +47,6 @@ export class QuantVisitor implements BlockVisitor {
   readonly #options: VisitorOptions;
   #linears: LinearReport[] = [];
   #coverage: ExpertCoverage | undefined;
-  #uncovered: number;
   #experts: ExpertStatistics | undefined;
   #allExperts: AllExpertStatistics | undefined;
   #stages: Record<string, number> = {};
@@ -61,7 +55,6 @@ export class QuantVisitor implements BlockVisitor {
 
   constructor(options: VisitorOptions) {
     this.#options = options;
-    this.#uncovered = options.uncoveredBefore;
   }
 
   holds(call: LinearCall | ExpertsCall): boolean {
@@ -92,8 +85,7 @@ export class QuantVisitor implements BlockVisitor {
     const source = this.#allExperts ?? this.#experts;
     if (this.#coverage === undefined) {
       this.#coverage = source.coverage;
-      this.#uncovered += source.coverage.uncovered;
-      this.#requireCoverage(site.block);
+      this.#options.coverage.add(source.coverage.uncovered, site.block.name);
     }
     await source.each(site, async (expert, evidence) => {
       const partners = linears.map((experts) => experts[expert]!);
@@ -105,17 +97,6 @@ export class QuantVisitor implements BlockVisitor {
   [Symbol.dispose](): void {
     this.#allExperts?.[Symbol.dispose]();
     this.#allExperts = undefined;
-  }
-
-  #requireCoverage(block: Block): void {
-    const { experts, maxUncovered } = this.#options;
-    if (experts === 0 || this.#uncovered <= maxUncovered * experts) return;
-    throw new ConvertError('gate', 'Too many experts saw no calibration token', {
-      where: `up to ${block.name}`,
-      got: `${this.#uncovered} of ${experts} experts`,
-      expected: `at most ${(100 * maxUncovered).toFixed(1)}% (--max-uncovered)`,
-      hint: 'Calibrate on more or more varied text (--samples, --calibration), or raise --max-uncovered: these experts are then rounded without statistics.',
-    });
   }
 
   /** Quantizes linears that share an input, writes them, and puts what they have become into `weights`. */
