@@ -2,7 +2,7 @@ import { link, readFile, readdir, readlink, rename, rm, stat, utimes, writeFile 
 import { readFileSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { dirname, join } from 'node:path';
-import { badInput } from './errors.js';
+import { badInput, ConvertError } from './errors.js';
 import { errorCode, ioError } from './files.js';
 
 /** Who holds a lock. `processStart` is in clock ticks since boot, so that a recycled pid is not taken for its owner. */
@@ -18,6 +18,9 @@ interface Owner {
 const heartbeatMs = 20_000;
 /** A lock of another host (or container) whose owner was silent for so long counts as dead. */
 const silentMs = 5 * 60_000;
+
+/** Another process that is alive has the lock. */
+export class LockHeld extends ConvertError {}
 
 /** A lock file that names its owner; the locks of dead processes are taken over. */
 export class FileLock {
@@ -36,7 +39,7 @@ export class FileLock {
   }
 
   /**
-   * Takes the lock at `path`. Refused (kind 'input') while another process that is alive holds it.
+   * Takes the lock at `path`. Refused (LockHeld, kind 'input') while another process that is alive holds it.
    * @param what names the locked thing in the error, e.g. "The work folder".
    */
   static async take(path: string, what: string): Promise<FileLock> {
@@ -61,10 +64,31 @@ export class FileLock {
     throw badInput(`${what} is being taken by several processes at once`, { where: path });
   }
 
+  /** Whether another process has taken the lock: this one was silent for long, and lives after all. */
+  async isLost(): Promise<boolean> {
+    try {
+      return (await readFile(this.path, 'utf8')) !== this.#text;
+    } catch (error) {
+      return errorCode(error) === 'ENOENT'; // a file system that does not answer now says nothing
+    }
+  }
+
   async release(): Promise<void> {
     clearInterval(this.#timer);
     const now = await readFile(this.path, 'utf8').catch(() => undefined);
     if (now === this.#text) await rm(this.path, { force: true });
+  }
+}
+
+/** Whether a process that is alive holds the lock at `path`. */
+export async function isLocked(path: string): Promise<boolean> {
+  try {
+    const [text, { mtimeMs }] = [await readFile(path, 'utf8'), await stat(path)];
+    const owner = parseOwner(text);
+    return owner !== undefined && (await alive(owner, mtimeMs));
+  } catch (error) {
+    if (errorCode(error) === 'ENOENT' || errorCode(error) === 'ENOTDIR') return false;
+    throw ioError(error, 'look at the lock', path);
   }
 }
 
@@ -94,7 +118,7 @@ async function clearStale(path: string, what: string): Promise<void> {
   }
   const owner = parseOwner(text);
   if (owner && (await alive(owner, beat))) {
-    throw badInput(`${what} is in use`, {
+    throw new LockHeld('input', `${what} is in use`, {
       where: path,
       got: `process ${owner.pid} on ${owner.host}, for ${age(Date.parse(owner.since))}`,
       expected: 'no other process',
