@@ -146,8 +146,7 @@ async function link(command, args, file, objects, rebuilt) {
 
 const flat = (source) => source.replace(/^native\//, '').replaceAll('/', '_');
 const objects = [
-  object('native/addon.cc', 'addon.cc', compiler, common, cpuHeaders),
-  ...list('native/cpu', '.cc').map((source) => object(source, flat(source), compiler, common, cpuHeaders)),
+  ...[...list('native', '.cc'), ...list('native/cpu', '.cc')].map((source) => object(source, flat(source), compiler, common, cpuHeaders)),
   ...list('native/cpu/kernels', '.cc').flatMap((source) =>
     Object.entries(isas).map(([isa, flags]) => object(source, `${flat(source)}@${isa}`, compiler, [...common, ...flags, `-DDC_ISA=${isa}`, `-DDC_ISA_${isa.toUpperCase()}`], cpuHeaders)),
   ),

@@ -38,6 +38,10 @@ export const commands: Readonly<Record<string, Entry>> = {
     summary: 'run many jobs from a file: models x recipes, in order, resumable',
     load: async () => ({ command: (await import('./batch.js')).batch(commands) }),
   },
+  tokenizer: {
+    summary: 'train a tokenizer, compare two, give a model another vocabulary',
+    load: () => import('./tokenizer.js'),
+  },
   generate: { summary: 'continue a text', load: () => import('./generate.js') },
   score: { summary: 'log-probability of each token of a text, and its perplexity', load: () => import('./score.js') },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
