@@ -14,7 +14,8 @@ export class Meter {
 
   constructor(
     private readonly metrics: Metrics,
-    private readonly job: string,
+    /** Of the job; the label is not called `job`, which is what Prometheus calls its own. */
+    private readonly name: string,
   ) {}
 
   step({ stage, done, total, data }: ProgressStep): void {
@@ -22,6 +23,7 @@ export class Meter {
     if (stage !== this.#stage || done < this.#done) [this.#stage, this.#done] = [stage, Math.max(0, done - 1)];
     this.metrics.add('steps_total', { stage }, done - this.#done);
     this.#done = done;
+    this.metrics.changed();
     this.#time(stage);
     const isBlock = data?.block !== undefined;
     if (isBlock) this.metrics.add('blocks_total', { stage }, 1);
@@ -36,13 +38,13 @@ export class Meter {
 
   /** What the worker has used since it began, told again and again. */
   usage({ memory, read, written, devices }: WorkerUsage): void {
-    const { job } = this;
+    const { name } = this;
     this.metrics.add('read_bytes_total', {}, Math.max(0, (read ?? 0) - this.#used.read));
     this.metrics.add('written_bytes_total', {}, Math.max(0, (written ?? 0) - this.#used.written));
     this.#used = { read: Math.max(this.#used.read, read ?? 0), written: Math.max(this.#used.written, written ?? 0) };
-    if (memory !== null) this.metrics.raise('job_memory_peak_bytes', { job }, memory);
+    if (memory !== null) this.metrics.raise('job_memory_peak_bytes', { name }, memory);
     for (const { device, memory } of devices)
-      this.metrics.raise('job_device_memory_peak_bytes', { job, device }, memory);
+      this.metrics.raise('job_device_memory_peak_bytes', { name, device }, memory);
   }
 
   /** The worker has ended. `linears` of its result have the errors that quantization made. */
@@ -52,6 +54,6 @@ export class Meter {
     const errors = Array.isArray(linears) ? linears.map((linear: { error?: unknown }) => linear.error) : [];
     const known = errors.filter((error) => typeof error === 'number');
     if (known.length === 0) return;
-    this.metrics.set('quantization_error_ratio', { job: this.job }, known.reduce((a, b) => a + b, 0) / known.length);
+    this.metrics.set('quantization_error_ratio', { name: this.name }, known.reduce((a, b) => a + b, 0) / known.length);
   }
 }

@@ -41,7 +41,11 @@ export class Metrics {
     this.#define('retries_total', 'counter', 'Workers started again after a crash or for lack of resources.');
     this.#define('gate_failures_total', 'counter', 'Jobs that ended with a failed quality gate.');
     this.#define('batch_start_time_seconds', 'gauge', 'When this run of the batch began, since 1970.');
-    this.#define('batch_last_change_time_seconds', 'gauge', 'When a number here last changed, since 1970.');
+    this.#define(
+      'batch_last_change_time_seconds',
+      'gauge',
+      'When a job last began, ended or finished a step, since 1970.',
+    );
     this.#define('batch_running', 'gauge', '1 while the batch runs, 0 when it has ended.');
     this.#define('build_info', 'gauge', 'Always 1; the version is a label.');
     for (const name of ['read_bytes_total', 'written_bytes_total', 'retries_total', 'gate_failures_total']) this.add(name, {}, 0); // prettier-ignore
@@ -77,11 +81,16 @@ export class Metrics {
     values.set(key, Math.max(values.get(key) ?? value, value));
   }
 
+  /** Something went on. */
+  changed(): void {
+    this.set('batch_last_change_time_seconds', {}, Date.now() / 1000);
+  }
+
   /** All states, also those of no job: a query must not meet gaps. */
   setStates(states: Iterable<JobState>): void {
     const all = [...states];
     for (const state of jobStates) this.set('jobs', { state }, all.filter((s) => s === state).length);
-    this.set('batch_last_change_time_seconds', {}, Date.now() / 1000);
+    this.changed();
   }
 
   text(): string {
@@ -134,8 +143,11 @@ export class MetricsFile {
   }
 }
 
-/** Serves `/metrics` to this machine alone; port 0 takes a free one. Gives the server and its address. */
-export async function serveMetrics(metrics: Metrics, port: number): Promise<{ server: Server; url: string }> {
+/** Serves `/metrics`; port 0 takes a free one. Gives the server and its address. */
+export async function serveMetrics(
+  metrics: Metrics,
+  { host, port }: { readonly host: string; readonly port: number },
+): Promise<{ server: Server; url: string }> {
   const server = createServer((request, response) => {
     const path = request.url?.split('?')[0];
     if (path !== '/metrics' || (request.method !== 'GET' && request.method !== 'HEAD')) {
@@ -148,12 +160,12 @@ export async function serveMetrics(metrics: Metrics, port: number): Promise<{ se
     server.once(
       'error',
       (cause: NodeJS.ErrnoException) =>
-      refused(noResource('Metrics cannot be served', { where: `127.0.0.1:${port}`, got: cause.message, hint: 'Choose another --metrics-port; 0 takes a free one.', cause })), // prettier-ignore
+      refused(noResource('Metrics cannot be served', { where: `${host}:${port}`, got: cause.message, hint: 'Choose another --metrics-port; 0 takes a free one.', cause })), // prettier-ignore
     );
-    server.listen(port, '127.0.0.1', listening);
+    server.listen(port, host, listening);
   });
   const address = server.address();
   const chosen = typeof address === 'object' && address !== null ? address.port : port;
   server.unref();
-  return { server, url: `http://127.0.0.1:${chosen}/metrics` };
+  return { server, url: `http://${host.includes(':') ? `[${host}]` : host}:${chosen}/metrics` };
 }

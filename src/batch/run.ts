@@ -25,7 +25,7 @@ export interface BatchOptions {
   readonly keepGoing: boolean;
   readonly retries: number;
   readonly metricsFile: string | undefined;
-  readonly metricsPort: number | undefined;
+  readonly metricsAddress: { readonly host: string; readonly port: number } | undefined;
 }
 
 export interface JobReport extends JobRecord {
@@ -60,7 +60,7 @@ export async function runBatch(options: BatchOptions, log: Log, signal: AbortSig
   const state = await BatchState.open(options.workFolder);
   try {
     const metrics = new Metrics(tool.version);
-    const served = options.metricsPort === undefined ? undefined : await serveMetrics(metrics, options.metricsPort);
+    const served = options.metricsAddress && (await serveMetrics(metrics, options.metricsAddress));
     if (served) log.info(`Metrics: ${served.url}`);
     const file = options.metricsFile === undefined ? undefined : new MetricsFile(options.metricsFile, metrics);
     try {
@@ -270,11 +270,11 @@ class Run {
 
   #publish(): void {
     this.metrics.setStates([...this.#records.values()].map(({ state }) => state));
-    for (const [job, { attempts, seconds, memory }] of this.#records) {
+    for (const [name, { attempts, seconds, memory }] of this.#records) {
       if (attempts === 0) continue;
-      this.metrics.set('job_attempts', { job }, attempts);
-      this.metrics.set('job_duration_seconds', { job }, seconds);
-      if (memory !== null) this.metrics.raise('job_memory_peak_bytes', { job }, memory);
+      this.metrics.set('job_attempts', { name }, attempts);
+      this.metrics.set('job_duration_seconds', { name }, seconds);
+      if (memory !== null) this.metrics.raise('job_memory_peak_bytes', { name }, memory);
     }
     this.file?.touch();
   }

@@ -32,7 +32,8 @@ const options = {
   work: text({ value: 'folder', defaultNote: '<name of the file>.batch in the output root', help: 'Where state, logs, results and events are kept.' }), // prettier-ignore
   reporter: choice(['text', 'github', 'junit'], { default: 'text', help: 'What stdout gets: a table, annotations of GitHub Actions, or JUnit XML.' }), // prettier-ignore
   metricsFile: text({ value: 'file.prom', section: 'Metrics:', help: 'Keep metrics in this file, for node_exporter’s textfile collector.' }), // prettier-ignore
-  metricsPort: integer({ min: 0, max: 65535, section: 'Metrics:', help: 'Serve /metrics to Prometheus on this machine (127.0.0.1); 0: a free port.' }), // prettier-ignore
+  metricsPort: integer({ min: 0, max: 65535, section: 'Metrics:', help: 'Serve /metrics to Prometheus; 0: a free port.' }), // prettier-ignore
+  metricsHost: text({ default: '127.0.0.1', value: 'address', section: 'Metrics:', help: 'Where /metrics is served; 0.0.0.0 for all, unprotected.' }), // prettier-ignore
 } as const;
 
 type Registry = Readonly<Record<string, { readonly load: () => Promise<{ readonly command: Command }> }>>;
@@ -80,8 +81,9 @@ export const batch = (registry: Registry): Command =>
         return showPlan(await planBatch({ ...common, commands, records, folder: outputRoot }, io.log, io.signal), io);
       }
       const { failureOf, runBatch } = await import('../batch/run.js');
-      const { keepGoing, retries, metricsFile, metricsPort } = given;
-      const report = await runBatch({ ...common, workFolder, keepGoing, retries, metricsFile, metricsPort }, io.log, io.signal); // prettier-ignore
+      const { keepGoing, retries, metricsFile, metricsHost: host, metricsPort: port } = given;
+      const metricsAddress = port === undefined ? undefined : { host, port };
+      const report = await runBatch({ ...common, workFolder, keepGoing, retries, metricsFile, metricsAddress }, io.log, io.signal); // prettier-ignore
       const failure = failureOf(report);
       return {
         data: { file: given.file, ...report },

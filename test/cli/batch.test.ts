@@ -90,12 +90,12 @@ jobs:
     expect(stdout).toMatch(/name="killed" time="[\d.]+" \/>/);
 
     const metrics = readFileSync(join(folder, 'batch.prom'), 'utf8');
-    for (const line of ['jobs{state="done"} 8', 'jobs{state="failed"} 1', 'jobs{state="gate"} 1', 'jobs{state="skipped"} 2', 'jobs{state="running"} 0', 'retries_total 1', 'gate_failures_total 1', 'job_attempts{job="killed"} 2', 'batch_running 0']) {
+    for (const line of ['jobs{state="done"} 8', 'jobs{state="failed"} 1', 'jobs{state="gate"} 1', 'jobs{state="skipped"} 2', 'jobs{state="running"} 0', 'retries_total 1', 'gate_failures_total 1', 'job_attempts{name="killed"} 2', 'batch_running 0']) {
       expect(metrics).toContain(`\ndeepseek_convert_${line}\n`);
     } // prettier-ignore
     // Blocks count once, though two workers did them.
     expect(metrics).toContain('\ndeepseek_convert_steps_total{stage="quantize"} 4\n');
-    expect(metrics).toMatch(/\ndeepseek_convert_quantization_error_ratio\{job="killed"\} 0\.00\d+\n/);
+    expect(metrics).toMatch(/\ndeepseek_convert_quantization_error_ratio\{name="killed"\} 0\.00\d+\n/);
     for (const line of metrics.trim().split('\n')) {
       expect(line).toMatch(
         /^(# (HELP|TYPE) deepseek_convert_\w+ .+|deepseek_convert_\w+(\{\w+="[^"]*"\})? [\d.e+-]+)$/,

@@ -3,45 +3,61 @@ import { stringify } from 'yaml';
 /** What an engine calls the things to watch. `undefined`: it does not say. */
 interface Metrics {
   readonly port: number;
-  readonly path: string;
   /** Finished requests a second. */
-  readonly qps: string;
+  readonly qps: string | undefined;
+  /** Generated tokens a second. */
+  readonly tokens: string;
   /** 99th percentile of a request's seconds. */
   readonly p99: string | undefined;
   /** Share of requests that fail. */
   readonly errors: string | undefined;
 }
 
-const rate = (metric: string): string => `sum(rate(${metric}[5m]))`;
-const quantile = (bucket: string): string => `histogram_quantile(0.99, sum by (le) (rate(${bucket}[5m])))`;
-const share = (bad: string, all: string): string => `${rate(bad)} / clamp_min(${rate(all)}, 1e-9)`;
+const rate = (metric: string, job: string, more = ''): string => `sum(rate(${metric}{job="${job}"${more}}[5m]))`;
+const p99 = (histogram: string, job: string): string => `histogram_quantile(0.99, sum by (le) (rate(${histogram}_bucket{job="${job}"}[5m])))`; // prettier-ignore
+const share = (bad: string, all: string): string => `${bad} / clamp_min(${all}, 1e-9)`;
 
+/**
+ * Names of metrics as they stand in:
+ * - vllm-project/vllm: vllm/v1/metrics/loggers.py (the client library adds `_total` to counters), and
+ *   vllm/entrypoints/serve/instrumentator/metrics.py (prometheus-fastapi-instrumentator with its defaults:
+ *   http_requests_total by handler, method and status 2xx ... 5xx);
+ * - sgl-project/sglang: TokenizerMetricsCollector of python/sglang/srt/metrics/collector.py (with --enable-metrics);
+ * - triton-inference-server: docs/user_guide/metrics.md of server; src/utils/metrics.py of vllm_backend, which reports
+ *   only with REPORT_CUSTOM_METRICS in config.pbtxt (its README, "Triton Metrics");
+ * - ggml-org/llama.cpp: tools/server/README.md, GET /metrics (with --metrics). It counts calls of llama_decode, a step
+ *   of all slots, but no requests.
+ * - NVIDIA/dcgm-exporter: etc/default-counters.csv (DCGM_FI_DEV_FB_USED in MiB, port 9400).
+ */
 const known: Readonly<Record<string, Metrics>> = {
   vllm: {
     port: 8000,
-    path: '/metrics',
-    qps: rate('vllm:request_success_total'),
-    p99: quantile('vllm:e2e_request_latency_seconds_bucket'),
-    errors: share('http_requests_total{job="vllm",status=~"5.."}', 'http_requests_total{job="vllm"}'),
+    qps: rate('vllm:request_success_total', 'vllm'),
+    tokens: rate('vllm:generation_tokens_total', 'vllm'),
+    p99: p99('vllm:e2e_request_latency_seconds', 'vllm'),
+    errors: share(rate('http_requests_total', 'vllm', ',status="5xx"'), rate('http_requests_total', 'vllm')),
   },
   sglang: {
     port: 30000,
-    path: '/metrics',
-    qps: rate('sglang:num_requests_total'),
-    p99: quantile('sglang:e2e_request_latency_seconds_bucket'),
-    errors: share('sglang:num_aborted_requests_total', 'sglang:num_requests_total'),
+    qps: rate('sglang:num_requests_total', 'sglang'),
+    tokens: rate('sglang:generation_tokens_total', 'sglang'),
+    p99: p99('sglang:e2e_request_latency_seconds', 'sglang'),
+    errors: share(rate('sglang:num_aborted_requests_total', 'sglang'), rate('sglang:num_requests_total', 'sglang')),
   },
   triton: {
     port: 8002,
-    path: '/metrics',
-    qps: rate('nv_inference_request_success'),
-    p99: quantile('vllm:e2e_request_latency_seconds_bucket{job="triton"}'),
-    errors: `${rate('nv_inference_request_failure')} / clamp_min(${rate('nv_inference_request_success')} + ${rate('nv_inference_request_failure')}, 1e-9)`,
+    qps: rate('nv_inference_request_success', 'triton'),
+    tokens: rate('vllm:generation_tokens_total', 'triton'),
+    p99: p99('vllm:e2e_request_latency_seconds', 'triton'),
+    errors: share(
+      rate('nv_inference_request_failure', 'triton'),
+      `(${rate('nv_inference_request_success', 'triton')} + ${rate('nv_inference_request_failure', 'triton')})`,
+    ),
   },
   'llama.cpp': {
     port: 8080,
-    path: '/metrics',
-    qps: rate('llamacpp:n_decode_total'),
+    qps: undefined,
+    tokens: rate('llamacpp:tokens_predicted_total', 'llama.cpp'),
     p99: undefined,
     errors: undefined,
   },
@@ -59,7 +75,6 @@ export function prometheus(engines: readonly string[]): Map<string, string> {
     scrape_configs: [
       ...chosen.map((name) => ({
         job_name: name,
-        metrics_path: known[name]!.path,
         static_configs: [{ targets: [`localhost:${known[name]!.port}`] }],
       })),
       { job_name: 'dcgm', static_configs: [{ targets: ['localhost:9400'] }] },
@@ -67,17 +82,17 @@ export function prometheus(engines: readonly string[]): Map<string, string> {
   };
   const silent: string[] = [];
   const rules = chosen.flatMap((name) => {
-    const { qps, p99, errors } = known[name]!;
-    const labels = { engine: name };
-    const optional = (record: string, expr: string | undefined, what: string) => {
-      if (expr !== undefined) return [{ record, expr, labels }];
+    const { qps, tokens, p99, errors } = known[name]!;
+    const rule = (record: string, expr: string | undefined, what: string) => {
+      if (expr !== undefined) return [{ record, expr, labels: { engine: name } }];
       silent.push(`# warning: ${name} exports no ${what}`);
       return [];
     };
     return [
-      { record: 'llm:qps', expr: qps, labels },
-      ...optional('llm:latency_seconds:p99', p99, 'request latencies'),
-      ...optional('llm:error_rate', errors, 'count of failed requests'),
+      ...rule('llm:qps', qps, 'count of requests'),
+      ...rule('llm:tokens_per_second', tokens, 'count of tokens'),
+      ...rule('llm:latency_seconds:p99', p99, 'request latencies'),
+      ...rule('llm:error_rate', errors, 'count of failed requests'),
     ];
   });
   const groups = { groups: [{ name: 'llm', rules: [...rules, { record: 'llm:gpu_memory_bytes', expr: gpuMemory }] }] };
@@ -91,6 +106,7 @@ export function prometheus(engines: readonly string[]): Map<string, string> {
 function dashboard(): object {
   const panels: [title: string, expr: string, unit: string, legend: string][] = [
     ['Requests a second', 'llm:qps', 'reqps', '{{engine}}'],
+    ['Tokens a second', 'llm:tokens_per_second', 'short', '{{engine}}'],
     ['Latency, 99th percentile', 'llm:latency_seconds:p99', 's', '{{engine}}'],
     ['GPU memory', 'llm:gpu_memory_bytes', 'bytes', 'GPU {{gpu}}'],
     ['Error rate', 'llm:error_rate', 'percentunit', '{{engine}}'],

@@ -71,6 +71,8 @@ export function triton(model: Deployed): Map<string, string> {
     '        { name: "sampling_parameters" data_type: TYPE_STRING dims: [ 1 ] optional: true } ]',
     'output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] } ]',
     'instance_group [ { count: 1 kind: KIND_MODEL } ]',
+    "# vLLM's own metrics (latencies, tokens) appear on Triton's port with this alone.",
+    'parameters: { key: "REPORT_CUSTOM_METRICS" value: { string_value: "true" } }',
     '',
   ].join('\n');
   const engine = {

@@ -74,9 +74,18 @@ test('deployment files say what engines cannot do', () => {
   expect(scrape.scrape_configs.map(({ job_name }) => job_name)).toEqual(['vllm', 'sglang', 'triton', 'dcgm']);
   const rules = parse(files.get('prometheus-rules.yml')!) as { groups: { rules: { record: string }[] }[] };
   const records = new Set(rules.groups[0]!.rules.map(({ record }) => record));
-  expect([...records].sort()).toEqual(['llm:error_rate', 'llm:gpu_memory_bytes', 'llm:latency_seconds:p99', 'llm:qps']);
+  expect([...records].sort()).toEqual([
+    'llm:error_rate',
+    'llm:gpu_memory_bytes',
+    'llm:latency_seconds:p99',
+    'llm:qps',
+    'llm:tokens_per_second',
+  ]);
   expect(deployment(['llama.cpp'], 'gptq', model).size).toBe(0);
   expect(deployment(['llama.cpp', 'prometheus'], 'gguf', model).get('prometheus-rules.yml')).toContain('# warning: llama.cpp exports no request latencies'); // prettier-ignore
+  // llama_decode is a step of all slots: it counts no requests.
+  expect(deployment(['llama.cpp', 'prometheus'], 'gguf', model).get('prometheus-rules.yml')).not.toMatch(/n_decode|llm:qps/); // prettier-ignore
+  expect(files.get('triton-config.pbtxt')).toContain('key: "REPORT_CUSTOM_METRICS" value: { string_value: "true" }');
 });
 
 test('mixtures choose types as llama.cpp does for a model of 32 layers', () => {
