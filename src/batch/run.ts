@@ -9,7 +9,7 @@ import { Meter } from './meter.js';
 import { Metrics, MetricsFile, serveMetrics } from './metrics.js';
 import { argumentsOf, BatchState, fingerprintOf, isDone, newRecord, wasFinished, type JobRecord } from './state.js';
 import type { Job, JobState } from './types.js';
-import { shellCode, Worker, type Outcome } from './worker.js';
+import { patience, shellCode, Worker, worthRetrying, type Outcome } from './worker.js';
 
 export interface BatchOptions {
   readonly jobs: readonly Job[];
@@ -44,12 +44,6 @@ export interface BatchReport {
   readonly retries: number;
   readonly interrupted: boolean;
 }
-
-/** Failures that another try can mend: a crash, a lack of resources, a bug, a worker that was told to stop. */
-const worthRetrying = ({ exitCode }: Outcome): boolean => exitCode === null || [4, 70, 75].includes(exitCode) || exitCode > 128; // prettier-ignore
-
-/** Seconds before try n + 1 when resources lacked: others may give some back. */
-const patience = (attempt: number): number => Math.min(60, 2 ** attempt);
 
 /**
  * Runs jobs, each in a process of its own, in an order that their needs allow. What an earlier run finished is left

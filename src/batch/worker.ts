@@ -122,6 +122,12 @@ export class Worker {
   }
 }
 
+/** Failures that another try can mend: a crash, a lack of resources, a bug, a worker that was told to stop. */
+export const worthRetrying = ({ exitCode }: Outcome): boolean => exitCode === null || [4, 70, 75].includes(exitCode) || exitCode > 128; // prettier-ignore
+
+/** Seconds before try n + 1 when resources lacked: others may give some back. */
+export const patience = (attempt: number): number => Math.min(60, 2 ** attempt);
+
 /** Exit code as shells give it: 137 for SIGKILL. */
 export const shellCode = ({ exitCode, signal }: Pick<Outcome, 'exitCode' | 'signal'>): number =>
   exitCode ?? 128 + (signal === null ? 0 : constants.signals[signal]);
