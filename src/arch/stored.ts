@@ -42,16 +42,13 @@ export function storedWeights(
       files: [...new Set(parts.map((part) => part.span.path))],
     });
   }
+  let files: readonly string[] = [];
   for (const entry of tensors.values()) {
     if (consumed.has(entry.name)) continue;
+    const { name, span } = entry;
+    if (files[0] !== span.path) files = [span.path]; // shared by a file's tensors: there may be 100,000
     for (const piece of unfused(entry)) {
-      weights.set(piece.name, {
-        name: piece.name,
-        shape: piece.shape,
-        entry: piece,
-        sources: [entry.name],
-        files: [entry.span.path],
-      });
+      weights.set(piece.name, { name: piece.name, shape: piece.shape, entry: piece, sources: [name], files });
     }
   }
   return weights;
@@ -62,9 +59,10 @@ export function storedWeights(
  * entry an expert and projection; any other tensor as it is.
  */
 function unfused(entry: TensorEntry): TensorEntry[] {
+  if (entry.shape.length !== 3) return [entry];
   const match = /^(.*\.experts)\.(gate_up_proj|down_proj)$/.exec(entry.name);
   const { shape, span } = entry;
-  if (!match || shape.length !== 3 || entry.strides || !['plain', 'ggml'].includes(entry.encoding.kind)) return [entry];
+  if (!match || entry.strides || !['plain', 'ggml'].includes(entry.encoding.kind)) return [entry];
   const [, prefix, kind] = match;
   const [experts, rows] = shape as [number, number, number];
   const names = kind === 'down_proj' ? ['down_proj'] : ['gate_proj', 'up_proj'];

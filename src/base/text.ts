@@ -1,5 +1,5 @@
 /** `1234567` -> `1,234,567`. */
-export const count = (n: number): string => n.toLocaleString('en-US');
+export const count = (n: number): string => String(n).replace(/\B(?=(\d{3})+$)/g, ',');
 
 /** `6_120_000` -> `6.12 M`: parameters and tokens. */
 export function short(n: number): string {
@@ -33,6 +33,28 @@ export function columns(rows: readonly (readonly string[])[], align: string): st
         .trimEnd(),
     )
     .join('\n');
+}
+
+/** Names and values below each other; values longer than the terminal go on below their beginning. */
+export function factRows(rows: readonly (readonly [name: string, value: string])[], width: number): string {
+  const indent = Math.max(0, ...rows.map(([name]) => displayWidth(name))) + 2;
+  const wrapped = rows.flatMap(([name, value]) => wrap(value, Math.max(20, width - indent)).map((line, i) => [i === 0 ? name : '', line])); // prettier-ignore
+  return columns(wrapped, 'll');
+}
+
+/** Lines of at most `width` columns, broken at spaces; longer words stand alone. */
+export function wrap(text: string, width: number): string[] {
+  const lines: string[] = [];
+  let line = '';
+  for (const word of text.split(' ')) {
+    if (line !== '' && displayWidth(line) + 1 + displayWidth(word) > width) {
+      lines.push(line);
+      line = word;
+    } else {
+      line = line === '' ? word : `${line} ${word}`;
+    }
+  }
+  return [...lines, line];
 }
 
 /** Colours take no room on the screen. */

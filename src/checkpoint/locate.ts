@@ -143,8 +143,7 @@ async function locateIndex(folder: string, indexName: string): Promise<Located> 
     }
     files.set(name, file);
   }
-  const named = new Map([...weightMap].map(([tensor, name]) => [tensor, files.get(name)!]));
-  return { folder, file: undefined, files: [...files.values()].sort(), weightMap: named, notes: [] };
+  return { folder, file: undefined, files: [...files.values()].sort(), weightMap, notes: [] };
 }
 
 /** The folder, and the blobs folder that the Hugging Face cache's snapshots link to. */

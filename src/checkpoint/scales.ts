@@ -3,11 +3,10 @@ import { encodingName } from '../formats/ggml.js';
 import type { Encoding, TensorEntry } from '../formats/types.js';
 import { isJsonObject } from '../formats/json.js';
 
-/** Names of a weight's scale: DeepSeek-V3 in Hugging Face form, and DeepSeek's own. */
-const scaleNames = (weight: string): string[] => {
-  const stem = weight.slice(0, -'.weight'.length);
-  return [`${stem}.weight_scale_inv`, `${stem}.scale`];
-};
+/** Name of a weight's scale in DeepSeek's own files; in Hugging Face form it is the weight's with `_scale_inv`. */
+const deepseekScale = (weight: string): string => `${weight.slice(0, -'.weight'.length)}.scale`;
+
+const suffix = '.weight_scale_inv';
 
 type Scaled = Extract<Encoding, { kind: 'scaled' }>;
 
@@ -22,24 +21,34 @@ export function joinScales(
   config: Readonly<Record<string, unknown>>,
 ): Map<string, TensorEntry> {
   const block = configBlock(config);
-  const joined = new Map(tensors);
+  const listed = [...tensors.values()].filter(({ name }) => name.endsWith(suffix));
+  const [joined, native] = [new Map<string, TensorEntry>(), new Set<string>()];
+  let used = 0;
   for (const [name, entry] of tensors) {
-    if (!name.endsWith('.weight') || entry.shape.length !== 2) continue;
+    if (name.endsWith(suffix)) continue;
+    joined.set(name, entry);
+    if (entry.shape.length !== 2) continue;
     const isFp8 = entry.encoding.kind === 'plain' && entry.encoding.dtype === 'f8_e4m3';
-    if (!isFp8 && !mayBeFp4(entry)) continue;
-    const scale = scaleNames(name).map((other) => tensors.get(other)).find((other) => other !== undefined); // prettier-ignore
+    if ((!isFp8 && !mayBeFp4(entry)) || !name.endsWith('.weight')) continue;
+    // Scales are mostly listed in the order of their weights: of 45,000 few need to be looked up.
+    const next = listed[used];
+    const inOrder = next?.name.length === name.length + '_scale_inv'.length && next.name.startsWith(name);
+    const scale = inOrder ? next : (tensors.get(`${name}_scale_inv`) ?? tensors.get(deepseekScale(name)));
     if (scale === undefined) {
-      if (isFp8 && block !== undefined) throw missing(entry, 'scale', scaleNames(name).join(' or '));
+      if (isFp8 && block !== undefined) throw missing(entry, 'scale', `${name}_scale_inv or ${deepseekScale(name)}`);
       continue;
     }
     const encoding = isFp8 ? fp8(entry, scale, block ?? [128, 128]) : fp4(entry, scale);
     if (encoding === undefined) continue;
     joined.set(name, { ...entry, encoding, shape: logicalShape(entry, encoding) });
-    joined.delete(scale.name);
+    if (scale.name.endsWith(suffix)) used++;
+    else native.add(scale.name);
   }
-  for (const [name, entry] of joined) {
-    if (name.endsWith('.weight_scale_inv')) throw missing(entry, 'weight', name.replace(/_scale_inv$/, ''));
+  if (used < listed.length) {
+    const alone = listed.find(({ name }) => joined.get(name.replace(/_scale_inv$/, ''))?.encoding.kind !== 'scaled')!;
+    throw missing(alone, 'weight', alone.name.replace(/_scale_inv$/, ''));
   }
+  for (const name of native) joined.delete(name);
   return joined;
 }
 
@@ -106,7 +115,7 @@ function requireShape(
   block: readonly [number, number],
 ): void {
   const [rows, columns] = scale.shape;
-  const expected = shape.map((size, d) => Math.ceil(size / block[d]!));
+  const expected = [Math.ceil(shape[0]! / block[0]), Math.ceil(shape[1]! / block[1])];
   if (scale.shape.length === 2 && rows === expected[0] && columns === expected[1]) return;
   throw badInput('A scale does not fit its weight', {
     where: `${scale.span.path}, tensor ${JSON.stringify(scale.name)}`,

@@ -1,5 +1,6 @@
 import { badInput } from '../base/errors.js';
 import { decodeUtf8, isJsonObject, parseJson, tryJson } from '../formats/json.js';
+import { Cursor } from '../formats/usual-json.js';
 import { OpenFile } from '../formats/source.js';
 
 const isPlainName = (name: string): boolean => name !== '' && name !== '.' && name !== '..' && !/[/\\\0]/.test(name);
@@ -33,7 +34,6 @@ export function parseIndex(bytes: Buffer, path: string): Map<string, string> {
   return result;
 }
 
-const entryPattern = /\s*"([^"\\\u0000-\u001f]+)"\s*:\s*"([^"\\\u0000-\u001f]+)"\s*([,}])/y;
 /** Stands for the map while the rest of the index is read. */
 const placeholder = '(weight_map)';
 
@@ -47,16 +47,26 @@ function readUsual(bytes: Buffer, path: string): Map<string, string> | undefined
   if (text === undefined || !start || text.includes(placeholder)) return undefined;
   const from = start.index + start[0].length;
   const map = new Map<string, string>();
-  const known = new Set<string>();
-  for (entryPattern.lastIndex = from; ;) {
-    const [, tensor, name, next] = entryPattern.exec(text) ?? [];
+  const known = new Map<string, string>();
+  const cursor = new Cursor(text, from);
+  for (let more = true; more;) {
+    cursor.skipSpace();
+    const tensor = cursor.string();
     if (tensor === undefined || map.has(tensor)) return undefined;
-    if (!known.has(name!) && !isPlainName(name!)) return undefined;
-    known.add(name!);
-    map.set(tensor, name!);
-    if (next === '}') break;
+    cursor.skipSpace();
+    if (!cursor.pass(':')) return undefined;
+    cursor.skipSpace();
+    const name = cursor.string();
+    if (name === undefined) return undefined;
+    const shared = known.get(name); // one string for all tensors of a file
+    if (shared === undefined && !isPlainName(name)) return undefined;
+    if (shared === undefined) known.set(name, name);
+    map.set(tensor, shared ?? name);
+    cursor.skipSpace();
+    more = cursor.pass(',');
   }
-  const rest = `${text.slice(0, from - 1)}"${placeholder}"${text.slice(entryPattern.lastIndex)}`;
+  if (!cursor.pass('}')) return undefined;
+  const rest = `${text.slice(0, from - 1)}"${placeholder}"${text.slice(cursor.at)}`;
   if (rest.length > 65_536) return undefined;
   const index = tryJson(rest, { where: path, lenient: true });
   return isJsonObject(index) && index['weight_map'] === placeholder ? map : undefined;

@@ -37,19 +37,18 @@ const quantizable = ({ role }: LinearSpec): boolean => role !== 'router' && role
 /** `stored`: what the checkpoint holds, by the names that architectures use. */
 export function summarize(model: Model, stored: ReadonlyMap<string, StoredWeight>): ModelSummary {
   const specs = [...model.outer, ...model.blocks.flatMap((block) => block.tensors)];
-  const known = new Set(specs.map(({ name }) => name));
-  const present = specs.filter((spec) => spec.optional !== true || stored.has(spec.name));
-  const total = sum(present.filter(({ below }) => below === undefined).map(({ shape }) => elementCount(shape)));
+  const { total, others, problems } = compare(specs, stored);
+  const [carried, unknown] = [others.filter((name) => isCarried(model, name)), others.filter((name) => !isCarried(model, name))]; // prettier-ignore
+  tell(problems, unknown, 'Tensors that the architecture does not know');
   const cached = 2 * sum(model.blocks.map(({ attention }) => attention.cached?.(model.context) ?? 0));
   let sleeping = 0;
   let int4 = 2 * total;
-  for (const block of model.blocks) {
-    const linears = block.linears.flat();
-    const inExperts = sum(linears.filter(({ role }) => role === 'expert').map(weights));
-    if (block.moe) sleeping += inExperts * (1 - block.moe.active / block.moe.experts);
-    for (const linear of linears.filter(quantizable)) {
-      const groups = Math.ceil(linear.inFeatures / 128);
-      int4 += linear.outFeatures * groups * (64 + 2) - 2 * weights(linear);
+  for (const { moe, linears } of model.blocks) {
+    const idle = moe ? 1 - moe.active / moe.experts : 0;
+    for (const linear of linears.flat()) {
+      const weights = linear.inFeatures * linear.outFeatures;
+      if (linear.role === 'expert') sleeping += weights * idle;
+      if (quantizable(linear)) int4 += linear.outFeatures * Math.ceil(linear.inFeatures / 128) * (64 + 2) - 2 * weights;
     }
   }
   const first = model.blocks.find((block) => block.moe)?.moe;
@@ -63,35 +62,54 @@ export function summarize(model: Model, stored: ReadonlyMap<string, StoredWeight
       width: first.width,
       layers: model.blocks.filter((block) => block.moe).map((block) => block.index),
     },
-    carried: [...stored.keys()].filter((name) => !known.has(name) && isCarried(model, name)),
-    problems: compare(specs, stored, model),
+    carried,
+    problems,
   };
 }
 
 const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
-const weights = ({ inFeatures, outFeatures }: LinearSpec): number => inFeatures * outFeatures;
 
-function compare(specs: readonly TensorSpec[], stored: ReadonlyMap<string, StoredWeight>, model: Model): string[] {
-  const problems: string[] = [];
-  const tell = (names: readonly string[], what: string) => {
-    if (names.length === 0) return;
-    const more = names.length > 3 ? ` and ${names.length - 3} more` : '';
-    problems.push(`${what}: ${names.slice(0, 3).join(', ')}${more}.`);
-  };
-  const missing = specs.filter((spec) => spec.optional !== true && !stored.has(spec.name));
-  tell(missing.map(({ name }) => name), 'The architecture expects tensors that are not there'); // prettier-ignore
-  const otherShape = specs.flatMap(({ name, shape }) => {
+interface Comparison {
+  /** Parameters that are there, or must be. */
+  readonly total: number;
+  /** Names of tensors that no layer computes with. */
+  readonly others: readonly string[];
+  readonly problems: string[];
+}
+
+/** In one pass: there may be 100,000 tensors. */
+function compare(specs: readonly TensorSpec[], stored: ReadonlyMap<string, StoredWeight>): Comparison {
+  const [missing, otherShape]: string[][] = [[], []];
+  let [total, found] = [0, 0];
+  for (const { name, shape, optional, below } of specs) {
     const own = stored.get(name);
+    if (own !== undefined || optional !== true) total += below === undefined ? elementCount(shape) : 0;
+    if (own === undefined) {
+      if (optional !== true) missing!.push(name);
+      continue;
+    }
+    found++;
     // Quantized layouts round widths up.
-    return own !== undefined && own.linear === undefined && own.shape.join() !== shape.join()
-      ? [`${name} [${own.shape.join(', ')}], expected [${shape.join(', ')}]`]
-      : [];
-  });
-  tell(otherShape, 'Shapes differ from the config');
-  const known = new Set(specs.map(({ name }) => name));
-  const unknown = [...stored.keys()].filter((name) => !known.has(name) && !isCarried(model, name));
-  tell(unknown, 'Tensors that the architecture does not know');
-  return problems;
+    if (
+      own.linear === undefined &&
+      !(own.shape.length === shape.length && shape.every((size, i) => size === own.shape[i]))
+    ) {
+      // prettier-ignore
+      otherShape!.push(`${name} [${own.shape.join(', ')}], expected [${shape.join(', ')}]`);
+    }
+  }
+  const known = new Set(found === stored.size ? [] : specs.map(({ name }) => name));
+  const others = found === stored.size ? [] : [...stored.keys()].filter((name) => !known.has(name));
+  const problems: string[] = [];
+  tell(problems, missing!, 'The architecture expects tensors that are not there');
+  tell(problems, otherShape!, 'Shapes differ from the config');
+  return { total, others, problems };
+}
+
+function tell(problems: string[], names: readonly string[], what: string): void {
+  if (names.length === 0) return;
+  const more = names.length > 3 ? ` and ${names.length - 3} more` : '';
+  problems.push(`${what}: ${names.slice(0, 3).join(', ')}${more}.`);
 }
 
 /** `bf16`, `q4_k`, `f8_e4m3 x 128x128 scales`: for tables. */

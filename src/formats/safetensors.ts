@@ -5,6 +5,7 @@ import type { JsonObject, JsonValue } from './json.js';
 import { hashHeaders, safeU64 } from './source.js';
 import type { RandomAccess } from './source.js';
 import type { Encoding, ParsedFile, TensorEntry } from './types.js';
+import { Cursor } from './usual-json.js';
 
 /** As in the reference implementation. */
 const maxHeader = 100_000_000;
@@ -77,12 +78,6 @@ export function readSafetensors(source: RandomAccess): SafetensorsFile {
 type Listing = Pick<SafetensorsFile, 'tensors' | 'metadata'>;
 
 const metadataPattern = /\{(?:"__metadata__":(\{(?:"[^"\\]*":"[^"\\]*",?)*\})(?:,(?=")|(?=\})))?/y;
-const count = '(?:0|[1-9]\\d{0,14})';
-const entryPattern = new RegExp(
-  `"([^"\\\\\\u0000-\\u001f]+)":\\{"dtype":"(\\w+)","shape":\\[((?:${count}(?:,(?=\\d)|(?=\\])))*)\\],"data_offsets":\\[(${count}),(${count})\\]\\}([,}])`,
-  'y',
-);
-
 /**
  * A header in the form that the libraries write, without building objects of it: a model of 90,000 tensors opens in
  * half the time. Undefined when anything in it is otherwise; then the header is read as any JSON.
@@ -95,16 +90,22 @@ function readUsual(bytes: Buffer, path: string, dataStart: number): Listing | un
   if (start === null) return undefined;
   const listed = start[1] === undefined ? null : tryJson(start[1], { where: path });
   if (listed === undefined) return undefined;
-  const tensors = new Map<string, TensorEntry>();
-  for (let at = metadataPattern.lastIndex; ; at = entryPattern.lastIndex) {
-    entryPattern.lastIndex = at;
-    const [, name, type, dims, begin, end, next] = entryPattern.exec(text) ?? [];
-    const dtype = dtypes.get(type ?? '');
-    if (name === undefined || dtype === undefined || name === '__metadata__' || tensors.has(name)) return undefined;
-    const shape = dims === '' ? [] : dims!.split(',').map(Number);
-    if (shape.length > 64) return undefined;
-    tensors.set(name, place(name, type!, dtype, shape, Number(begin), Number(end), path, dataStart));
-    if (next === '}') return /^ *$/.test(text.slice(entryPattern.lastIndex)) ? { tensors: [...tensors.values()], metadata: readMetadata(listed, path) } : undefined; // prettier-ignore
+  const tensors: TensorEntry[] = [];
+  const names = new Set<string>(['__metadata__']);
+  const cursor = new Cursor(text, metadataPattern.lastIndex);
+  for (;;) {
+    const name = cursor.string();
+    if (name === undefined || names.has(name)) return undefined;
+    names.add(name);
+    const type = cursor.pass(':{"dtype":') ? cursor.string() : undefined;
+    const dtype = type === undefined ? undefined : dtypes.get(type);
+    const shape = dtype && cursor.pass(',"shape":[') ? cursor.counts() : undefined;
+    const offsets = shape && cursor.pass(',"data_offsets":[') ? cursor.counts() : undefined;
+    if (offsets?.length !== 2 || shape!.length > 64 || !cursor.pass('}')) return undefined;
+    tensors.push(place(name, type!, dtype!, shape!, offsets[0]!, offsets[1]!, path, dataStart));
+    if (cursor.pass(',')) continue;
+    const whole = cursor.pass('}') && /^ *$/.test(text.slice(cursor.at));
+    return whole ? { tensors, metadata: readMetadata(listed, path) } : undefined;
   }
 }
 
@@ -154,7 +155,8 @@ function place(
 ): TensorEntry {
   const where = (): string => `${path}, tensor ${JSON.stringify(name)}`;
   if (begin > end) throw badInput('Bad data_offsets', { where: where(), expected: '[begin, end]', got: `[${begin},${end}]` }); // prettier-ignore
-  const bits = shape.reduce((product, dim) => times(product, dim, shape, where), dtype.bits);
+  let { bits } = dtype;
+  for (const dim of shape) bits = times(bits, dim, shape, where);
   if (bits % 8 !== 0) {
     throw badInput('The tensor ends inside a byte', {
       where: where(),
@@ -208,9 +210,10 @@ function times(product: number, dim: number, shape: readonly number[], where: ()
 
 /** The data section must be covered exactly: no hole to hide bytes in, no byte with two meanings. */
 function requireContiguous(tensors: readonly TensorEntry[], dataStart: number, size: number, path: string): void {
-  const sorted = [...tensors].sort((a, b) => a.span.offset - b.span.offset || a.span.bytes - b.span.bytes);
+  const order = (a: TensorEntry, b: TensorEntry) => a.span.offset - b.span.offset || a.span.bytes - b.span.bytes;
+  const sorted = tensors.every((tensor, i) => i === 0 || order(tensors[i - 1]!, tensor) <= 0);
   let at = dataStart;
-  for (const { name, span } of sorted) {
+  for (const { name, span } of sorted ? tensors : [...tensors].sort(order)) {
     if (span.offset !== at) {
       const what = span.offset < at ? 'Tensors overlap' : 'Hole between tensors';
       const where = `${path}, tensor ${JSON.stringify(name)}`;

@@ -1,0 +1,54 @@
+const [bracket, comma, zero, space] = [']', ',', '0', ' '].map((c) => c.charCodeAt(0)) as [number, number, number, number]; // prettier-ignore
+
+/**
+ * Reads JSON of the form that libraries write piece by piece, without building objects of it. What returns undefined
+ * is otherwise, or wrong: a whole parser decides.
+ */
+export class Cursor {
+  constructor(
+    readonly text: string,
+    public at: number,
+  ) {}
+
+  /** Whether `literal` comes next; then it is passed. */
+  pass(literal: string): boolean {
+    const found = this.text.startsWith(literal, this.at);
+    if (found) this.at += literal.length;
+    return found;
+  }
+
+  skipSpace(): void {
+    const { text } = this;
+    for (let code; (code = text.charCodeAt(this.at)) === space || code === 10 || code === 13 || code === 9;) this.at++;
+  }
+
+  /** A string that is not empty and has no escapes. */
+  string(): string | undefined {
+    const { text } = this;
+    if (!this.pass('"')) return undefined;
+    const end = text.indexOf('"', this.at);
+    const value = text.slice(this.at, end);
+    if (end < 0 || value === '' || /[\\\u0000-\u001f]/.test(value)) return undefined;
+    this.at = end + 1;
+    return value;
+  }
+
+  /** The rest of a list of counts up to its `]`, which is passed. */
+  counts(): number[] | undefined {
+    const values: number[] = [];
+    const { text } = this;
+    if (this.pass(']')) return values;
+    for (;;) {
+      const start = this.at;
+      let value = 0;
+      for (let digit; (digit = text.charCodeAt(this.at) - zero) >= 0 && digit <= 9; this.at++) value = 10 * value + digit; // prettier-ignore
+      const digits = this.at - start;
+      // 15 digits are exact; a leading zero is no JSON.
+      if (digits === 0 || digits > 15 || (digits > 1 && text.charCodeAt(start) === zero)) return undefined;
+      values.push(value);
+      const next = text.charCodeAt(this.at++);
+      if (next === bracket) return values;
+      if (next !== comma) return undefined;
+    }
+  }
+}
