@@ -88,7 +88,7 @@ async function main(): Promise<number> {
     log: run.log,
     signal: watchSignals(),
     paint: run.paintOut,
-    width,
+    width: process.stdout.isTTY ? width : Infinity,
     settings: settingsOf(command, values, from),
     commandLine: ['deepseek-convert', ...run.argv].map(shellQuote).join(' '),
   };

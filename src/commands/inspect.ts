@@ -4,11 +4,12 @@ import { ConvertError } from '../base/errors.js';
 import { elementCount } from '../base/dtype.js';
 import { formatBytes } from '../base/files.js';
 import { flag } from '../base/options.js';
-import { columns, count, short } from '../base/text.js';
+import { columns, count, factRows, short } from '../base/text.js';
 import type { StoredWeight } from '../arch/stored.js';
 import type { Model } from '../arch/types.js';
 import type { Checkpoint } from '../checkpoint/types.js';
 import { outlook, type Outlook } from './outlook.js';
+import { looks, lookOptions, type LookValues } from './inspect-look.js';
 import { inputOptions, input } from './shared.js';
 import { encodingName, summarize, type ModelSummary } from './summary.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
@@ -24,6 +25,7 @@ export const command = defineCommand({
   options: {
     ...inputOptions,
     tensors: flag({ help: 'List every tensor: name, type, shape, bytes.' }),
+    ...lookOptions,
     security: flag({
       help: 'Look for what could run code when others load the model: pickled objects, Python files, auto_map. Exit code 1 if there is.',
     }),
@@ -31,6 +33,11 @@ export const command = defineCommand({
   examples: [
     ['inspect fixtures/v1.0/v1.0_checkpoint.bin', 'What is in a PyTorch file.'],
     ['inspect fixtures/moe-6m --tensors', 'Parameters, experts, and each tensor of a folder.'],
+    ['inspect fixtures/moe-6m --tree --diagram', 'What is where and how large; the architecture as a picture.'],
+    [
+      'inspect fixtures/moe-6m --stats --html model.html',
+      'Statistics of the weights, outlier channels; all of it as a page.',
+    ],
     ['inspect fixtures/v1.0/v1.0_checkpoint.bin --security', 'Is it safe to load elsewhere?'],
   ],
   async run(given, io) {
@@ -45,9 +52,8 @@ export const command = defineCommand({
   },
 });
 
-interface Given {
-  readonly input: string;
-  readonly config?: string | undefined;
+interface Given extends LookValues {
+  readonly config: string | undefined;
   readonly tensors: boolean;
 }
 
@@ -97,15 +103,19 @@ async function report(checkpoint: Checkpoint, given: Given, io: Io): Promise<Com
     ['Tokenizer', tokenizer === undefined ? 'none' : basename(tokenizer)],
     ...(would ? outlookRows(would) : []),
   ]; // prettier-ignore
+  const look = looks(given)
+    ? await (await import('./inspect-view.js')).view({ checkpoint, model, stored: weights, types: stored, facts: rows, notes }, given, io) // prettier-ignore
+    : undefined;
   const parts = [
-    columns(
+    factRows(
       rows.map(([name, value]) => [io.paint.bold(name!), value!]),
-      'll',
+      io.width,
     ),
   ];
   if (notes.length > 0) parts.push(notes.map((note) => `${io.paint.yellow('note:')} ${note}`).join('\n'));
+  parts.push(...(look?.parts ?? []));
   if (listed) parts.push(tensorTable(checkpoint));
-  return { data, text: parts.join('\n\n') };
+  return { data: { ...data, ...look?.data }, text: parts.join('\n\n') };
 }
 
 interface Understood {
@@ -187,7 +197,7 @@ function architecture(type: string | null, name: unknown, model: Model | undefin
   return typeof name === 'string' ? `${type} (${name})${known}` : `${type}${known}`;
 }
 
-interface Stored {
+export interface Stored {
   readonly type: string;
   tensors: number;
   values: number;

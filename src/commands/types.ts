@@ -58,7 +58,7 @@ export interface Io {
   readonly signal: AbortSignal;
   /** Colours for `text`: none where stdout is no terminal, with NO_COLOR, and so on. */
   readonly paint: ChalkInstance;
-  /** Columns of the terminal, or 80. */
+  /** Columns of the terminal; Infinity where stdout is none: what goes to a program is not cut or wrapped. */
   readonly width: number;
   /** What was asked for, after defaults: goes into the output's provenance. */
   readonly settings: Settings;

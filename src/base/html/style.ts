@@ -97,6 +97,9 @@ ${heat}
 .gen{font-size:.9rem}.words{white-space:pre-wrap;overflow-wrap:anywhere}
 .gen h4{margin:.2rem 0;font-size:.78rem;color:var(--soft);font-weight:600}
 mark{background:var(--mark);color:inherit;border-radius:.15rem;padding:0 .1rem;box-decoration-break:clone;-webkit-box-decoration-break:clone}
+.picture{font-size:.8rem;line-height:1.2;margin:.5rem 0}
+.bar{display:block;height:.8rem;min-width:1px;background:var(--s0);border-radius:.15rem}td:has(>.bar){width:50%}
+.tree{font-size:.9rem}.tree details,.tree .leaf{margin:0 0 0 1rem}.tree>details{margin-left:0}.tree .leaf{padding:.1rem 0 .1rem 1rem}.tree .size{color:var(--soft);margin-left:.5rem;white-space:nowrap}
 .facts td:first-child{color:var(--soft);white-space:nowrap}
 @media (max-width:40rem){
  main{padding:.5rem .75rem 3rem}
