@@ -13,6 +13,7 @@ import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
 import { planGgufOutput, planNativeOutput } from './convert-formats.js';
 import { planOnnxOutput } from './convert-onnx.js';
+import { fusings, type Fuse } from './fuse.js';
 import type { BlockType, FormatPlan } from './convert-formats.js';
 
 export interface ConvertOptions {
@@ -27,6 +28,8 @@ export interface ConvertOptions {
   readonly imatrix?: string | undefined;
   /** A PEFT folder whose LoRA is merged into the weights. */
   readonly mergeLora?: string | undefined;
+  /** What is fused, split or folded on the way. */
+  readonly fuse?: ReadonlySet<Fuse> | undefined;
   /** DeepSeek's native layout only: the number of shards. */
   readonly modelParallel?: number | undefined;
 }
@@ -51,8 +54,6 @@ export interface ConvertPlan {
   readonly adapter?: Adapter;
   readonly config: Readonly<Record<string, unknown>>;
   readonly notes: readonly string[];
-  /** What the architecture expects of a tensor, where it is known: [N, K]. */
-  readonly shapeOf?: (name: string) => readonly [number, number];
   /** What `TensorLoader` needs. */
   readonly source: {
     readonly tensors: ReadonlyMap<string, StoredWeight>;
@@ -130,12 +131,13 @@ function planFormat(checkpoint: Checkpoint, plan: FormatPlan): ConvertPlan {
 }
 
 /** A graph that says what the architecture computes, and its weights. */
-async function planOnnx({ input, config, dtype }: ConvertOptions): Promise<ConvertPlan> {
+async function planOnnx({ input, config, dtype, fuse = new Set() }: ConvertOptions): Promise<ConvertPlan> {
   const open = await openModel(input, { config });
   try {
-    const plan = planOnnxOutput(open, dtype);
+    const plan = planOnnxOutput(open, dtype, new Set(fusings.filter((kind) => fuse.has(kind))));
     const notes = [...open.notes, ...plan.notes];
-    return { checkpoint: open.checkpoint, ...plan, notes, source: open, close: () => open.close() };
+    const source = { tensors: new Map([...open.tensors, ...plan.joined]), file: (path: string) => open.file(path) };
+    return { checkpoint: open.checkpoint, ...plan, notes, source, close: () => open.close() };
   } catch (error) {
     await open.close();
     throw error;

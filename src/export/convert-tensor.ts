@@ -2,8 +2,8 @@ import { badInput } from '../base/errors.js';
 import { dtypeSize, elementCount, type DType, type FloatDType } from '../base/dtype.js';
 import type { PlannedTensor, TensorEntry } from '../checkpoint/types.js';
 import { encodedBytes, encodingName } from '../formats/ggml.js';
-import type { Scheme } from '../layout/types.js';
 import type { Importance } from '../targets/imatrix.js';
+import type { SharedRows } from '../targets/types.js';
 
 /** What an adapter does to one weight. */
 export type Merge =
@@ -31,8 +31,8 @@ export interface PlannedConversion {
   readonly merge?: Merge;
   /** Written as [K, N]. */
   readonly transposed?: boolean;
-  /** Codes that go into another layout: which of the tensors made from the linear `of` this is. */
-  readonly repack?: { readonly of: string; readonly scheme: Scheme };
+  /** Codes that go into another layout: of one linear, or of several. */
+  readonly repack?: SharedRows;
 }
 
 const floats: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f16', 'f64', 'f8_e4m3', 'f8_e5m2']);

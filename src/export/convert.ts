@@ -1,17 +1,17 @@
 import type { ByteSource } from '../base/bytes.js';
 import { ConvertError, badInput } from '../base/errors.js';
-import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
+import { dtypeSize, elementCount } from '../base/dtype.js';
 import { Job, type Json } from '../base/job.js';
 import { tool } from '../base/version.js';
 import { stopIfAborted, type JobEnv } from '../backend/env.js';
 import { TensorLoader } from '../arch/load.js';
 import type { CheckpointWriter, TensorEntry } from '../checkpoint/types.js';
 import { createWriter } from '../checkpoint/writer.js';
-import { matMulNBitsWriter } from '../layout/matmulnbits-writer.js';
 import { cast, encode, normAdd, type EncodableName } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
 import { merged } from './merge-lora.js';
 import { Budget, piecesOf, type Piece } from './pieces.js';
+import { repacked } from './repack.js';
 import type { ConvertOptions, ConvertPlan, PlannedConversion } from './convert-plan.js';
 
 export interface ConvertRun extends ConvertOptions {
@@ -201,7 +201,7 @@ class Converter {
       cast: () => this.#streamed(tensor, counts),
       decode: () => this.#decoded(tensor, counts),
       encode: () => this.#encoded(tensor, finite),
-      repack: () => this.#repacked(tensor),
+      repack: () => repacked(tensor, this.plan, device),
     }[tensor.action]();
     await this.writer.write(tensor.name, source);
     const [saturated, nonFinite] = new BigInt64Array((await counts.bytesOut()).buffer);
@@ -349,27 +349,6 @@ class Converter {
         await Promise.all(pieces.map((piece) => this.#budget.within(cost(piece), () => one(piece))));
         if (failure) throw failure.error;
         stopIfAborted(this.env, this.run.resumeHint);
-      },
-    };
-  }
-
-  /** The codes of a quantized linear in MatMulNBits' arrangement. */
-  #repacked({ name, repack, writes, output }: PlannedConversion): ByteSource {
-    return {
-      byteLength: writes,
-      writeTo: async (fd, position) => {
-        using scope = new Scope(this.env.device);
-        const { of, scheme } = repack!;
-        const { linear } = this.plan.source.tensors.get(`${of}.weight`)!;
-        const [outFeatures, inFeatures] = this.plan.shapeOf!(`${of}.weight`);
-        const raw = (entry: TensorEntry, dtype: DType) => this.#loader.raw(scope, entry, dtype);
-        const values = await linear!.read(scope, raw, outFeatures, inFeatures);
-        const dtype = output.dtype === 'f16' ? 'f16' : 'f32';
-        const tensors = matMulNBitsWriter.store(scope, { name: of, outFeatures, inFeatures }, scheme, values, dtype);
-        await tensors
-          .find((tensor) => tensor.name === name)!
-          .tensor.source()
-          .writeTo(fd, position);
       },
     };
   }

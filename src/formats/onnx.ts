@@ -16,6 +16,7 @@ export interface OnnxNode {
   readonly domain: string;
   readonly name: string;
   readonly inputs: readonly string[];
+  readonly outputs: readonly string[];
   /** Integer attributes (transB, bits, block_size, K, N ...). */
   readonly integers: ReadonlyMap<string, number>;
 }
@@ -122,14 +123,16 @@ const bad = (proto: Protobuf, { start }: Field, what: string): ConvertError =>
 function readNode(proto: Protobuf, field: Field, headers: Hash): OnnxNode {
   if (field.end - field.start > limits.nodeBytes) {
     // A constant's value lies inside of its node; it is no weight.
-    return { op: 'Constant', domain: '', name: '', inputs: [], integers: noIntegers };
+    return { op: 'Constant', domain: '', name: '', inputs: [], outputs: [], integers: noIntegers };
   }
   headers.update(proto.bytes(field));
   let [op, domain, name] = ['', '', ''];
   const inputs: string[] = [];
+  const outputs: string[] = [];
   let integers: Map<string, number> | undefined;
   for (const part of fieldsOf(proto, field.start, field.end)) {
     if (part.number === 1) inputs.push(text(proto, part));
+    else if (part.number === 2) outputs.push(text(proto, part));
     else if (part.number === 3) name = text(proto, part);
     else if (part.number === 4) op = text(proto, part);
     else if (part.number === 7) domain = text(proto, part);
@@ -141,7 +144,7 @@ function readNode(proto: Protobuf, field: Field, headers: Hash): OnnxNode {
       integers.set(key, value);
     }
   }
-  return { op, domain, name, inputs, integers: integers ?? noIntegers };
+  return { op, domain, name, inputs, outputs, integers: integers ?? noIntegers };
 }
 
 /** Name and integer value of an attribute; other kinds of values do not matter here. */

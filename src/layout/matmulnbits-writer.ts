@@ -1,3 +1,4 @@
+import { dtypeSize } from '../base/dtype.js';
 import { cast, copyInto, pack } from '../tensor/ops.js';
 import { Tensor, type Scope } from '../tensor/tensor.js';
 import type { LinearShape, QuantizedLinear, Scheme, StoredTensor } from './types.js';
@@ -28,8 +29,13 @@ export const matMulNBitsWriter = {
     }
     return undefined;
   },
-  plan({ name, inFeatures: k, outFeatures: n }: LinearShape, scheme: Scheme, dtype: 'f16' | 'f32') {
-    const block = nBitsBlock(k, scheme)!;
+  /** `block`: columns of a block, where several linears have to agree on it. */
+  plan(
+    { name, inFeatures: k, outFeatures: n }: LinearShape,
+    scheme: Scheme,
+    dtype: 'f16' | 'f32',
+    block = nBitsBlock(k, scheme)!,
+  ) {
     const blocks = k / block;
     const zeros = { name: `${name}.weight_zero_points`, shape: [n, Math.ceil((blocks * scheme.bits) / 8)], dtype: 'u8' as const }; // prettier-ignore
     return [
@@ -44,9 +50,9 @@ export const matMulNBitsWriter = {
     scheme: Scheme,
     { codes, grid }: QuantizedLinear,
     dtype: 'f16' | 'f32',
+    block = nBitsBlock(k, scheme)!,
   ): StoredTensor[] {
     const { bits } = scheme;
-    const block = nBitsBlock(k, scheme)!;
     const packing = { bits, bias: 2 ** (bits - 1), axis: 1 } as const;
     const each = (x: Tensor): Tensor => repeated(s, x, k / block / x.dim(1));
     const stored = [
@@ -63,6 +69,26 @@ export const matMulNBitsWriter = {
     return stored;
   },
 };
+
+/** Rows of a shared tensor that one linear fills: `at`, `at + step`, ... */
+export interface RowPlace {
+  readonly linear: LinearShape;
+  readonly at: number;
+  readonly step: number;
+}
+
+/** Copies a linear's tensor [N, ...] to its rows of a contiguous one [rows, ...]. */
+export function placeRows(
+  into: Tensor,
+  rows: number,
+  part: Tensor,
+  { linear: { outFeatures: n }, at, step }: RowPlace,
+): void {
+  const width = into.count / rows;
+  const size = dtypeSize(into.dtype);
+  const own = new Tensor(into.storage, into.byteOffset + at * width * size, into.dtype, [n, width], [step * width, 1]);
+  copyInto(own, part.view(n, width));
+}
 
 /** i32 words [N, W] as the bytes that they are, [N, 4 W]. */
 const bytesOf = (words: Tensor): Tensor => {

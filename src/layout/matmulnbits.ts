@@ -1,14 +1,17 @@
+import { dtypeSize } from '../base/dtype.js';
 import type { TensorEntry } from '../formats/types.js';
 import { cast, copyInto, unpack, type PackOptions } from '../tensor/ops.js';
 import { Tensor, type Scope } from '../tensor/tensor.js';
 import { keyError, PartReader, record, storedDType } from './check.js';
-import type { LayoutReader, QuantizedLinear, StoredLinear } from './types.js';
+import type { LayoutReader, QuantizedLinear, Scheme, StoredLinear } from './types.js';
 
 interface Linear {
   readonly bits: 2 | 4 | 8;
   readonly blockSize: number;
   readonly inFeatures: number;
   readonly outFeatures: number;
+  /** Its rows among those of the stored tensors, where several linears take turns. */
+  readonly rows?: { readonly first: number; readonly step: number };
 }
 
 /**
@@ -47,11 +50,34 @@ function stored(name: string, linear: Linear, tensors: ReadonlyMap<string, Tenso
     shape: [linear.outFeatures, linear.inFeatures],
     parts,
     bits: linear.bits,
+    ...schemeOf(linear, parts),
     read: (scope, load, n, k) => read(scope, new PartReader(module, parts, load), linear, n, k),
   };
 }
 
-async function read(
+function schemeOf({ bits, blockSize }: Linear, parts: ReadonlyMap<string, TensorEntry>): { scheme?: Scheme } {
+  if (bits === 2 || parts.has('weight_g_idx')) return {};
+  const points = parts.get('weight_zero_points');
+  // Zero points between the codes are of no other layout.
+  if (points && storedDType(points) !== 'u8') return {};
+  return { scheme: { bits, group: blockSize, symmetric: points === undefined } };
+}
+
+async function read(s: Scope, part: PartReader, linear: Linear, n: number, k: number): Promise<QuantizedLinear> {
+  const { rows } = linear;
+  if (rows === undefined) return await readAll(s, part, linear, n, k);
+  const { codes, grid } = await readAll(s, part, linear, n * rows.step, k);
+  const own = (x: Tensor): Tensor => {
+    const stride = x.strides[0]!;
+    const turn = new Tensor(x.storage, x.byteOffset + rows.first * stride * dtypeSize(x.dtype), x.dtype, [n, x.dim(1)], [rows.step * stride, 1]); // prettier-ignore
+    const out = s.empty(x.dtype, [n, x.dim(1)]);
+    copyInto(out, turn);
+    return out;
+  };
+  return { codes: own(codes), grid: { ...grid, scale: own(grid.scale), zero: grid.zero && own(grid.zero) } };
+}
+
+async function readAll(
   s: Scope,
   part: PartReader,
   { bits, blockSize }: Linear,

@@ -11,7 +11,7 @@ import type { LinearShape } from '../layout/types.js';
 import { refuseInGguf } from './blocks.js';
 import { planGgufOutput } from './gguf.js';
 import { planImatrix, verifyImatrix } from './imatrix.js';
-import { onnxTarget, planOnnx } from './onnx.js';
+import { OnnxTarget, planOnnx } from './onnx.js';
 import { planOutput, type OutputPlan } from './output.js';
 import { makePlan, type Holder, type QuantPlan } from './plan.js';
 import type { Recipe, Scheme, StoredScales } from './scheme.js';
@@ -145,12 +145,12 @@ export async function planTarget(
       };
     }
     case 'onnx': {
-      const { plan: output, graph, extraFiles } = planOnnx(open, plan);
+      const { plan: output, graph, extraFiles, notes } = planOnnx(open, plan);
       const { torch_dtype: _t, ...rest } = plainConfig as Record<string, unknown>;
       return {
-        ...{ ...common, output },
+        ...{ ...common, output, notes },
         writing: { format: 'onnx', onnx: graph, config: { ...rest, dtype: 'float32' }, extraFiles },
-        open: (reader, env) => onnxTarget(output, reader, env),
+        open: (reader, env) => new OnnxTarget(output, reader, env),
         verify: (folder, probes, env) => verifyFolder(folder, {}, plan, probes, env),
       };
     }

@@ -5,7 +5,7 @@ import type { LatentAttentionSpec } from '../../nn/mla.js';
 import type { NormSpec } from '../../nn/norm.js';
 import { ropeTable, type RopeSpec } from '../../nn/rope.js';
 import { microsoft, type GraphBuilder } from './builder.js';
-import { addLinear, pathOf, type StoredLinears } from './linear.js';
+import { addFused, addLinear, pathOf, type StoredLinears } from './linear.js';
 import { addNorm } from './norm.js';
 
 /** What all layers of a graph share. */
@@ -125,7 +125,7 @@ interface GroupQuery {
   readonly rope?: RopeSpec | undefined;
 }
 
-/** com.microsoft.GroupQueryAttention on q, k, v [B, S, heads width]; appends to the layer's cache. */
+/** com.microsoft.GroupQueryAttention on q, k, v [B, S, heads width], or all three in q; appends to the layer's cache. */
 function groupQuery(g: GraphBuilder, shared: Shared, q: string, k: string, v: string, a: GroupQuery): string {
   const rotary = a.rope && tables(g, shared, a.rope);
   const past = [`past_key_values.${a.layer}.key`, `past_key_values.${a.layer}.value`];
@@ -147,8 +147,24 @@ function groupQuery(g: GraphBuilder, shared: Shared, q: string, k: string, v: st
 
 function addGrouped(g: GraphBuilder, shared: Shared, a: AttentionSpec, x: string): string {
   const { headDim: width, heads, kvHeads } = a;
-  const project = (linear: AttentionSpec['q'], norm: NormSpec | undefined, count: number): string => {
-    let y = addLinear(g, shared.linears, linear, x);
+  // The op turns whole heads of a multiple of 16 channels only.
+  const inside = a.rope.dim === width && width % 16 === 0;
+  const { layer, window } = a;
+  const path = `/model/layers.${layer}/self_attn`;
+  const full = fullWidth(width);
+  const options = {
+    ...{ layer, heads, kvHeads, window, scale: a.scale ?? width ** -0.5 },
+    ...(inside && { rope: a.rope }),
+  };
+  const fused = addFused(g, shared.linears, 'qkv', [a.q, a.k, a.v], x);
+  const finish = (o: string) => addLinear(g, shared.linears, a.o, narrow(g, o, `${path}/o`, heads, full, width));
+  if (fused && inside && !a.qNorm && !a.kNorm && a.clip === undefined) {
+    return finish(groupQuery(g, shared, fused, '', '', options));
+  }
+  const sizes = [heads, kvHeads, kvHeads].map((count) => count * width);
+  const parts = fused ? g.split(fused, `${path}/qkv/Split`, sizes) : undefined;
+  const project = (linear: AttentionSpec['q'], norm: NormSpec | undefined, count: number, part: number): string => {
+    let y = parts?.[part] ?? addLinear(g, shared.linears, linear, x);
     if (norm && norm.width === width) {
       const path = pathOf(norm.name);
       // [B, S H, D]: one norm a head.
@@ -158,24 +174,15 @@ function addGrouped(g: GraphBuilder, shared: Shared, a: AttentionSpec, x: string
     if (a.clip === undefined) return y;
     return g.node('Clip', `${pathOf(linear.name)}/Clip`, [y, g.scalar(-a.clip), g.scalar(a.clip)]);
   };
-  let q = project(a.q, a.qNorm, heads);
-  let k = project(a.k, a.kNorm, kvHeads);
-  const v = project(a.v, undefined, kvHeads);
-  // The op turns whole heads of a multiple of 16 channels only.
-  const inside = a.rope.dim === width && width % 16 === 0;
+  let q = project(a.q, a.qNorm, heads, 0);
+  let k = project(a.k, a.kNorm, kvHeads, 1);
+  const v = project(a.v, undefined, kvHeads, 2);
   if (!inside) {
     q = turnPart(g, shared, a.rope, q, pathOf(a.q.name), { heads, width });
     k = turnPart(g, shared, a.rope, k, pathOf(a.k.name), { heads: kvHeads, width });
   }
-  const { layer, window } = a;
-  const path = `/model/layers.${layer}/self_attn`;
-  const full = fullWidth(width);
   const wide = (x: string, count: number, part: string) => widen(g, x, `${path}/${part}`, count, width, full);
-  const o = groupQuery(g, shared, wide(q, heads, 'q'), wide(k, kvHeads, 'k'), wide(v, kvHeads, 'v'), {
-    ...{ layer, heads, kvHeads, window, scale: a.scale ?? width ** -0.5 },
-    ...(inside && { rope: a.rope }),
-  });
-  return addLinear(g, shared.linears, a.o, narrow(g, o, `${path}/o`, heads, full, width));
+  return finish(groupQuery(g, shared, wide(q, heads, 'q'), wide(k, kvHeads, 'k'), wide(v, kvHeads, 'v'), options));
 }
 
 /**

@@ -17,6 +17,8 @@ export interface NodeOptions {
 export class GraphBuilder {
   readonly nodes: OnnxNodeSpec[] = [];
   readonly weights: OutputTensor[] = [];
+  /** What was decided on the way, one sentence each. */
+  readonly notes = new Set<string>();
   readonly #names = new Set<string>();
   readonly #constants = new Map<string, string>();
   readonly #weightNames = new Set<string>();

@@ -14,6 +14,8 @@ export interface OnnxModel {
   /** External data, in the order in which the graph uses it. */
   readonly weights: readonly OutputTensor[];
   readonly cache: CacheShape;
+  /** What was decided on the way, one sentence each. */
+  readonly notes: readonly string[];
 }
 
 /**
@@ -72,7 +74,7 @@ export function buildOnnx(model: Model, dtype: 'f32' | 'f16', linears: StoredLin
     opsets: { '': 21, 'com.microsoft': 1 },
     metadata: { model_type: model.modelType },
   };
-  return { graph, weights: g.weights, cache };
+  return { graph, weights: g.weights, cache, notes: [...g.notes] };
 }
 
 /** Lengths and positions, from the mask and the ids. */

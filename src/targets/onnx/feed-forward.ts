@@ -3,15 +3,19 @@ import { badInput } from '../../base/errors.js';
 import type { FfnSpec } from '../../nn/mlp.js';
 import type { MoeLayerSpec } from '../../nn/moe.js';
 import type { GraphBuilder } from './builder.js';
-import { addLinear, pathOf, type StoredLinears } from './linear.js';
+import { addQuantizedExperts, quantizedExperts, type Routing } from './experts.js';
+import { addFused, addLinear, pathOf, type StoredLinears } from './linear.js';
 
 const folder = (name: string): string => name.slice(0, name.lastIndexOf('.'));
 
 /** down(act(gate(x)) up(x)). */
 function addFfn(g: GraphBuilder, linears: StoredLinears, ffn: FfnSpec, x: string): string {
   const path = pathOf(folder(ffn.gate.name));
-  const gate = addLinear(g, linears, ffn.gate, x);
-  const up = addLinear(g, linears, ffn.up, x);
+  const fused = addFused(g, linears, 'gate-up', [ffn.gate, ffn.up], x);
+  const sizes = [ffn.gate, ffn.up].map((linear) => linears.of(linear).stored.outFeatures);
+  const [gate, up] = fused
+    ? (g.split(fused, `${path}/gate_up/Split`, sizes) as [string, string])
+    : [addLinear(g, linears, ffn.gate, x), addLinear(g, linears, ffn.up, x)];
   let active: string;
   if (ffn.activation === 'silu') {
     active = g.node('Mul', `${path}/act_fn/Mul`, [gate, g.node('Sigmoid', `${path}/act_fn/Sigmoid`, [gate])]);
@@ -49,12 +53,16 @@ function limitToGroups(g: GraphBuilder, m: MoeLayerSpec, path: string, choice: s
   return g.reshape(limited, `${path}/groups/Reshape`, [0, 0, m.experts.length]);
 }
 
-/** The weight of each expert for each token, [B, S, E] in f32: zero for those not chosen. */
-function addRouter(g: GraphBuilder, linears: StoredLinears, m: MoeLayerSpec, x: string): string {
+/** Scores of all experts before any choice, [B, S, E] in f32. */
+function addRouterLogits(g: GraphBuilder, linears: StoredLinears, { router }: MoeLayerSpec, x: string): string {
+  const raw = addLinear(g, linears, router, x);
+  return g.dtype === 'f32' || !linears.of(router).scheme ? raw : g.cast(raw, `${pathOf(router.name)}/Cast`, 'f32');
+}
+
+/** The weight of each expert for each token, [B, S, E]: zero for those not chosen. */
+function addRouterWeights(g: GraphBuilder, m: MoeLayerSpec, logits: string): string {
   const path = pathOf(m.router.name);
   const { scoring, topK: k, normalize, scale = 1 } = m.route;
-  const raw = addLinear(g, linears, m.router, x);
-  const logits = g.dtype === 'f32' || !linears.of(m.router).scheme ? raw : g.cast(raw, `${path}/Cast`, 'f32');
   let scores: string;
   if (scoring === 'softmax')
     scores = g.node('Softmax', `${path}/Softmax`, [logits], { attributes: { axis: { int: -1 } } }); // prettier-ignore
@@ -78,18 +86,43 @@ function addRouter(g: GraphBuilder, linears: StoredLinears, m: MoeLayerSpec, x: 
   return g.dtype === 'f32' ? dense : g.cast(dense, `${path}/Cast`, g.dtype);
 }
 
+/** What QMoE chooses by. It knows the normalized softmax; any other rule comes to it as finished weights. */
+function addRouting(g: GraphBuilder, m: MoeLayerSpec, logits: string): Routing {
+  const { scoring, topK: k, normalize, scale = 1, groups = 1 } = m.route;
+  const own = scoring === 'softmax' && normalize === true && scale === 1 && groups <= 1 && m.routeBias === undefined;
+  const rows = (x: string) => g.reshape(x, `${pathOf(m.router.name)}/Reshape`, [-1, m.experts.length]);
+  // In half precision neighbouring scores would become equal.
+  if (own && g.dtype === 'f32') return { topK: k, choice: rows(logits) };
+  const weights = rows(addRouterWeights(g, m, logits));
+  return { topK: k, choice: weights, weights };
+}
+
 /**
- * A mixture of experts as a dense loop: every expert computes every token, and the router's weights (zero for most)
- * decide what counts. Exact on every execution provider, at the cost of all experts' work.
+ * Every expert computes every token, and the router's weights (zero for most) decide what counts. Exact on every
+ * execution provider, at the cost of all experts' work.
  */
-function addMoe(g: GraphBuilder, linears: StoredLinears, m: MoeLayerSpec, x: string): string {
+function addDenseLoop(g: GraphBuilder, linears: StoredLinears, m: MoeLayerSpec, logits: string, x: string): string {
   const path = pathOf(folder(m.router.name));
-  const weights = addRouter(g, linears, m, x);
+  const weights = addRouterWeights(g, m, logits);
   const columns = g.split(weights, `${path}/experts/Split`, m.experts.map(() => 1)); // prettier-ignore
   let out: string | undefined;
   for (const [e, ffn] of m.experts.entries()) {
     const y = g.node('Mul', `${path}/experts.${e}/weighted/Mul`, [addFfn(g, linears, ffn, x), columns[e]!]);
     out = out === undefined ? y : g.node('Add', `${path}/experts.${e}/Add`, [out, y]);
+  }
+  return out!;
+}
+
+/** A mixture of experts: one QMoE where it can hold the experts, else a dense loop. */
+function addMoe(g: GraphBuilder, linears: StoredLinears, m: MoeLayerSpec, x: string): string {
+  const path = pathOf(folder(m.router.name));
+  const logits = addRouterLogits(g, linears, m, x);
+  const experts = quantizedExperts(linears, m.experts);
+  let out: string;
+  if (typeof experts !== 'string') out = addQuantizedExperts(g, experts, addRouting(g, m, logits), x);
+  else {
+    g.notes.add(`Experts are a dense loop, not QMoE: ${experts}.`);
+    out = addDenseLoop(g, linears, m, logits, x);
   }
   if (m.shared) {
     let shared = addFfn(g, linears, m.shared, x);
@@ -99,9 +132,9 @@ function addMoe(g: GraphBuilder, linears: StoredLinears, m: MoeLayerSpec, x: str
       const open = g.dtype === 'f32' ? wide : g.cast(wide, `${pathOf(m.sharedGate.name)}/Cast`, g.dtype);
       shared = g.node('Mul', `${pathOf(m.sharedGate.name)}/Mul`, [shared, open]);
     }
-    out = g.node('Add', `${path}/shared/Add`, [out!, shared]);
+    out = g.node('Add', `${path}/shared/Add`, [out, shared]);
   }
-  return out!;
+  return out;
 }
 
 export function addFeedForward(g: GraphBuilder, linears: StoredLinears, { ffn, moe, name }: Block, x: string): string {

@@ -71,7 +71,14 @@ describe('ONNX models', () => {
     writeFileSync(join(folder, 'w'), data);
     const name = 'model.layers.0.attn.qkv_proj.MatMul.weight';
     const entry: TensorEntry = { name, shape: [3, 8], encoding: { kind: 'plain', dtype: 'f32' }, span: { path: join(folder, 'w'), offset: 0, bytes: 96 } }; // prettier-ignore
-    const node = { op: 'MatMul', domain: '', name: '', inputs: ['x', name], integers: new Map<string, number>() };
+    const node = {
+      op: 'MatMul',
+      domain: '',
+      name: '',
+      inputs: ['x', name],
+      outputs: [],
+      integers: new Map<string, number>(),
+    };
     const config = { num_attention_heads: 2, num_key_value_heads: 1, head_dim: 2 };
     const { tensors } = fromOnnx(new Map([[name, entry]]), [node], config);
     const at = 'model.layers.0.self_attn';
@@ -193,7 +200,7 @@ describe('hostile ONNX', () => {
     const integers = new Map(Object.entries({ K: 80, N: 6, bits: 4, block_size: 16 }));
     const all = new Map(tensors.map((tensor) => [tensor.name, tensor]));
     all.set(points.name, { ...points, shape: [6, 3] });
-    const node = { op: 'MatMulNBits', domain: 'com.microsoft', name: 'n', inputs, integers };
+    const node = { op: 'MatMulNBits', domain: 'com.microsoft', name: 'n', inputs, outputs: [], integers };
     expect(await badInputMessage(() => fromOnnx(all, [node], {}))).toContain('both g_idx and zero points');
   });
 });
