@@ -143,6 +143,10 @@ function shorter(rest: Int32Array, parts: readonly Share[], samples: number, seq
   return finish([{ name: parts.map(({ name }) => name).join(' + '), windows: [rest] }], rest.length, 1, [notice]);
 }
 
+/** `hash` of a set: SHA-256 (hex) over shape and tokens. */
+export const hashOfTokens = ({ buffer, byteOffset, byteLength }: Int32Array, n: number, seqLen: number): string =>
+  createHash('sha256').update(`${n} x ${seqLen}\n`).update(new Uint8Array(buffer, byteOffset, byteLength)).digest('hex'); // prettier-ignore
+
 /** Windows of the sources one after another in turn, so that any batch is mixed. */
 function finish(parts: readonly Share[], seqLen: number, n: number, notices: readonly string[]): CalibrationSet {
   const tokens = new Int32Array(n * seqLen);
@@ -153,7 +157,7 @@ function finish(parts: readonly Share[], seqLen: number, n: number, notices: rea
       if (window) tokens.set(window, seqLen * row++);
     }
   }
-  const hash = createHash('sha256').update(`${n} x ${seqLen}\n`).update(new Uint8Array(tokens.buffer)).digest('hex');
+  const hash = hashOfTokens(tokens, n, seqLen);
   const used = parts.filter(({ windows }) => windows.length > 0);
   const from = used.map(({ name, windows }) => `${name} ${windows.length}`).join(', ');
   return { tokens, n, seqLen, hash, description: `${n} x ${seqLen} tokens: ${from}`, notices };

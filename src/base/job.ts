@@ -15,6 +15,8 @@ export interface JobOptions {
   readonly overwrite?: boolean | undefined;
   /** Throws away what an earlier run left in the work folder. */
   readonly restart?: boolean | undefined;
+  /** What messages call the work folder; default: "The work folder". */
+  readonly what?: string | undefined;
 }
 
 interface Step {
@@ -46,12 +48,14 @@ export class Job {
   readonly overwrite: boolean;
   readonly #steps: Map<string, Step>;
   readonly #lock: FileLock;
+  readonly #what: string;
 
   private constructor(options: JobOptions, lock: FileLock, steps: Map<string, Step>, finished: boolean) {
     this.out = resolve(options.out);
     this.folder = `${this.out}.part`;
     this.overwrite = options.overwrite ?? false;
     [this.#lock, this.#steps, this.finished] = [lock, steps, finished];
+    this.#what = options.what ?? theWorkFolder;
     this.resumed = steps.size > 0;
   }
 
@@ -71,7 +75,7 @@ export class Job {
     } catch (error) {
       throw ioError(error, 'make the work folder', folder);
     }
-    const lock = await FileLock.take(join(folder, 'lock'), 'The work folder');
+    const lock = await FileLock.take(join(folder, 'lock'), options.what ?? theWorkFolder);
     try {
       if (options.restart) await clear(folder);
       const header: Header = { version: 1, fingerprint: options.fingerprint };
@@ -118,8 +122,12 @@ export class Job {
     return [...this.#steps.keys()];
   }
 
-  /** Records a step durably. What the step wrote must be on disk already (`writer.flush`, `fsyncPath`). */
+  /**
+   * Records a step durably. What the step wrote must be on disk already (`writer.flush`, `fsyncPath`).
+   * Error: input, when another process has taken the work folder over.
+   */
   async mark(step: string, data: Json = null): Promise<void> {
+    await this.#requireHeld();
     const known = this.#steps.get(step);
     const index = known?.index ?? this.#steps.size;
     const name = `${String(index).padStart(6, '0')}.json`;
@@ -139,8 +147,19 @@ export class Job {
 
   /** To be called when the output is complete and verified, just before it gets its name. */
   async markFinishing(): Promise<void> {
+    await this.#requireHeld();
     await removeTemporaries(this.outputFolder);
     await writeFileAtomic(join(this.folder, finishing), '{}\n');
+  }
+
+  /** Two processes must never write one output: the one that was silent for too long gives way. */
+  async #requireHeld(): Promise<void> {
+    if (!(await this.#lock.isLost())) return;
+    throw badInput(`${this.#what} was taken over by another process`, {
+      where: this.#lock.path,
+      got: 'this process was silent for minutes and was taken for dead',
+      hint: 'Nothing is lost: the other process goes on with what is finished.',
+    });
   }
 
   /** Ends this run's hold and keeps the work folder for a later run. */
@@ -155,6 +174,8 @@ export class Job {
 
   /** Ends the job: the work folder goes. For a finished output, or one that is given up. */
   async remove(): Promise<void> {
+    // First: as long as it is there, so is everything that a later run would tell of the output.
+    await rm(join(this.folder, finishing), { force: true });
     await clear(this.folder);
     await clearLeftLocks(this.folder);
     await this.#lock.release();
@@ -166,6 +187,7 @@ export class Job {
 }
 
 const finishing = 'finishing.json';
+const theWorkFolder = 'The work folder';
 
 /** Whether an earlier run was killed after it gave the output its name, before it removed the work folder. */
 async function outputIsNamed(out: string, folder: string): Promise<boolean> {
@@ -215,6 +237,14 @@ async function readSteps(folder: string): Promise<Map<string, Step>> {
     steps.set(step, { index: Number.parseInt(name, 10), data });
   }
   return steps;
+}
+
+/** Refuses a work folder that belongs to a job with another fingerprint, or to none, without opening it. */
+export async function requireFingerprint(folder: string, fingerprint: Header['fingerprint']): Promise<void> {
+  const path = join(folder, 'job.json');
+  const before = (await readJsonFile(path)) as Header | undefined;
+  if (before === undefined) throw badInput('The work folder has no job', { where: folder, expected: 'job.json in it' });
+  refuseOther(before, { version: 1, fingerprint }, path, folder);
 }
 
 function refuseOther(before: Header, now: Header, path: string, folder: string): void {

@@ -17,6 +17,15 @@ export const commands: Readonly<Record<string, Entry>> = {
   },
   convert: { summary: 'change file format or precision, merge or split shards', load: () => import('./convert.js') },
   quantize: { summary: 'make a model INT4, checked before it gets its name', load: () => import('./quantize.js') },
+  plan: {
+    summary: 'prepare a quantization in shards, for several processes or hosts',
+    load: () => import('./plan.js'),
+  },
+  worker: { summary: 'solve one shard of a plan', load: () => import('./worker.js') },
+  merge: {
+    summary: 'put the shards of a plan together, checked before they get their name',
+    load: () => import('./merge.js'),
+  },
   qat: {
     summary: 'quantization-aware training: INT4 that learns what rounding took',
     load: () => import('./qat.js'),
@@ -44,6 +53,10 @@ export const commands: Readonly<Record<string, Entry>> = {
   },
   generate: { summary: 'continue a text', load: () => import('./generate.js') },
   score: { summary: 'log-probability of each token of a text, and its perplexity', load: () => import('./score.js') },
+  demo: {
+    summary: 'make a tiny model and run everything on it once',
+    load: async () => ({ command: (await import('./demo.js')).demo(commands) }),
+  },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
   completion: {
     summary: 'print a completion script for bash, zsh or fish',

@@ -11,7 +11,7 @@ import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, see
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const calibrationSection = 'Calibration:';
-const options = {
+export const quantizeOptions = {
   ...inputOptions,
   ...outputOptions,
   method: choice(['gptq', 'rtn', 'awq', 'awq-gptq'], {
@@ -102,6 +102,10 @@ const options = {
     defaultNote: 'bf16; f32 for models of other types on the CPU',
     help: 'Precision of hidden states and forward pass while calibrating.',
   }),
+  independentBlocks: flag({
+    section: calibrationSection,
+    help: 'Calibrate each block on the model as it is, not on what the quantized blocks before it make: as plan, worker and merge do.',
+  }),
   shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of the output.' }),
   ...acceptanceOptions,
   ...deviceOptions,
@@ -113,7 +117,7 @@ export const command = defineCommand({
     'Works through the model layer by layer: memory does not grow with its size. Interrupted, the same command goes on ' +
     'where it stopped. The output is read back and compared before it gets its name.',
   arguments: { input },
-  options,
+  options: quantizeOptions,
   examples: [
     ['quantize fixtures/v1.0/v1.0_checkpoint.bin -o out/int4 --samples 16 --seq-len 128', 'INT4, groups of 128, on the tool’s own text.'],
     ['quantize fixtures/moe-6m -o out/moe-int4 --scope experts --samples 16 --seq-len 128', 'The routed experts alone.'],
@@ -122,7 +126,7 @@ export const command = defineCommand({
   async run(given, io) {
     const { quantize } = await import('../quant/run.js');
     const { previewQuantize } = await import('../quant/prepare.js');
-    const job = await jobOptions(given, io);
+    const job = await quantizeJob(given, io);
     if (given.dryRun) return await showPlan(await previewQuantize(job), job, given, io);
     using env = await openEnvironment(given, io);
     const { accept, extend } = acceptance(given, io, env);
@@ -132,9 +136,10 @@ export const command = defineCommand({
   },
 });
 
-type Given = Values<typeof options> & { readonly input: string };
+export type QuantizeValues = Values<typeof quantizeOptions> & { readonly input: string };
 
-async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
+/** The job that options ask for. */
+export async function quantizeJob(given: QuantizeValues, io: Io): Promise<QuantizeOptions> {
   const { defaultRecipe } = await import('../quant/scheme.js');
   const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
     version: string;
@@ -179,6 +184,7 @@ async function jobOptions(given: Given, io: Io): Promise<QuantizeOptions> {
     ...(given.states !== undefined && { states: given.states }),
     maxUncovered: given.maxUncovered,
     calibrateAllExperts: given.calibrateAllExperts,
+    independentBlocks: given.independentBlocks,
     shardSize: given.shardSize,
     tool: { name: 'deepseek-convert', version },
     commandLine: io.commandLine,
@@ -195,7 +201,7 @@ async function overridesOf(given: readonly string[]): Promise<Override[]> {
   });
 }
 
-const blocksOf = (type: Given['ggufType']) =>
+const blocksOf = (type: QuantizeValues['ggufType']) =>
   type === 'q4_k_m' || type === 'q4_k_s' ? { blocks: 'q4_k' as const, mixture: type } : { blocks: type };
 
 function tensorParallel(given: string): number {
@@ -256,7 +262,13 @@ function counted(items: readonly string[]): [string, number][] {
   return [...counts];
 }
 
-async function showPlan(preview: QuantizePreview, job: QuantizeOptions, given: Given, io: Io): Promise<CommandResult> {
+/** For `--dry-run`: what becomes of each tensor, sizes, time. */
+export async function showPlan(
+  preview: QuantizePreview,
+  job: QuantizeOptions,
+  given: QuantizeValues,
+  io: Io,
+): Promise<CommandResult> {
   const { estimate, secondsFor } = await import('../quant/estimate.js');
   const { patternOf } = await import('../quant/widths.js');
   const { describeScheme } = await import('../quant/scheme.js');
