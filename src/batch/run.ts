@@ -53,21 +53,62 @@ export interface BatchReport {
 export async function runBatch(options: BatchOptions, log: Log, signal: AbortSignal): Promise<BatchReport> {
   const state = await BatchState.open(options.workFolder);
   try {
-    const metrics = new Metrics(tool.version);
-    const served = options.metricsAddress && (await serveMetrics(metrics, options.metricsAddress));
-    if (served) log.info(`Metrics: ${served.url}`);
-    const file = options.metricsFile === undefined ? undefined : new MetricsFile(options.metricsFile, metrics);
-    try {
-      return await new Run(options, state, metrics, file, log, signal).all();
-    } finally {
-      served?.server.close();
-      metrics.set('batch_running', {}, 0);
-      await file?.flush();
-    }
+    return await withMetrics(options, log, (metrics, file) =>
+      new Run(options, state, metrics, file, log, signal).all(),
+    );
   } finally {
     await state.close();
   }
 }
+
+/** Serves and keeps the numbers of a batch for as long as `body` runs. */
+export async function withMetrics<T>(
+  options: Pick<BatchOptions, 'metricsFile' | 'metricsAddress'>,
+  log: Log,
+  body: (metrics: Metrics, file: MetricsFile | undefined) => Promise<T>,
+): Promise<T> {
+  const metrics = new Metrics(tool.version);
+  const served = options.metricsAddress && (await serveMetrics(metrics, options.metricsAddress));
+  if (served) log.info(`Metrics: ${served.url}`);
+  const file = options.metricsFile === undefined ? undefined : new MetricsFile(options.metricsFile, metrics);
+  try {
+    return await body(metrics, file);
+  } finally {
+    served?.server.close();
+    metrics.set('batch_running', {}, 0);
+    await file?.flush();
+  }
+}
+
+/** What the records of all jobs say in numbers. */
+export function publishRecords(metrics: Metrics, records: ReadonlyMap<string, JobRecord>): void {
+  metrics.setStates([...records.values()].map(({ state }) => state));
+  for (const [name, { attempts, seconds, memory }] of records) {
+    if (attempts === 0) continue;
+    metrics.set('job_attempts', { name }, attempts);
+    metrics.set('job_duration_seconds', { name }, seconds);
+    if (memory !== null) metrics.raise('job_memory_peak_bytes', { name }, memory);
+  }
+}
+
+/** How a job has ended, in a few words. */
+export function endOf(name: string, { state, message, seconds }: JobRecord): string {
+  const words: Partial<Record<JobState, string>> = { gate: 'a quality gate failed', interrupted: 'interrupted; goes on with the next run' }; // prettier-ignore
+  const why = state === 'done' || message === null ? '' : `: ${message.split('\n')[0]}`;
+  const time = state === 'skipped' ? '' : `, ${duration(seconds)}`;
+  return `${name} ${words[state] ?? state}${time}${why}`;
+}
+
+/** `before`: the jobs that earlier runs had done. */
+export const jobReports = (jobs: readonly Job[], records: ReadonlyMap<string, JobRecord>, before: ReadonlySet<string>): JobReport[] =>
+  jobs.map((job) => ({
+    name: job.name,
+    command: job.command,
+    needs: job.needs,
+    out: job.out === undefined ? null : relative(process.cwd(), job.out),
+    before: before.has(job.name),
+    ...records.get(job.name)!,
+  })); // prettier-ignore
 
 class Run {
   readonly #running = new Map<string, Promise<void>>();
@@ -246,10 +287,7 @@ class Run {
   async #end(job: Job, record: JobRecord): Promise<void> {
     if (record.state === 'failed' || record.state === 'gate') this.#failed = true;
     await this.#set(job.name, record);
-    const words: Partial<Record<JobState, string>> = { gate: 'a quality gate failed', interrupted: 'interrupted; goes on with the next run' }; // prettier-ignore
-    const why = record.state === 'done' || record.message === null ? '' : `: ${record.message.split('\n')[0]}`;
-    const time = record.state === 'skipped' ? '' : `, ${duration(record.seconds)}`;
-    const detail = `${job.name} ${words[record.state] ?? record.state}${time}${why}`;
+    const detail = endOf(job.name, record);
     this.log.progress({ stage: 'batch', done: ++this.#ended, total: this.options.jobs.length, detail, data: { job: job.name, state: record.state } }); // prettier-ignore
   }
 
@@ -263,25 +301,12 @@ class Run {
   }
 
   #publish(): void {
-    this.metrics.setStates([...this.#records.values()].map(({ state }) => state));
-    for (const [name, { attempts, seconds, memory }] of this.#records) {
-      if (attempts === 0) continue;
-      this.metrics.set('job_attempts', { name }, attempts);
-      this.metrics.set('job_duration_seconds', { name }, seconds);
-      if (memory !== null) this.metrics.raise('job_memory_peak_bytes', { name }, memory);
-    }
+    publishRecords(this.metrics, this.#records);
     this.file?.touch();
   }
 
   #report(seconds: number): BatchReport {
-    const jobs = this.options.jobs.map((job) => ({
-      name: job.name,
-      command: job.command,
-      needs: job.needs,
-      out: job.out === undefined ? null : relative(process.cwd(), job.out),
-      before: this.#before.has(job.name),
-      ...this.#records.get(job.name)!,
-    }));
+    const jobs = jobReports(this.options.jobs, this.#records, this.#before);
     return { jobs, seconds, workFolder: this.options.workFolder, retries: this.#retries, interrupted: this.signal.aborted && jobs.some(({ state }) => ['waiting', 'interrupted'].includes(state)) }; // prettier-ignore
   }
 }
