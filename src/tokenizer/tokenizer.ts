@@ -40,6 +40,14 @@ export class Tokenizer {
     const encodings = await this.#native.encodeBatch([...texts], { addSpecialTokens: special });
     return encodings.map((encoding) => Int32Array.from(encoding.getIds()));
   }
+  /** Tokens, and of each the number of the word that it belongs to; undefined for those that are put around the text. */
+  async encodeWords(
+    text: string,
+    { special = false }: EncodeOptions = {},
+  ): Promise<{ ids: Int32Array; words: readonly (number | undefined)[] }> {
+    const encoding = await this.#native.encode(text, null, { addSpecialTokens: special });
+    return { ids: Int32Array.from(encoding.getIds()), words: encoding.getWordIds().map((word) => word ?? undefined) };
+  }
   async decode(ids: Iterable<number>, { special = false }: DecodeOptions = {}): Promise<string> {
     return this.#native.decode([...ids], !special);
   }

@@ -1,4 +1,4 @@
-import { open, readFile } from 'node:fs/promises';
+import { open } from 'node:fs/promises';
 import { badInput } from '../base/errors.js';
 import { ioError } from '../base/files.js';
 
