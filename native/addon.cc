@@ -506,13 +506,16 @@ class Device : public Napi::ObjectWrap<Device> {
 
 // process.exit runs no cleanup hooks but the destructors of libraries (OpenBLAS unmaps its buffers), under which an op in
 // progress would crash; with a device still open the process ends without them.
+#ifdef __GLIBC__
 void leave_at_once(int status, void*) {
   if (open_devices > 0) _exit(status);
 }
+#endif
 
 Napi::Object init(Napi::Env env, Napi::Object exports) {
-  static const int once = ::on_exit(leave_at_once, nullptr);
-  (void)once;
+#ifdef __GLIBC__
+  [[maybe_unused]] static const int once = ::on_exit(leave_at_once, nullptr);
+#endif
   auto ops = Napi::Array::New(env);
   for (uint32_t i = 0; i < DC_OP_COUNT; i++) {
     auto op = Napi::Object::New(env);
