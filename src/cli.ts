@@ -2,15 +2,15 @@ import { readFileSync } from 'node:fs';
 import { Chalk, supportsColor, supportsColorStderr, type ChalkInstance } from 'chalk';
 import { ConvertError, bug, didYouMean } from './base/errors.js';
 import { errorCode, ioError } from './base/files.js';
-import type { Json } from './base/job.js';
 import { environmentName, fromEnvironment, mergeTables, resolveOptions, type Values } from './base/options.js';
 import type { ProgressLog, ProgressMode } from './base/progress.js';
 import { columns, shellQuote } from './base/text.js';
 import { usageOf } from './base/usage.js';
 import { commands } from './commands/index.js';
 import { route } from './commands/route.js';
+import { settingsOf } from './commands/settings.js';
 import { commonOptions, devicesUsed } from './commands/shared.js';
-import type { Command, CommandResult, Io } from './commands/types.js';
+import type { CommandResult, Io } from './commands/types.js';
 
 const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')) as {
   version: string;
@@ -89,7 +89,7 @@ async function main(): Promise<number> {
     signal: watchSignals(),
     paint: run.paintOut,
     width: process.stdout.isTTY ? width : Infinity,
-    settings: settingsOf(command, values, from),
+    settings: settingsOf(command.name, values, from),
     commandLine: ['deepseek-convert', ...run.argv].map(shellQuote).join(' '),
   };
   const result = await command.run(values as never, io);
@@ -190,20 +190,6 @@ function progressMode(asked: Values<typeof commonOptions>['progress']): Progress
 function colorLevel(support: typeof supportsColor) {
   if ((process.env.NO_COLOR ?? '') !== '') return 0;
   return support === false ? 0 : support.level;
-}
-
-function settingsOf(
-  command: Command,
-  values: Readonly<Record<string, unknown>>,
-  from: Readonly<Record<string, string>>,
-) {
-  const own = ([key]: [string, unknown]) => !(key in commonOptions);
-  const options = Object.entries(values).filter(own).map(([key, value]) => [key, value ?? null] as [string, Json]); // prettier-ignore
-  return Object.freeze({
-    command: command.name,
-    options: Object.freeze(Object.fromEntries(options)),
-    from: Object.freeze(Object.fromEntries(Object.entries(from).filter(own))),
-  });
 }
 
 /** A variable with our prefix that no command knows is a typing error; a job would run with a default unnoticed. */
