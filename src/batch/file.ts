@@ -8,7 +8,7 @@ import { substitute } from './substitute.js';
 import type { Job, JobCommand, JobCommands } from './types.js';
 
 /** Keys of a job that are no options of its command. */
-export const jobKeys = ['name', 'command', 'needs', 'retries', 'slurm'] as const;
+export const jobKeys = ['name', 'command', 'needs', 'retries', 'shards', 'slurm'] as const;
 export const fileKeys = ['version', 'defaults', 'matrix', 'jobs'] as const;
 export const matrixKeys = ['models', 'recipes', 'exclude'] as const;
 /** Names of jobs are names of files in the work folder. */
@@ -168,6 +168,7 @@ function jobOf(draft: Draft, { commands, environment }: JobFileOptions): Job {
     writes,
     out: 'out' in table && typeof values.out === 'string' ? resolve(values.out) : undefined,
     reads: reads.map((path) => resolve(path)),
+    shards: shardsOf(substitute(draft.body.shards, own, environment, `shards of ${where}`), command, commandName, where), // prettier-ignore
     slurm: readSlurm(sections),
   };
 }
@@ -207,7 +208,7 @@ function checkDefaults(value: unknown, commands: JobCommands, where: string): vo
 function checkAnyCommand(values: Mapping, commands: JobCommands, where: string): void {
   const tables = Object.values(commands);
   const known = new Set<string>([
-    ...jobKeys.filter((key) => key !== 'name' && key !== 'needs'),
+    ...jobKeys.filter((key) => !['name', 'needs', 'shards'].includes(key)),
     ...Object.keys(commands),
     ...tables.flatMap((command) => [...keysOf(command)]),
     ...tables.flatMap(({ options }) => Object.values(options).flatMap(({ group }) => group ?? [])),
@@ -229,6 +230,14 @@ function retriesOf(value: unknown, where: string): number | undefined {
     throw badUsage('Invalid value for retries', { where, got: JSON.stringify(value, bigintAsText), expected: 'a whole number from 0 to 100' }); // prettier-ignore
   }
   return retries;
+}
+
+function shardsOf(value: unknown, { inShards }: JobCommand, command: string, where: string): number | undefined {
+  if (value === undefined) return undefined;
+  if (!inShards) throw badUsage(`${command} cannot be done in shards`, { where, got: 'shards' });
+  const shards = Number(value);
+  if (Number.isInteger(shards) && shards >= 1 && shards <= 100_000) return shards;
+  throw badUsage('Invalid value for shards', { where, got: JSON.stringify(value, bigintAsText), expected: 'a whole number from 1 to 100000' }); // prettier-ignore
 }
 
 function namesOf(value: unknown, where: string): string[] {

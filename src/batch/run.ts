@@ -7,6 +7,8 @@ import { duration } from '../base/text.js';
 import { tool } from '../base/version.js';
 import { Meter } from './meter.js';
 import { Metrics, MetricsFile, serveMetrics } from './metrics.js';
+import { runShards, type Places } from './shards.js';
+import { stemOf } from './slurm-script.js';
 import { argumentsOf, BatchState, fingerprintOf, isDone, newRecord, wasFinished, type JobRecord } from './state.js';
 import type { Job, JobState } from './types.js';
 import { patience, shellCode, Worker, worthRetrying, type Outcome } from './worker.js';
@@ -116,6 +118,9 @@ class Run {
   readonly #records = new Map<string, JobRecord>();
   readonly #before = new Set<string>();
   readonly #freeSlots: number[];
+  /** Jobs in shards that could use more places. */
+  readonly #hungry = new Set<() => void>();
+  #wake: () => void = () => undefined;
   #failed = false;
   #retries = 0;
   #ended = 0;
@@ -148,7 +153,9 @@ class Run {
       for (;;) {
         await this.#startReady();
         if (this.#running.size === 0) break;
-        await Promise.race(this.#running.values());
+        for (const feed of this.#hungry) feed();
+        const woken = new Promise<void>((wake) => (this.#wake = wake));
+        await Promise.race([...this.#running.values(), woken]);
       }
       const report = this.#report((performance.now() - started) / 1000);
       const counts = Object.fromEntries(report.jobs.map(({ name, state }) => [name, state]));
@@ -207,7 +214,10 @@ class Run {
   async #run(job: Job, slot: number): Promise<void> {
     const retries = job.retries ?? this.options.retries;
     for (let attempt = 1; ; attempt++) {
-      const outcome = await this.#attempt(job, slot);
+      const outcome =
+        job.shards === undefined
+          ? await this.#step(job, [...argumentsOf(job), ...this.#place(job, slot)])
+          : await runShards(job, slot, this.#places, (argv, place, shard) => this.#step(job, [...argv, ...this.#place(job, place)], shard)); // prettier-ignore
       const before = this.#records.get(job.name)!;
       const record = {
         ...before,
@@ -241,8 +251,20 @@ class Run {
     }
   }
 
-  async #attempt(job: Job, slot: number): Promise<Outcome> {
-    const argv = [...argumentsOf(job), ...this.#place(job, slot)];
+  readonly #places: Places = {
+    take: () => (this.signal.aborted ? undefined : this.#freeSlots.shift()),
+    give: (slot) => {
+      this.#freeSlots.unshift(slot);
+      this.#wake();
+    },
+    watch: (feed) => {
+      this.#hungry.add(feed);
+      return () => this.#hungry.delete(feed);
+    },
+  };
+
+  /** Runs our own program for a job; `shard` where it solves one of the job's shards. */
+  async #step(job: Job, argv: readonly string[], shard?: number): Promise<Outcome> {
     const meter = new Meter(this.metrics, job.name);
     const say = (event: string, facts: Readonly<Record<string, unknown>>) =>
       this.state.event(event, { job: job.name, ...facts }).catch(() => undefined); // the end of the job tells of a full disk
@@ -250,7 +272,7 @@ class Run {
       program: this.options.program,
       argv,
       environment: this.options.environment,
-      logPath: this.state.logPath(job.name),
+      logPath: this.state.logPath(shard === undefined ? job.name : stemOf(job.name, 'worker', shard)),
       onStep: (step) => {
         meter.step(step);
         this.file?.touch();

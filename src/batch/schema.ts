@@ -8,6 +8,7 @@ type Schema = Readonly<Record<string, unknown>>;
 /** Where a placeholder stands, the value is known only on the machine that runs the jobs. */
 const filled = { type: 'string', pattern: '\\$\\{' };
 const slurm = { $ref: '#/$defs/slurm' };
+const shards = { description: 'Divides the job: plan, so many workers side by side, merge.', anyOf: [{ type: 'integer', minimum: 1, maximum: 100_000 }, filled] }; // prettier-ignore
 const retries = { description: 'How often a job that crashed or lacked resources is tried again.', type: 'integer', minimum: 0, maximum: 100 }; // prettier-ignore
 
 /**
@@ -34,9 +35,9 @@ export function jobFileSchema(commands: JobCommands): Schema {
   const command = { description: 'What the job runs.', anyOf: [{ enum: names }, filled] };
   const jobWith = (required: readonly string[]) => ({
     anyOf: [
-      ...names.map((name) => closed({ ...sections, ...own[name]!, ...common, command: { const: name } }, ['command', ...required])),
+      ...names.map((name) => closed({ ...sections, ...own[name]!, ...common, ...(commands[name]!.inShards && { shards }), command: { const: name } }, ['command', ...required])),
       // From the defaults, or from a placeholder: any command's options may be meant.
-      closed({ ...sections, ...any, ...common, command: filled }, required),
+      closed({ ...sections, ...any, ...common, shards, command: filled }, required),
     ],
   }); // prettier-ignore
   const defaults = closed({ ...sections, ...any, command, retries, slurm });

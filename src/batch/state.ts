@@ -119,12 +119,12 @@ export class BatchState {
   }
 }
 
-/** Changes with the command, what the file gives, and the files of the models that are read (names, sizes, times). */
+/** Changes with the command, what the file gives, shards, and the files of the models that are read (names, sizes, times). */
 export async function fingerprintOf(job: Job): Promise<string> {
   const given = [...job.given].map(([key, { raw }]) => [key, raw] as const).sort(([a], [b]) => (a < b ? -1 : 1));
   const inputs = await Promise.all(job.reads.map(stamp));
   return createHash('sha256')
-    .update(JSON.stringify([job.command, given, inputs]))
+    .update(JSON.stringify([job.command, given, inputs, ...(job.shards === undefined ? [] : [job.shards])]))
     .digest('hex')
     .slice(0, 32);
 }
@@ -166,12 +166,16 @@ export async function wasFinished(job: Job, record: JobRecord | undefined): Prom
 }
 
 /** The job as arguments of our own program. */
-export function argumentsOf(job: Job): string[] {
-  const flags = [...job.given].flatMap(([key, { raw }]): string[] => {
+export const argumentsOf = (job: Job): string[] => [job.command, ...flagsOf(job, job.given.keys())];
+
+/** What a job gives of these options. */
+export function flagsOf(job: Job, keys: Iterable<string>): string[] {
+  return [...keys].flatMap((key): string[] => {
+    const raw = job.given.get(key)?.raw;
+    if (raw === undefined) return [];
     if (typeof raw === 'object') return raw.map((item) => `--${flagName(key)}=${item}`);
     const on = raw === true || (typeof raw === 'string' && job.values[key] === true && /^(true|yes|on|1)$/i.test(raw));
     if (typeof job.values[key] === 'boolean') return [on ? `--${flagName(key)}` : `--no-${flagName(key)}`];
     return [`--${flagName(key)}=${String(raw)}`];
   });
-  return [job.command, ...flags];
 }

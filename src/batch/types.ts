@@ -9,6 +9,8 @@ export interface JobCommand {
   readonly writes: readonly string[];
   /** Whether it has `--dry-run`, which the batch gives itself. */
   readonly dryRun: boolean;
+  /** Whether `plan`, `worker` and `merge` can do it in shards. */
+  readonly inShards: boolean;
 }
 export type JobCommands = Readonly<Record<string, JobCommand>>;
 
@@ -19,6 +21,8 @@ export interface Job {
   /** Jobs that must be done before: those of `needs`, and those whose outputs this one names. */
   readonly needs: readonly string[];
   readonly retries: number | undefined;
+  /** Into how many shards it is divided; undefined: one process does it. */
+  readonly shards: number | undefined;
   /** What the file gives, and the environment where the file says nothing, by option key. */
   readonly given: ReadonlyMap<string, Given>;
   /** All options after defaults. */
