@@ -76,6 +76,8 @@ export interface CheckpointWriter extends TensorSink {
   readonly partFolder: string;
   /** Whether a tensor is on disk already, from an earlier run too. */
   has(name: string): boolean;
+  /** The file that a tensor goes to. */
+  fileOf(name: string): string;
   /**
    * Every planned tensor written: index, config, companions, provenance; verifies the output with our own reader;
    * then the rename. `report` goes into the provenance file (per-layer errors ...).

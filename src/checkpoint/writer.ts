@@ -154,6 +154,10 @@ class Writer implements CheckpointWriter {
     return file.done[index] === 1;
   }
 
+  fileOf(name: string): string {
+    return this.#place(name).file.path;
+  }
+
   async write(name: string, data: ByteSource): Promise<void> {
     const { file, index, tied } = this.#place(name);
     if (tied) throw bug('A tied tensor is written; its partner alone holds data', { where: `tensor ${name}` });

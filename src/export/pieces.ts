@@ -43,6 +43,7 @@ export function piecesOf(entry: TensorEntry, limit: number): Piece[] {
         return piece;
       });
     }
+    case 'product':
     case 'opaque':
       return whole;
   }
@@ -90,4 +91,24 @@ export class Budget {
       }
     }
   }
+}
+
+/** `items` in their order, but of `lanes` files in turn: as many files are written at once. */
+export function interleaved<T>(items: readonly T[], fileOf: (item: T) => string, lanes: number): T[] {
+  const files = new Map<string, T[]>();
+  for (const item of items) {
+    const file = fileOf(item);
+    const own = files.get(file);
+    if (own) own.push(item);
+    else files.set(file, [item]);
+  }
+  const waiting = [...files.values()].map((own) => own.values());
+  const active = waiting.splice(0, lanes);
+  const order: T[] = [];
+  for (let lane; (lane = active.shift()) !== undefined; ) {
+    const { done, value } = lane.next();
+    if (done !== true) order.push(value as T);
+    active.push(...(done === true ? waiting.splice(0, 1) : [lane]));
+  }
+  return order;
 }
