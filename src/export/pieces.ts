@@ -105,9 +105,9 @@ export function interleaved<T>(items: readonly T[], fileOf: (item: T) => string,
   const waiting = [...files.values()].map((own) => own.values());
   const active = waiting.splice(0, lanes);
   const order: T[] = [];
-  for (let lane; (lane = active.shift()) !== undefined; ) {
+  for (let lane; (lane = active.shift()) !== undefined;) {
     const { done, value } = lane.next();
-    if (done !== true) order.push(value as T);
+    if (done !== true) order.push(value);
     active.push(...(done === true ? waiting.splice(0, 1) : [lane]));
   }
   return order;
