@@ -31,8 +31,8 @@ export async function mergeShards(plan: ShardPlan, given: QuantizeOptions, env: 
       const resumed = blocks.some(({ index }) => job.done(blockStep(stage, index)));
       const records = job.finished ? [] : await completeRecords(plan, planned);
       const gate = new CoverageGate(prepared.open.model, options.maxUncovered);
-      for (const { report } of records.flatMap((record) => record.blocks)) {
-        gate.add(report.coverage?.uncovered ?? 0, `block ${report.block}`);
+      for (const [i, { report }] of records.flatMap((record) => record.blocks).entries()) {
+        gate.add(report.coverage?.uncovered ?? 0, blocks[i]!.name);
       }
       const run = { options, prepared, set: plan.set, job, env, started };
       const result = await assemble(run, (targets) => copyBlocks(plan, planned, records, targets, job, env));
