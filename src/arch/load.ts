@@ -2,8 +2,8 @@ import { ConvertError, badInput, bug } from '../base/errors.js';
 import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
 import type { Device } from '../backend/device.js';
 import { joinedShape } from '../formats/assembly.js';
-import type { TensorEntry } from '../formats/types.js';
-import { copyInto, decode, dequantize } from '../tensor/ops.js';
+import type { LinearFactor, TensorEntry } from '../formats/types.js';
+import { binary, copyInto, decode, dequantize, gemm } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
 import type { OpenModel } from './open.js';
 
@@ -116,12 +116,39 @@ export class TensorLoader {
         }
         return;
       }
+      case 'product': {
+        const { weight, bias } = await this.#product(scope, encoding.factors);
+        copyInto(into, encoding.part === 'weight' ? weight : bias!.view(into.count));
+        return;
+      }
       case 'opaque':
         throw badInput('A weight is stored in a way that cannot be computed with', {
           where: `${entry.span.path}, tensor ${entry.name}`,
           got: encoding.name,
         });
     }
+  }
+
+  /** Linears in a row as one, in f32: the matrix [N, K] and the bias [N, 1]. */
+  async #product(
+    scope: Scope,
+    factors: readonly LinearFactor[],
+  ): Promise<{ weight: Tensor; bias: Tensor | undefined }> {
+    const read = async (entry: TensorEntry, shape: readonly number[]): Promise<Tensor> => {
+      const tensor = scope.empty('f32', entry.shape);
+      await this.#entry(scope, entry, tensor);
+      return tensor.view(...shape);
+    };
+    let product: Tensor | undefined;
+    let sum: Tensor | undefined;
+    for (const { weight, bias } of factors) {
+      const w = await read(weight, weight.shape);
+      const own = bias && (await read(bias, [bias.shape[0]!, 1]));
+      const moved: Tensor | undefined = sum && gemm(scope, w, sum);
+      sum = moved && own ? binary(scope, 'add', moved, own) : (moved ?? own);
+      product = product ? gemm(scope, w, product) : w;
+    }
+    return { weight: product!, bias: sum };
   }
 
   /** A stored tensor as it is on disk, under its own shape. */

@@ -36,14 +36,17 @@ export interface OpenModel {
 export interface OpenModelOptions {
   /** Path of the config, where it does not lie beside the weights. */
   config?: string | undefined;
+  /** The checkpoint as if it had been stored otherwise. */
+  reshape?: ((checkpoint: Checkpoint) => Checkpoint) | undefined;
 }
 
 /**
  * Opens a checkpoint and its architecture; reads headers only.
  * Errors: what `openCheckpoint` refuses, unknown architecture or settings, tensors missing, of wrong shape, unknown.
  */
-export async function openModel(path: string, { config }: OpenModelOptions = {}): Promise<OpenModel> {
-  const checkpoint = await openCheckpoint(path, { config });
+export async function openModel(path: string, { config, reshape }: OpenModelOptions = {}): Promise<OpenModel> {
+  const stored = await openCheckpoint(path, { config });
+  const checkpoint = reshape ? reshape(stored) : stored;
   const where = checkpoint.configPath ?? checkpoint.path;
   const layout = detectLayout(checkpoint.config, where);
   const tensors = storedWeights(checkpoint.tensors, layout);

@@ -61,7 +61,11 @@ export function buildModel(
       where,
       got: `model_type ${JSON.stringify(type)}`,
       expected: `one of ${modelTypes.join(', ')}`,
-      ...(near !== undefined && { hint: `Did you mean ${near}?` }),
+      ...(type === 'phi3'
+        ? {
+            hint: 'Its fused matrices make it a Llama with other names: deepseek-convert convert IN -o OUT --fuse split.',
+          }
+        : near !== undefined && { hint: `Did you mean ${near}?` }),
     });
   }
   const model = build(c);

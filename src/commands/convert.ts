@@ -1,9 +1,11 @@
 import { basename, dirname, resolve } from 'node:path';
 import { badUsage, noResource } from '../base/errors.js';
 import { formatBytes, freeBytes } from '../base/files.js';
-import { byteSize, choice, flag, integer, text } from '../base/options.js';
+import { byteSize, choice, flag, integer, list, text } from '../base/options.js';
 import { columns, count, duration } from '../base/text.js';
 import type { ConvertPlan } from '../export/convert-plan.js';
+import type { FusionReport } from '../export/fuse-check.js';
+import type { Fuse } from '../export/fusion.js';
 import { recordConversion } from './history-file.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
@@ -35,6 +37,12 @@ export const command = defineCommand({
       value: 'file',
       help: 'Importance of columns for the blocks of GGUF files, as llama.cpp or quantize --format imatrix wrote it.',
     }),
+    fuse: list({
+      separator: ',',
+      choices: ['qkv', 'gate-up', 'split', 'fold'],
+      value: 'name,...',
+      help: 'qkv, gate-up: one matrix for each set (ONNX: packed attention; both in a folder: Phi-3’s container). split: such matrices as their linears. fold: consecutive linears as one where that is smaller. Each is checked by products with random inputs.',
+    }),
     mergeLora: text({ value: 'folder', help: 'Merge the LoRA adapter of this PEFT folder into the weights.' }),
     shardSize: byteSize({ default: 5e9, help: 'Largest file of a folder.' }),
     modelParallel: integer({ min: 1, default: 1, help: "Shards of DeepSeek's native layout." }),
@@ -55,6 +63,7 @@ export const command = defineCommand({
   ],
   async run(given, io) {
     const { planConversion } = await import('../export/convert-plan.js');
+    const { checkFuse } = await import('../export/fuse.js');
     const format = given.format ?? formatOf(given.out) ?? 'safetensors';
     checkName(given.out, format);
     const { dtype: wanted, modelParallel } = given;
@@ -67,6 +76,8 @@ export const command = defineCommand({
     if (given.mergeLora !== undefined && format !== 'safetensors' && format !== 'torch') {
       throw badUsage(`--merge-lora does not go together with --format ${format}`, { expected: 'safetensors or torch', hint: 'Merge first, then convert the result.' }); // prettier-ignore
     }
+    const fuse = new Set(given.fuse as readonly Fuse[]);
+    checkFuse(fuse, format, given.mergeLora !== undefined, isBlocks(wanted));
     const options = {
       input: given.input,
       config: given.config,
@@ -74,6 +85,7 @@ export const command = defineCommand({
       format,
       ...(isBlocks(wanted) && { blocks: wanted }),
       ...(given.imatrix !== undefined && { imatrix: given.imatrix }),
+      ...(fuse.size > 0 && { fuse }),
       ...(given.mergeLora !== undefined && { mergeLora: given.mergeLora }),
       ...(format === 'deepseek-native' && { modelParallel }),
     };
@@ -102,13 +114,19 @@ export const command = defineCommand({
       const rate = formatBytes((report.reads + report.writes) / seconds);
       return {
         data: { out: resolve(given.out), format, dtype: given.dtype ?? null, ...report, seconds },
-        text: `${given.out}: ${count(report.tensors)} tensors, ${formatBytes(report.writes)} (${format}) in ${duration(seconds)}, ${rate}/s read and written.`,
+        text: [
+          ...report.fused.map(fusedLine),
+          `${given.out}: ${count(report.tensors)} tensors, ${formatBytes(report.writes)} (${format}) in ${duration(seconds)}, ${rate}/s read and written.`,
+        ].join('\n'),
       };
     } finally {
       await plan.close();
     }
   },
 });
+
+const fusedLine = ({ kind, from, into, bytes, error, tolerance }: FusionReport): string =>
+  `${kind}: ${from.join(', ')} -> ${into.join(', ')}, ${formatBytes(bytes.before)} -> ${formatBytes(bytes.after)}, difference ${error.toExponential(1)} (exact: at most ${tolerance.toExponential(1)})`;
 
 /** The format that the name of an output says; undefined for a folder. */
 function formatOf(out: string): (typeof formats)[number] | undefined {
@@ -187,6 +205,7 @@ async function dryRun(
       memory,
       seconds: eta,
       notes: plan.notes,
+      fusions: (plan.fusions ?? []).map(({ kind, from, into, bytes }) => ({ kind, from, into, bytes })),
     },
     text: `${columns(rows, 'llllr')}\n\n${columns(summary.map(([a, b]) => [io.paint.bold(a!), b!]), 'll')}\n\nNothing was written.`,
     ...(short && {

@@ -123,6 +123,8 @@ export function encodingName({ encoding }: TensorEntry): string {
       return `${encoding.element}/${encoding.block.join('x')}`;
     case 'assembled':
       return encodingName(encoding.parts[0]!.entry);
+    case 'product':
+      return encodingName(encoding.factors[0]!.weight);
     case 'opaque':
       return encoding.name.toLowerCase();
   }

@@ -10,6 +10,7 @@ import type { LinearShape, Scheme } from '../layout/types.js';
 import { buildOnnx } from '../targets/onnx/decoder.js';
 import { genaiConfig } from '../targets/onnx/genai.js';
 import type { Fusing } from '../targets/onnx/linear.js';
+import type { Fusion } from './fusion.js';
 import type { OutputTensor, SharedRows } from '../targets/types.js';
 import type { PlannedTensor } from '../checkpoint/types.js';
 import { planTensor, type PlannedConversion } from './convert-tensor.js';
@@ -24,6 +25,7 @@ export interface OnnxPlan {
   readonly notes: readonly string[];
   /** Tensors of the graph that are several of the source. */
   readonly joined: ReadonlyMap<string, StoredWeight>;
+  readonly fusions: readonly Fusion[];
 }
 
 /**
@@ -53,7 +55,7 @@ export function planOnnxOutput(
   const refuse = (linear: LinearSpec): string | undefined =>
     open.tensors.get(`${linear.name}.weight`)?.linear && !schemeOf(linear) ? 'their codes are decoded' : undefined;
   const of = (linear: LinearSpec) => ({ stored: linear, scheme: schemeOf(linear) });
-  const { graph, weights, cache, notes } = buildOnnx(model, dtype, { of, refuse, accuracy: 0, fuse });
+  const { graph, weights, cache, notes, fused } = buildOnnx(model, dtype, { of, refuse, accuracy: 0, fuse });
   const computed = new Map<string, Float32Array>();
   const joined = new Map<string, StoredWeight>();
   const tensors: PlannedConversion[] = [];
@@ -74,6 +76,7 @@ export function planOnnxOutput(
     outputs: weights.map(({ planned }) => planned),
     computed,
     joined,
+    fusions: fused.map(({ kind, linears }) => fusionOf(open, kind, linears, dtype)),
     onnx: graph,
     extraFiles: new Map([['genai_config.json', `${JSON.stringify(genaiConfig(model, cache, padId), null, 2)}\n`]]),
     config: { ...config, dtype: dtype === 'f32' ? 'float32' : 'float16' },
@@ -134,4 +137,18 @@ function planJoined(
     output: planned,
     ...(transposed && { transposed }),
   };
+}
+
+function fusionOf(open: OpenModel, kind: Fusing, linears: readonly LinearSpec[], dtype: FloatDType): Fusion {
+  const names = linears.map(({ name }) => name);
+  const parts = linears.map(({ name, inFeatures, outFeatures }) => {
+    const { linear, entry } = open.tensors.get(`${name}.weight`)!;
+    const before = linear
+      ? [...linear.parts.values()].reduce((sum, { span }) => sum + span.bytes, 0)
+      : entry.span.bytes;
+    return { before, after: linear ? before : inFeatures * outFeatures * dtypeSize(dtype) };
+  });
+  const sum = (key: 'before' | 'after') => parts.reduce((total, part) => total + part[key], 0);
+  // Our reader takes fused matrices of graphs apart.
+  return { kind, from: names, into: names, bytes: { before: sum('before'), after: sum('after') } };
 }

@@ -13,7 +13,8 @@ import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
 import { planGgufOutput, planNativeOutput } from './convert-formats.js';
 import { planOnnxOutput } from './convert-onnx.js';
-import { fusings, type Fuse } from './fuse.js';
+import { reshape } from './fuse.js';
+import { fusings, type Fuse, type Fusion } from './fusion.js';
 import type { BlockType, FormatPlan } from './convert-formats.js';
 
 export interface ConvertOptions {
@@ -52,6 +53,8 @@ export interface ConvertPlan {
   /** Of the importance matrix that was read. */
   readonly imatrixHash?: string;
   readonly adapter?: Adapter;
+  /** What stands in the output otherwise than in the input. */
+  readonly fusions?: readonly Fusion[];
   readonly config: Readonly<Record<string, unknown>>;
   readonly notes: readonly string[];
   /** What `TensorLoader` needs. */
@@ -92,16 +95,24 @@ export async function planConversion(options: ConvertOptions): Promise<ConvertPl
 }
 
 async function planUnmerged(options: ConvertOptions): Promise<ConvertPlan> {
-  const { input, dtype, format } = options;
+  const { input, format } = options;
   if (format === 'onnx') return planOnnx(options);
   const isNative = format === 'deepseek-native';
-  const checkpoint = await openCheckpoint(input, { config: options.config, keepScales: isNative });
+  const stored = await openCheckpoint(input, { config: options.config, keepScales: isNative });
+  const { checkpoint: reshaped, fusions, notes } = reshape(stored, options.fuse ?? new Set(), format);
+  const checkpoint = { ...reshaped, notes: [...reshaped.notes, ...notes] };
+  return { ...(await planStored(checkpoint, options)), fusions };
+}
+
+async function planStored(checkpoint: Checkpoint, options: ConvertOptions): Promise<ConvertPlan> {
+  const { dtype, format } = options;
   const imatrix = options.imatrix === undefined ? undefined : await readImatrix(options.imatrix);
   if (format === 'gguf') {
     const plan = planFormat(checkpoint, await planGgufOutput(checkpoint, dtype, options.blocks, imatrix));
     return imatrix === undefined ? plan : { ...plan, imatrixHash: imatrixHash(imatrix) };
   }
-  if (isNative) return planFormat(checkpoint, planNativeOutput(checkpoint, options.modelParallel ?? 1));
+  if (format === 'deepseek-native')
+    return planFormat(checkpoint, planNativeOutput(checkpoint, options.modelParallel ?? 1));
   const quantized = checkpoint.config.quantization_config !== undefined;
   // MatMulNBits stands in ONNX graphs only: elsewhere nobody would read it.
   const wanted = dtype ?? (checkpoint.format === 'onnx' ? 'bf16' : undefined);
@@ -132,12 +143,23 @@ function planFormat(checkpoint: Checkpoint, plan: FormatPlan): ConvertPlan {
 
 /** A graph that says what the architecture computes, and its weights. */
 async function planOnnx({ input, config, dtype, fuse = new Set() }: ConvertOptions): Promise<ConvertPlan> {
-  const open = await openModel(input, { config });
+  const fusions: Fusion[] = [];
+  const folded: string[] = [];
+  const before = (checkpoint: Checkpoint): Checkpoint => {
+    const done = reshape(checkpoint, fuse, 'onnx');
+    fusions.push(...done.fusions);
+    folded.push(...done.notes);
+    return done.checkpoint;
+  };
+  const open = await openModel(input, { config, reshape: before });
   try {
     const plan = planOnnxOutput(open, dtype, new Set(fusings.filter((kind) => fuse.has(kind))));
-    const notes = [...open.notes, ...plan.notes];
+    const notes = [...open.notes, ...folded, ...plan.notes];
     const source = { tensors: new Map([...open.tensors, ...plan.joined]), file: (path: string) => open.file(path) };
-    return { checkpoint: open.checkpoint, ...plan, notes, source, close: () => open.close() };
+    return {
+      ...{ checkpoint: open.checkpoint, ...plan, notes, source, fusions: [...fusions, ...plan.fusions] },
+      close: () => open.close(),
+    };
   } catch (error) {
     await open.close();
     throw error;

@@ -58,8 +58,10 @@ export function planTensor(entry: TensorEntry, dtype: FloatDType | undefined): P
     case 'ggml':
     case 'scaled':
       return plan('decode', dtype ?? 'bf16');
+    case 'product':
     case 'assembled': {
-      const { encoding: part } = encoding.parts[0]!.entry;
+      const first = encoding.kind === 'product' ? encoding.factors[0]!.weight : encoding.parts[0]!.entry;
+      const { encoding: part } = first;
       const own = part.kind === 'plain' ? part.dtype : 'bf16';
       return plan('decode', floats.has(own) && !fixed ? dtype : own);
     }

@@ -1,3 +1,4 @@
+import { availableParallelism } from 'node:os';
 import type { ByteSource } from '../base/bytes.js';
 import { ConvertError, badInput } from '../base/errors.js';
 import { dtypeSize, elementCount } from '../base/dtype.js';
@@ -9,8 +10,9 @@ import type { CheckpointWriter, TensorEntry } from '../checkpoint/types.js';
 import { createWriter } from '../checkpoint/writer.js';
 import { cast, encode, normAdd, type EncodableName } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
+import { checkFusions, type FusionReport } from './fuse-check.js';
 import { merged } from './merge-lora.js';
-import { Budget, piecesOf, type Piece } from './pieces.js';
+import { Budget, interleaved, piecesOf, type Piece } from './pieces.js';
 import { repacked } from './repack.js';
 import type { ConvertOptions, ConvertPlan, PlannedConversion } from './convert-plan.js';
 
@@ -34,6 +36,8 @@ export interface ConvertReport {
   readonly writes: number;
   /** Values that were finite and became infinite, by tensor. */
   readonly saturated: Readonly<Record<string, number>>;
+  /** Linears that were fused, split or folded; of an output that had its name already: none. */
+  readonly fused: readonly FusionReport[];
   /** Went on with an earlier run's work. */
   readonly resumed: boolean;
 }
@@ -43,6 +47,8 @@ const pieceBytes = 4 * 2 ** 20;
 /** Bytes after which what is written is made durable: the disk works while we do, and little is lost by a crash. */
 const flushEvery = 5e8;
 const tensorsAtOnce = 8;
+/** Output files that grow at once: a file's copies and checksum take a core each, a disk takes some in parallel. */
+const filesAtOnce = Math.min(4, Math.max(1, Math.floor(availableParallelism() / 4)));
 
 /** Bytes of one copy from file to file, which needs no memory: after each an interruption is noticed. */
 const copyBytes = 32 * 2 ** 20;
@@ -67,6 +73,7 @@ export async function runConversion(plan: ConvertPlan, run: ConvertRun, env: Job
       format: run.format,
       shardSize: run.shardSize,
       ...(run.blocks !== undefined && { blocks: run.blocks }),
+      ...(run.fuse !== undefined && run.fuse.size > 0 && { fuse: [...run.fuse].sort() }),
       ...(plan.adapter && { adapter: plan.adapter.hash }),
       ...(plan.imatrixHash !== undefined && { imatrix: plan.imatrixHash }),
       ...(run.modelParallel !== undefined && { modelParallel: run.modelParallel }),
@@ -76,7 +83,14 @@ export async function runConversion(plan: ConvertPlan, run: ConvertRun, env: Job
     if (!job.finished) return await convertInto(job, plan, run, env);
     const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
     await job.remove();
-    return { tensors: plan.tensors.length, reads: sum('reads'), writes: sum('writes'), saturated: {}, resumed: true };
+    return {
+      tensors: plan.tensors.length,
+      reads: sum('reads'),
+      writes: sum('writes'),
+      saturated: {},
+      fused: [],
+      resumed: true,
+    };
   } catch (error) {
     // What is wrong with the input is still wrong next time: nothing is worth keeping.
     const final = error instanceof ConvertError && (error.kind === 'input' || error.kind === 'gate');
@@ -86,7 +100,8 @@ export async function runConversion(plan: ConvertPlan, run: ConvertRun, env: Job
 }
 
 async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: JobEnv): Promise<ConvertReport> {
-  const { checkpoint } = plan;
+  const { checkpoint, fusions = [] } = plan;
+  let fused: readonly FusionReport[] = [];
   const writer = await createWriter({
     job,
     format: run.format,
@@ -100,6 +115,12 @@ async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: Jo
     // DeepSeek's own converter writes no metadata.
     ...(run.format === 'deepseek-native' && { metadata: {} }),
     provenance: { tool, recipe: run.recipe, inputs: [...checkpoint.files] },
+    ...(fusions.length > 0 && {
+      accept: async ({ path }): Promise<Json> => {
+        fused = await checkFusions(plan, path, env);
+        return { fused: JSON.parse(JSON.stringify(fused)) as Json };
+      },
+    }),
   });
   try {
     const left = plan.tensors.filter(({ name }) => !writer.has(name));
@@ -114,7 +135,7 @@ async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: Jo
     await writer.finish(report);
     await job.remove();
     const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
-    return { ...report, reads: sum('reads'), writes: sum('writes'), resumed };
+    return { ...report, fused, reads: sum('reads'), writes: sum('writes'), resumed };
   } finally {
     await writer.close();
   }
@@ -158,8 +179,9 @@ class Converter {
     this.#budget = new Budget(run.ioBudget);
   }
 
-  /** Converts the tensors in order, several at once; gives the saturation counts. */
-  async all(tensors: readonly PlannedConversion[]): Promise<Record<string, number>> {
+  /** Converts the tensors, several at once; gives the saturation counts. */
+  async all(left: readonly PlannedConversion[]): Promise<Record<string, number>> {
+    const tensors = interleaved(left, ({ name }) => this.writer.fileOf(name), filesAtOnce);
     const total = this.plan.tensors.length;
     let [next, done, sinceFlush] = [0, total - tensors.length, 0];
     let flushing = false;

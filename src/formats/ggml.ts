@@ -58,7 +58,7 @@ export const ggmlOthers: ReadonlyMap<number, string> = new Map([
 /**
  * Bytes that a tensor takes in its encoding; NaN where the shape does not fit it (a row that is no whole number of
  * blocks, sub-byte elements that end inside a byte). The scale of a scaled tensor is not counted; an assembled tensor
- * counts what is read of its parts.
+ * or a product counts what is read of its parts.
  */
 export function encodedBytes(shape: readonly number[], encoding: Encoding): number {
   const count = shape.reduce((n, d) => n * d, 1);
@@ -71,6 +71,8 @@ export function encodedBytes(shape: readonly number[], encoding: Encoding): numb
       return encoding.element === 'f8_e4m3' ? count : count % 2 === 0 ? count / 2 : NaN;
     case 'assembled':
       return encoding.parts.reduce((sum, { entry }) => sum + entry.span.bytes, 0);
+    case 'product':
+      return encoding.factors.reduce((sum, { weight, bias }) => sum + weight.span.bytes + (bias?.span.bytes ?? 0), 0);
     case 'ggml': {
       const { values, bytes } = ggmlBlocks[encoding.type];
       return (shape.at(-1) ?? 1) % values === 0 ? (count / values) * bytes : NaN;
@@ -89,6 +91,8 @@ export function encodingName(encoding: Encoding): string {
       return encoding.name;
     case 'assembled':
       return encodingName(encoding.parts[0]!.entry.encoding);
+    case 'product':
+      return encodingName(encoding.factors[0]!.weight.encoding);
     case 'scaled':
       return `${encoding.element} x ${encoding.scaleElement} [${encoding.block.join(', ')}]`;
   }

@@ -21,8 +21,15 @@ export type Encoding =
     }
   /** Put together from other tensors; the parts joined along `axis`, then read under the tensor's own shape. */
   | { readonly kind: 'assembled'; readonly axis: number; readonly parts: readonly AssembledPart[] }
+  /** Linears in a row, the first applied first, as one: its matrix W2 W1, or its bias W2 b1 + b2. */
+  | { readonly kind: 'product'; readonly part: 'weight' | 'bias'; readonly factors: readonly LinearFactor[] }
   /** Carried through as bytes; never computed with (C64, F8_E8M0 without a partner ...). */
   | { readonly kind: 'opaque'; readonly name: string; readonly bits: number };
+
+export interface LinearFactor {
+  readonly weight: TensorEntry;
+  readonly bias?: TensorEntry | undefined;
+}
 
 /**
  * How one stored tensor contributes to another: its decoded values as an array of shape `view` (rank <= 4), cut along

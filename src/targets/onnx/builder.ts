@@ -1,10 +1,17 @@
 import { bug } from '../../base/errors.js';
 import type { DType } from '../../base/dtype.js';
 import type { OnnxAttribute, OnnxConstant, OnnxNodeSpec } from '../../formats/onnx-writer.js';
+import type { LinearSpec } from '../../nn/calls.js';
 import type { OutputTensor } from '../types.js';
 
 /** onnxruntime's own operators. */
 export const microsoft = 'com.microsoft';
+
+/** Linears of one input that became one matrix. */
+export interface FusedLinears {
+  readonly kind: 'qkv' | 'gate-up';
+  readonly linears: readonly LinearSpec[];
+}
 
 export interface NodeOptions {
   readonly domain?: string;
@@ -19,6 +26,7 @@ export class GraphBuilder {
   readonly weights: OutputTensor[] = [];
   /** What was decided on the way, one sentence each. */
   readonly notes = new Set<string>();
+  readonly fused: FusedLinears[] = [];
   readonly #names = new Set<string>();
   readonly #constants = new Map<string, string>();
   readonly #weightNames = new Set<string>();

@@ -4,7 +4,7 @@ import { isCapped, type Model } from '../../arch/types.js';
 import type { OnnxGraph, OnnxValue } from '../../formats/onnx-writer.js';
 import type { OutputTensor } from '../types.js';
 import { addAttention, cacheShape, type CacheShape, type Shared } from './attention.js';
-import { GraphBuilder } from './builder.js';
+import { GraphBuilder, type FusedLinears } from './builder.js';
 import { addFeedForward } from './feed-forward.js';
 import { addLinear, type StoredLinears } from './linear.js';
 import { addNorm, addSkipNorm } from './norm.js';
@@ -16,6 +16,7 @@ export interface OnnxModel {
   readonly cache: CacheShape;
   /** What was decided on the way, one sentence each. */
   readonly notes: readonly string[];
+  readonly fused: readonly FusedLinears[];
 }
 
 /**
@@ -74,7 +75,7 @@ export function buildOnnx(model: Model, dtype: 'f32' | 'f16', linears: StoredLin
     opsets: { '': 21, 'com.microsoft': 1 },
     metadata: { model_type: model.modelType },
   };
-  return { graph, weights: g.weights, cache, notes: [...g.notes] };
+  return { graph, weights: g.weights, cache, notes: [...g.notes], fused: g.fused };
 }
 
 /** Lengths and positions, from the mask and the ids. */

@@ -3,10 +3,9 @@ import { fusedName } from '../../checkpoint/fused-names.js';
 import { matMulNBitsWriter, nBitsBlock } from '../../layout/matmulnbits-writer.js';
 import type { LinearShape, Scheme } from '../../layout/types.js';
 import type { SharedRows } from '../types.js';
-import { microsoft, type GraphBuilder } from './builder.js';
+import { microsoft, type FusedLinears, type GraphBuilder } from './builder.js';
 
-/** Linears of one input that become one matrix. */
-export type Fusing = 'qkv' | 'gate-up';
+export type Fusing = FusedLinears['kind'];
 
 /** How the linears of a model are stored. */
 export interface StoredLinears {
@@ -45,7 +44,10 @@ export function addFused(
       : new Set(specs.map(({ bias }) => bias === true)).size > 1
         ? 'some have a bias and some have none'
         : specs.map((linear) => linears.refuse?.(linear)).find((why) => why !== undefined);
-  if (reason === undefined) return addJoined(g, linears, specs, x);
+  if (reason === undefined) {
+    g.fused.push({ kind, linears: specs });
+    return addJoined(g, linears, specs, x);
+  }
   g.notes.add(`${specs.map(({ name }) => name).join(', ')} are not fused: ${reason}.`);
   return undefined;
 }
