@@ -1,5 +1,7 @@
-// Writes docs/cli.md from the option tables of src/commands (npm run docs). With --check: says whether it is current.
-import { readFileSync, writeFileSync } from 'node:fs';
+// Writes docs/cli.md and the manual page from the option tables of src/commands (npm run docs). With --check: says
+// whether they are current.
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { manPage } from './make-man.mjs';
 
 const root = new URL('../', import.meta.url);
 const { commands } = await import(new URL('dist/commands/index.js', root));
@@ -28,8 +30,10 @@ const table = (options) =>
 
 const machine = new Set(Object.keys(deviceOptions));
 const parts = [];
+const loaded = [];
 for (const [name, { summary, load }] of Object.entries(commands)) {
   const { command } = await load();
+  loaded.push([name, { summary, command }]);
   const places = Object.values(command.arguments).map((s) => (s.required ? `<${s.value}>` : `[${s.value}]`));
   const own = Object.fromEntries(Object.entries(command.options).filter(([key]) => !machine.has(key)));
   parts.push(
@@ -84,11 +88,19 @@ ${table(deviceOptions)}
 ${table(commonOptions)}
 `;
 
-const target = new URL('docs/cli.md', root);
-if (process.argv.includes('--check')) {
-  const current = readFileSync(target, 'utf8') === document;
-  console.log(current ? 'docs/cli.md is current.' : 'docs/cli.md is not what the option tables say: npm run docs');
-  process.exitCode = current ? 0 : 1;
-} else {
-  writeFileSync(target, document);
+const { version } = JSON.parse(readFileSync(new URL('package.json', root), 'utf8'));
+const man = manPage(loaded, { common: commonOptions, machine: deviceOptions, version, flagOf, meaning });
+for (const [path, made] of [
+  ['docs/cli.md', document],
+  ['man/deepseek-convert.1', man],
+]) {
+  const target = new URL(path, root);
+  if (process.argv.includes('--check')) {
+    const current = readFileSync(target, 'utf8') === made;
+    console.log(current ? `${path} is current.` : `${path} is not what the option tables say: npm run docs`);
+    if (!current) process.exitCode = 1;
+  } else {
+    mkdirSync(new URL('.', target), { recursive: true });
+    writeFileSync(target, made);
+  }
 }

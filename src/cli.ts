@@ -53,18 +53,26 @@ async function main(): Promise<number> {
   }
   if (way.kind === 'help') print(help());
   if (way.kind === 'version') print(run.json ? JSON.stringify({ schema, version, node: process.version }) : version);
+  const width = Math.max(60, Math.min(process.stdout.columns ?? 80, 120));
+  const writeOut = (text: string) => print(text.trimEnd());
+  if (way.kind === 'settings') {
+    run.command = 'config';
+    const { showConfig } = await import('./commands/config.js');
+    const { summary } = commands[way.name]!;
+    const shown = await showConfig({ config: undefined, ...way }, commands, run.environment, { summary, common: commonOptions, width, writeOut }); // prettier-ignore
+    return shown ? finish(shown) : 0;
+  }
   if (way.kind !== 'command') return 0;
 
   run.command = way.name;
   const entry = commands[way.name]!;
   const [{ command }, { parseArguments }] = await Promise.all([entry.load(), import('./commands/parse.js')]);
   const table = mergeTables(command.arguments, command.options, commonOptions);
-  const width = Math.max(60, Math.min(process.stdout.columns ?? 80, 120));
   const typed = parseArguments(command, way.argv, {
     summary: entry.summary,
     common: commonOptions,
     width,
-    writeOut: (text) => print(text.trimEnd()),
+    writeOut,
   });
   if (typed === undefined) return 0;
   const sources = [typed, fromEnvironment(table, run.environment)];

@@ -235,13 +235,14 @@ export function resolveOptions(table: OptionTable, sources: readonly ReadonlyMap
       values[key] = spec.default;
       continue;
     }
-    values[key] = readGiven(key, spec, given);
+    values[key] = readGiven(spec, given);
     from[key] = given.from;
   }
   return Object.freeze({ values: Object.freeze(values), from: Object.freeze(from) });
 }
 
-function readGiven(key: string, spec: Option<unknown>, given: Given): unknown {
+/** The value of what was given, checked. Errors: usage, naming the source. */
+export function readGiven(spec: Option<unknown>, given: Given): unknown {
   const { raw } = given;
   if (spec.kind === 'list') {
     if (typeof raw === 'boolean') throw invalid(spec, given, String(raw), 'a list');

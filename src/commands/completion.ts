@@ -23,8 +23,13 @@ export const completion = (commands: Registry): Command =>
     async run({ shell }) {
       const tables = await Promise.all(
         Object.entries(commands).map(async ([name, { summary, load }]): Promise<CommandTable> => {
-          const { options } = (await load()).command;
-          return { name, summary, flags: flagsOf({ ...options, ...commonOptions }) };
+          const { arguments: places, options } = (await load()).command;
+          return {
+            name,
+            summary,
+            places: Object.values(places).map(({ choices }) => choices ?? []),
+            flags: flagsOf({ ...options, ...commonOptions }),
+          };
         }),
       );
       const script = { bash, zsh, fish }[shell](tables);
@@ -41,6 +46,8 @@ interface Flag {
 interface CommandTable {
   readonly name: string;
   readonly summary: string;
+  /** The only values of each argument; none: files. */
+  readonly places: readonly (readonly string[])[];
   readonly flags: readonly Flag[];
 }
 
@@ -54,23 +61,30 @@ const flagsOf = (table: OptionTable): Flag[] =>
 
 const names = (tables: readonly CommandTable[]): string => tables.map(({ name }) => name).join(' ');
 
-/** Values of flags first, then flags; files where nothing else fits. */
+/** Values of flags first, then flags and values of arguments; files where nothing else fits. */
 function bash(tables: readonly CommandTable[]): string {
-  const cases = tables.map(({ name, flags }) => {
+  const cases = tables.map(({ name, places, flags }) => {
     const values = flags
       .filter(({ takesValue }) => takesValue)
       .map((f) => `        --${f.name}) ${f.choices.length > 0 ? `words='${f.choices.join(' ')}'` : 'return'} ;;\n`);
+    const chosen = places.flatMap((choices, i) => choices.length > 0 ? [`            ${i + 2}) words='${choices.join(' ')}' ;;\n`] : []); // prettier-ignore
     return `    ${name})
       words='${flags.map((flag) => `--${flag.name}`).join(' ')}'
       case $before in
-${values.join('')}        *) [[ $now == -* ]] || return ;;
+${values.join('')}        *) if [[ $now != -* ]]; then
+          case $COMP_CWORD in
+${chosen.join('')}            *) return ;;
+          esac
+        fi ;;
       esac ;;
 `;
   });
   return `_deepseek_convert() {
-  local now=\${COMP_WORDS[COMP_CWORD]} before=\${COMP_WORDS[COMP_CWORD - 1]} words=
+  local now=\${COMP_WORDS[COMP_CWORD]} before=\${COMP_WORDS[COMP_CWORD - 1]} name=\${COMP_WORDS[1]} words=
   COMPREPLY=()
-  case \${COMP_WORDS[1]} in
+  # Behind "config show" stands the command line of another command.
+  [[ $name == config ]] && ((COMP_CWORD > 3)) && name=\${COMP_WORDS[3]}
+  case $name in
 ${cases.join('')}    *) ((COMP_CWORD == 1)) && words='${names(tables)} --help --version' ;;
   esac
   COMPREPLY=($(compgen -W "$words" -- "$now"))
@@ -84,20 +98,23 @@ const zshHelp = (text: string): string => text.replace(/[[\]:\\]/g, '\\$&');
 
 function zsh(tables: readonly CommandTable[]): string {
   const list = tables.map(({ name, summary }) => zshQuote(`${name}:${summary.replaceAll(':', '\\:')}`)).join(' ');
-  const cases = tables.map(({ name, flags }) => {
+  const cases = tables.map(({ name, places, flags }) => {
+    const chosen = places.map((choices, i) => `'${i + 1}:value:${choices.length > 0 ? `(${choices.join(' ')})` : '_files'}'`); // prettier-ignore
     const specs = flags.map((flag) => {
       const value = !flag.takesValue
         ? ''
         : `:value:${flag.choices.length > 0 ? `(${flag.choices.join(' ')})` : '_files'}`;
       return zshQuote(`--${flag.name}[${zshHelp(flag.help)}]${value}`);
     });
-    return `    ${name}) _arguments ${specs.join(' ')} '*:file:_files' ;;`;
+    return `    ${name}) _arguments ${[...specs, ...chosen].join(' ')} '*:file:_files' ;;`;
   });
   return `_deepseek_convert() {
   local -a commands=(${list})
   if ((CURRENT == 2)); then _describe command commands; return; fi
   local name=\${words[2]}
   shift words; ((CURRENT--))
+  # Behind "config show" stands the command line of another command.
+  if [[ $name == config ]] && ((CURRENT > 3)); then name=\${words[3]}; shift 2 words; ((CURRENT -= 2)); fi
   case $name in
 ${cases.join('\n')}
   esac
@@ -108,8 +125,9 @@ compdef _deepseek_convert deepseek-convert`;
 const fishQuote = (text: string): string => `'${text.replaceAll('\\', '\\\\').replaceAll("'", "\\'")}'`;
 
 function fish(tables: readonly CommandTable[]): string {
-  const lines = tables.flatMap(({ name, summary, flags }) => [
+  const lines = tables.flatMap(({ name, summary, places, flags }) => [
     `complete -c deepseek-convert -n __fish_use_subcommand -a ${name} -d ${fishQuote(summary)}`,
+    ...places.filter((choices) => choices.length > 0).map((choices) => `complete -c deepseek-convert -n '__fish_seen_subcommand_from ${name}' -x -a ${fishQuote(choices.join(' '))}`), // prettier-ignore
     ...flags.map((flag) => {
       const value = !flag.takesValue ? '' : flag.choices.length > 0 ? ` -x -a ${fishQuote(flag.choices.join(' '))}` : ' -r'; // prettier-ignore
       return `complete -c deepseek-convert -n '__fish_seen_subcommand_from ${name}' -l ${flag.name}${value} -d ${fishQuote(flag.help)}`;

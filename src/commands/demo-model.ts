@@ -36,8 +36,8 @@ export async function writeDemoModel(folder: string, { device }: Pick<JobEnv, 'd
   for (const [i, { name, shape }] of tensors.entries()) {
     const tensor = scope.empty('bf16', shape);
     if (shape.length === 1) fill(tensor, 1);
-    else random(tensor, 'normal', seed + i, 0, deviation(name, shape[1]!));
-    file.set(await tensor.bytesOut(), offsets.get(name)!);
+    else random(tensor, 'normal', seed + i, 0, deviation(name, shape[1] ?? 1));
+    file.set(await tensor.bytesOut(), offsets.get(name));
   }
   await mkdir(folder, { recursive: true });
   await writeFile(join(folder, 'model.safetensors'), file);

@@ -58,6 +58,10 @@ export const commands: Readonly<Record<string, Entry>> = {
     load: async () => ({ command: (await import('./demo.js')).demo(commands) }),
   },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
+  config: {
+    summary: 'show the settings that a command would run with, and where they come from',
+    load: async () => ({ command: (await import('./config.js')).config(Object.keys(commands)) }),
+  },
   completion: {
     summary: 'print a completion script for bash, zsh or fish',
     load: async () => ({ command: (await import('./completion.js')).completion(commands) }),

@@ -20,7 +20,7 @@ const mostForeseen = 20_000;
 export const command = defineCommand({
   name: 'inspect',
   description:
-    'Reads headers only: the size of the model does not matter. Models of unknown architectures are shown as tensors.',
+    'Reads headers only, whatever the size of the model; --stats alone reads the weights. Models of unknown architectures are shown as tensors.',
   arguments: { input: { ...input, value: 'model' } },
   options: {
     ...inputOptions,

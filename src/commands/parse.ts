@@ -6,8 +6,8 @@ import type { Command } from './types.js';
 
 const footer = `
 Options can also stand in the environment (--dry-run: DEEPSEEK_CONVERT_DRY_RUN)
-and in --config-file (dry-run: true). The command line wins over the environment,
-and that over the file.`;
+and in --config-file (dry-run: true); the command line wins, then the
+environment. What would be used, and from where: deepseek-convert config show.`;
 
 export interface ParserSettings {
   readonly summary: string;
@@ -50,7 +50,7 @@ export function parseArguments(
 
 function buildParser(command: Command, settings: ParserSettings, take: (key: string, given: Given) => void): Parser {
   const parser = new Parser(`deepseek-convert ${command.name}`)
-    .description(command.description === undefined ? settings.summary : `${settings.summary}\n\n${command.description}`)
+    .description([sentence(settings.summary), command.description ?? ''].map(unwrapped).join('\n\n').trimEnd())
     .exitOverride()
     .configureOutput({ writeOut: settings.writeOut, writeErr: () => {}, getOutHelpWidth: () => settings.width })
     .allowExcessArguments(false)
@@ -78,6 +78,11 @@ function buildParser(command: Command, settings: ParserSettings, take: (key: str
   if (examples !== '') parser.addHelpText('after', `\nExamples:\n${examples}`);
   return parser.addHelpText('after', footer);
 }
+
+export const sentence = (summary: string): string => `${summary.charAt(0).toUpperCase()}${summary.slice(1)}.`;
+
+/** Lines of a paragraph as one, to be broken where the terminal ends; indented lines stay as they are. */
+const unwrapped = (text: string): string => text.replace(/(\S)\n(?=\S)/g, '$1 ');
 
 /** A required value is shown like any other: `-o, --out <path>`; who lacks it hears so when all sources are read. */
 function addOption(

@@ -5,6 +5,8 @@ import { flagName, type OptionTable } from '../base/options.js';
 /** What the arguments ask for: a command with the rest of the arguments, or one of the program's own answers. */
 export type Route =
   | { readonly kind: 'command'; readonly name: string; readonly argv: readonly string[]; readonly config?: ConfigFile }
+  /** `config show`: the settings of a command that is not run. */
+  | { readonly kind: 'settings'; readonly name: string; readonly argv: readonly string[]; readonly config?: ConfigFile }
   | { readonly kind: 'help' }
   | { readonly kind: 'version' }
   | { readonly kind: 'welcome' };
@@ -32,6 +34,11 @@ export async function route(
     if (topic === undefined) return { kind: 'help' };
     if (!names.includes(topic)) throw unknownCommand(topic, names);
     return { kind: 'command', name: topic, argv: ['--help'] };
+  }
+  if (word === 'config' && argv[at! + 1] === 'show' && argv[at! + 2]?.startsWith('-') === false) {
+    const name = argv[at! + 2]!;
+    if (!names.includes(name)) throw unknownCommand(name, names);
+    return { kind: 'settings', name, argv: argv.toSpliced(at!, 3), ...withFile };
   }
   if (word !== undefined && names.includes(word)) {
     return { kind: 'command', name: word, argv: argv.toSpliced(at!, 1), ...withFile };

@@ -1,12 +1,16 @@
 import { spawnSync } from 'node:child_process';
-import { describe, expect, it } from 'vitest';
-import { cli, shell } from './support.js';
+import { writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { cli, shell, workFolder } from './support.js';
 
 describe('completion', () => {
+  const script = join(workFolder(), 'completion.bash');
+  beforeAll(async () => writeFileSync(script, (await cli(['completion', 'bash'])).stdout));
   /** What bash offers for the words of a line, the last of which is being typed. */
   async function offered(...words: string[]): Promise<string[]> {
     const { stdout, stderr, code } = await shell(
-      `eval "$(deepseek-convert completion bash)"
+      `source ${script}
        COMP_WORDS=(deepseek-convert ${words.map((w) => `'${w}'`).join(' ')}); COMP_CWORD=${words.length}
        _deepseek_convert; printf '%s\\n' "\${COMPREPLY[@]}"`,
     );
@@ -19,6 +23,19 @@ describe('completion', () => {
     expect(await offered('doctor', '--progress', 'pl')).toEqual(['plain']);
     expect(await offered('inspect', 'fold')).toEqual([]); // files, by bash itself
     expect(await offered('inspect', '--config', '')).toEqual([]);
+    expect(await offered('completion', '')).toEqual(['bash', 'zsh', 'fish']);
+    expect(await offered('config', 's')).toEqual(['show']);
+    expect(await offered('config', 'show', 'quan')).toEqual(['quantize']);
+    expect(await offered('config', 'show', 'quantize', '--group')).toEqual(['--group-size']);
+  });
+  it('offers every command, and all its flags', async () => {
+    const { stdout } = await cli(['--help']);
+    const names = [...stdout.matchAll(/^ {2}([a-z]+) {2,}\S/gm)].map(([, name]) => name!);
+    expect(names.length).toBeGreaterThan(12);
+    expect(await offered('')).toEqual([...names, '--help', '--version']);
+    const { stdout: help } = await cli(['demo', '--help']);
+    const flags = [...help.matchAll(/^ {2}(?:-\w, )?(--[a-z-]+)/gm)].map(([, flag]) => flag!).filter((f) => f !== '--help'); // prettier-ignore
+    expect((await offered('demo', '--')).sort()).toEqual(flags.sort());
   });
   it.each(['bash', 'zsh', 'fish'])('%s reads its script', async (name) => {
     const { code, stdout } = await cli(['completion', name]);

@@ -1,4 +1,4 @@
-import { execFileSync } from 'node:child_process';
+import { execFileSync, spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readFileSync, readdirSync, symlinkSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { describe, expect, it } from 'vitest';
@@ -59,9 +59,22 @@ describe.each(pages)('%s', (page) => {
 });
 
 describe('docs', () => {
-  it('docs/cli.md is what the option tables say (npm run docs)', () => {
+  it('docs/cli.md and the manual page are what the option tables say (npm run docs)', () => {
     const check = () => execFileSync(process.execPath, [join(root, 'scripts/make-docs.mjs'), '--check'], { encoding: 'utf8' }); // prettier-ignore
-    expect(check()).toContain('is current');
+    expect(check()).toMatch(/cli\.md is current[^]*deepseek-convert\.1 is current/);
+  });
+  it('every command has examples', () => {
+    const sections = readFileSync(join(root, 'docs/cli.md'), 'utf8').split(/^## /m).slice(1, -2);
+    expect(sections.length).toBeGreaterThan(12);
+    for (const section of sections) expect(section).toMatch(/```sh\n# .+\ndeepseek-convert /);
+  });
+  it('the manual page is one', () => {
+    const page = join(root, 'man/deepseek-convert.1');
+    const { man } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as { man: string[] };
+    expect(man).toEqual(['man/deepseek-convert.1']);
+    const made = spawnSync('groff', ['-man', '-ww', '-z', page], { encoding: 'utf8' });
+    if (made.error) return console.log('note: groff is not installed: the manual page was only compared');
+    expect([made.status, made.stderr]).toEqual([0, '']);
   });
   it('other commands of the README are scripts of the package', () => {
     const scripts = (JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as { scripts: object }).scripts;
