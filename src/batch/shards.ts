@@ -15,7 +15,7 @@ export interface Places {
 export type Step = (argv: readonly string[], place: number, shard?: number) => Promise<Outcome>;
 
 /** Options of the machine, which each step has for itself. */
-const machine = ['device', 'threads', 'ram', 'vram', 'trace'];
+export const machine = ['device', 'threads', 'ram', 'vram', 'trace'];
 
 /** What `plan` says under --json. */
 interface Plan {

@@ -71,7 +71,7 @@ export class Slurm {
 
   #call(program: string, args: readonly string[]): Promise<{ code: number; stdout: string; stderr: string }> {
     return new Promise((resolve, reject) => {
-      const options = { env: withoutFilters(this.environment), maxBuffer: 256e6, timeout: 120_000 };
+      const options = { env: withoutOthers(this.environment), maxBuffer: 256e6, timeout: 120_000 };
       execFile(program, args, options, (error, stdout, stderr) => {
         if (error && errorCode(error) === 'ENOENT') {
           reject(noResource('Slurm is not on this machine', { where: program, expected: 'Slurm’s programs on PATH', hint: 'Run this on a login node of the cluster.' })); // prettier-ignore
@@ -84,9 +84,14 @@ export class Slurm {
   }
 }
 
-/** Variables with which people shape what Slurm's programs show would hide jobs from us, or make arrays of them. */
-const withoutFilters = (environment: NodeJS.ProcessEnv): NodeJS.ProcessEnv =>
-  Object.fromEntries(Object.entries(environment).filter(([name]) => !/^(SQUEUE|SCANCEL|SACCT|SCONTROL)_|^SBATCH_(ARRAY_INX|WAIT|NO_REQUEUE|DEPENDENCY)$/.test(name))); // prettier-ignore
+/**
+ * Without the variables with which people shape what Slurm's programs show (they would hide jobs from us) or turn jobs
+ * into arrays, and without those of an allocation in which the batch itself may run: they would pass for the job's own.
+ */
+const withoutOthers = (environment: NodeJS.ProcessEnv): NodeJS.ProcessEnv =>
+  Object.fromEntries(
+    Object.entries(environment).filter(([name]) => !/^(SQUEUE|SCANCEL|SACCT|SCONTROL)_|^SBATCH_(ARRAY_INX|WAIT|NO_REQUEUE|DEPENDENCY)$|^SLURM_(ARRAY|JOB|STEP|TASK|CPUS|MEM|TRES|GPUS)_|^SLURM_(JOBID|NTASKS|NPROCS|RESTART_COUNT)/.test(name)),
+  ); // prettier-ignore
 
 /** Lines `array|index|state|reason` of squeue. */
 export function parseQueue(text: string): Queue {

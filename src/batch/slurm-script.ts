@@ -13,14 +13,12 @@ export interface SlurmTask {
   readonly count: number | undefined;
 }
 
-const shardsOf = (job: Job): number | undefined => (job as { readonly shards?: number }).shards;
-
 /** A job as the Slurm jobs that it needs, each waiting for the one before. */
 export function tasksOf(job: Job): SlurmTask[] {
-  if (shardsOf(job) === undefined) return [{ job, stage: undefined, count: undefined }];
+  if (job.shards === undefined) return [{ job, stage: undefined, count: undefined }];
   return [
     { job, stage: 'plan', count: undefined },
-    { job, stage: 'worker', count: shardsOf(job) },
+    { job, stage: 'worker', count: job.shards },
     { job, stage: 'merge', count: undefined },
   ];
 }
@@ -67,7 +65,7 @@ export function specOf({ job, stage }: SlurmTask, context: ScriptContext): TaskS
     workFolder: context.workFolder,
     retries: job.retries ?? context.retries,
     job: { ...rest, given: [...given] },
-    argv: stage === 'plan' ? ['plan', ...argv.slice(1), `--shards=${shardsOf(job)}`] : argv,
+    argv: stage === 'plan' ? ['plan', ...argv.slice(1), `--shards=${job.shards}`] : argv,
   };
 }
 
@@ -97,7 +95,6 @@ export function sbatchOptions({ job, stage, count }: SlurmTask, context: ScriptC
 
 /** Paths come from where the user stands, and Slurm reads some characters in them its own way. */
 function speakable(path: string): string {
-   
   if (!/["\\\u0000-\u001f\u007f]/.test(path)) return path;
   throw badUsage('Slurm cannot be given this path', { where: JSON.stringify(path), expected: 'no quotes, backslashes or control characters in it' }); // prettier-ignore
 }

@@ -2,11 +2,12 @@ import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { badInput, ConvertError, exitCodes } from '../base/errors.js';
-import { readJsonFile, writeFileAtomic } from '../base/files.js';
+import { exists, readJsonFile, writeFileAtomic } from '../base/files.js';
 import { FileLock, isLocked, LockHeld } from '../base/lock.js';
+import { machine } from './shards.js';
 import { Slurm } from './slurm-queue.js';
 import { slurmPath, stemOf, type TaskSpec } from './slurm-script.js';
-import { fingerprintOf, isDone, newRecord, wasFinished } from './state.js';
+import { fingerprintOf, flagsOf, isDone, newRecord } from './state.js';
 import type { Job } from './types.js';
 import { patience, shellCode, Worker, worthRetrying, type Outcome } from './worker.js';
 
@@ -22,6 +23,8 @@ export interface TaskRecord {
   readonly requeued: boolean;
   readonly host: string;
   readonly fingerprint: string;
+  /** The output was not there when the first attempt for this id began: where it is now, one of them has made it. */
+  readonly isNew: boolean;
   /** Workers started for this id. */
   readonly attempts: number;
   readonly exitCode: number | null;
@@ -116,6 +119,7 @@ class Task {
   async run(lock: FileLock): Promise<number> {
     const fingerprint = await fingerprintOf(this.#job);
     const before = await readTaskRecord(this.spec.workFolder, this.#stem);
+    const earlier = before?.id === this.#id ? before : undefined;
     const record: TaskRecord = {
       version: 1,
       id: this.#id,
@@ -124,7 +128,8 @@ class Task {
       requeued: false,
       host: this.environment.SLURMD_NODENAME ?? hostname(),
       fingerprint,
-      attempts: before?.id === this.#id ? before.attempts : 0,
+      isNew: earlier?.isNew ?? !(await this.#hasOutput()),
+      attempts: (earlier?.attempts ?? 0) + 1,
       exitCode: null,
       signal: null,
       message: null,
@@ -147,13 +152,16 @@ class Task {
     }
   }
 
-  /** Stages before the last know that themselves. */
-  async #isDone({ fingerprint, exitCode, state }: TaskRecord): Promise<boolean> {
+  /** Whether an earlier attempt came to its end, also where nobody saw it. Stages before the last know that themselves. */
+  async #isDone(before: TaskRecord): Promise<boolean> {
     if (this.spec.stage === 'plan' || this.spec.stage === 'worker') return false;
-    const known = { ...newRecord(fingerprint, exitCode === 0 ? 'done' : 'running') };
-    if (state === 'ended' && exitCode !== 0) return false;
-    return (await isDone(this.#job, known)) || (await wasFinished(this.#job, known));
+    const { state, exitCode, fingerprint, id, isNew } = before;
+    if (state === 'ended') return exitCode === 0 && (await isDone(this.#job, newRecord(fingerprint, 'done')));
+    if (id !== this.#id || !isNew || !(await this.#hasOutput())) return false;
+    return !(await exists(`${this.#job.out}.part`)); // what is left there the command clears away
   }
+
+  #hasOutput = async (): Promise<boolean> => this.#job.out !== undefined && (await exists(this.#job.out));
 
   async #work(start: TaskRecord, lock: FileLock): Promise<number> {
     const argv = [...(await this.#argv()), ...this.#share()];
@@ -164,7 +172,7 @@ class Task {
         return exitCodes.interrupted;
       }
       const { exitCode, signal, message, usage } = outcome;
-      record = { ...record, attempts: record.attempts + 1, exitCode, signal, message, memory: usage.memory };
+      record = { ...record, exitCode, signal, message, memory: usage.memory };
       if (outcome.result !== undefined) await this.#store(outcome.result);
       const stopped = this.#isStopped();
       if (stopped && exitCode !== 0 && worthRetrying(outcome)) return await this.#goOnLater(record, steps);
@@ -174,6 +182,7 @@ class Task {
         return Math.min(255, shellCode(outcome));
       }
       this.#say(`${message?.split('\n')[0] ?? ''}; trying again (${attempt} of ${this.spec.retries})`);
+      record = { ...record, attempts: record.attempts + 1 };
       await this.#write(record);
       if (exitCode === 4) await delay(1000 * patience(attempt), undefined, { signal: this.signals.gone }).catch(() => undefined); // prettier-ignore
     }
@@ -209,15 +218,15 @@ class Task {
     const path = this.#resultPath(stemOf(this.#job.name, 'plan'));
     const plan = (await readJsonFile(path)) as { workers?: { argv?: string[] }[]; merge?: { argv?: string[] } } | undefined; // prettier-ignore
     const argv = this.#index === undefined ? plan?.merge?.argv : plan?.workers?.[this.#index]?.argv;
-    if (argv !== undefined) return argv;
+    if (argv !== undefined) return [...argv, ...flagsOf(this.#job, machine)];
     throw badInput('The plan of this job says nothing of this shard', { where: path, hint: 'Submit the batch again.' });
   }
 
   /** CPUs of the allocation, where the job names no number itself. */
   #share(): string[] {
     const cpus = Number(this.environment.SLURM_CPUS_PER_TASK ?? this.environment.SLURM_CPUS_ON_NODE);
-    const open = 'threads' in this.#job.values ? this.#job.values.threads === undefined : 'device' in this.#job.values;
-    return open && Number.isInteger(cpus) && cpus > 0 && this.spec.stage !== 'merge' ? [`--threads=${cpus}`] : [];
+    const open = 'device' in this.#job.values && this.#job.values.threads === undefined;
+    return open && Number.isInteger(cpus) && cpus > 0 ? [`--threads=${cpus}`] : [];
   }
 
   async #attempt(argv: readonly string[], lock: FileLock): Promise<{ outcome: Outcome; steps: number; lost: boolean }> {

@@ -1,5 +1,5 @@
 import { readdirSync, existsSync } from 'node:fs';
-import { basename, join, parse, relative } from 'node:path';
+import { basename, join, parse, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { badInput, noResource } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
@@ -8,11 +8,12 @@ import { columns, duration } from '../base/text.js';
 import type { JobCommands } from '../batch/types.js';
 import type { BatchPlan } from '../batch/plan.js';
 import type { BatchReport } from '../batch/run.js';
+import { checkCluster, clusterFailure, clusterOptions, runCluster, submissionsOf } from './batch-slurm.js';
 import { commonOptions } from './shared.js';
 import { defineCommand, type Command, type CommandResult, type Io } from './types.js';
 
 /** What jobs may run; a batch inside a batch or a report for people makes no sense there. */
-const runnable = ['inspect', 'convert', 'quantize', 'qat', 'moe', 'validate', 'compare', 'score', 'generate'];
+const runnable = ['inspect', 'convert', 'quantize', 'qat', 'distill', 'moe', 'validate', 'compare', 'score', 'generate'];
 /** What the batch decides for all its jobs; --reporter is nothing where the result is read by the batch. */
 const decided = ['dryRun', 'restart', 'reporter'];
 /** Options of commands whose values are paths that they write. */
@@ -31,6 +32,7 @@ const options = {
   outputRoot: text({ default: '.', value: 'folder', help: 'Jobs may write below this folder only.' }),
   work: text({ value: 'folder', defaultNote: '<name of the file>.batch in the output root', help: 'Where state, logs, results and events are kept.' }), // prettier-ignore
   reporter: choice(['text', 'github', 'junit'], { default: 'text', help: 'What stdout gets: a table, annotations of GitHub Actions, or JUnit XML.' }), // prettier-ignore
+  ...clusterOptions,
   metricsFile: text({ value: 'file.prom', section: 'Metrics:', help: 'Keep metrics in this file, for node_exporter’s textfile collector.' }), // prettier-ignore
   metricsPort: integer({ min: 0, max: 65535, section: 'Metrics:', help: 'Serve /metrics to Prometheus; 0: a free port.' }), // prettier-ignore
   metricsHost: text({ default: '127.0.0.1', value: 'address', section: 'Metrics:', help: 'Where /metrics is served; 0.0.0.0 for all, unprotected.' }), // prettier-ignore
@@ -45,7 +47,7 @@ export async function jobCommands(registry: Registry): Promise<JobCommands> {
     const kept = Object.entries(command.options).filter(([key]) => !decided.includes(key));
     const table = Object.fromEntries(kept);
     const writes = writing.filter((key) => key in table);
-    return [name, { arguments: command.arguments, options: table, writes, dryRun: 'dryRun' in command.options }] as const; // prettier-ignore
+    return [name, { arguments: command.arguments, options: table, writes, dryRun: 'dryRun' in command.options, inShards: name === 'quantize' }] as const; // prettier-ignore
   });
   return Object.fromEntries(await Promise.all(entries));
 }
@@ -63,6 +65,7 @@ export const batch = (registry: Registry): Command =>
       ['batch fixtures/batch/jobs.yaml --keep-going --parallel 2', 'Two jobs at a time.'],
     ],
     async run(given, io) {
+      checkCluster(given);
       const { readJobs } = await import('../batch/file.js');
       const commands = await jobCommands(registry);
       const environment = workerEnvironment();
@@ -78,13 +81,18 @@ export const batch = (registry: Registry): Command =>
         const { planBatch } = await import('../batch/plan.js');
         const { BatchState } = await import('../batch/state.js');
         const records = await BatchState.read(workFolder);
-        return showPlan(await planBatch({ ...common, commands, records, folder: outputRoot }, io.log, io.signal), io);
+        const plan = await planBatch({ ...common, commands, records, folder: outputRoot }, io.log, io.signal);
+        const slurm = given.executor === 'slurm' ? await submissionsOf(jobs, resolve(workFolder)) : undefined;
+        return showPlan(plan, slurm, io);
       }
       const { failureOf, runBatch } = await import('../batch/run.js');
       const { keepGoing, retries, metricsFile, metricsHost: host, metricsPort: port } = given;
       const metricsAddress = port === undefined ? undefined : { host, port };
-      const report = await runBatch({ ...common, workFolder, keepGoing, retries, metricsFile, metricsAddress }, io.log, io.signal); // prettier-ignore
-      const failure = failureOf(report);
+      const options = { ...common, workFolder, keepGoing, retries, metricsFile, metricsAddress };
+      const elsewhere = given.executor === 'slurm' || given.status || given.cancel;
+      if (!elsewhere) await (await import('../batch/slurm.js')).takeBackFromSlurm(options);
+      const report = await (elsewhere ? runCluster(given, options, io) : runBatch(options, io.log, io.signal));
+      const failure = elsewhere ? await clusterFailure(report, given) : failureOf(report);
       return {
         data: { file: given.file, ...report },
         text: await textOf(report, given.reporter, basename(given.file), io),
@@ -120,7 +128,11 @@ async function countGpus(): Promise<number> {
   return visible === undefined ? nodes : Math.min(nodes, visible.split(',').filter((id) => /^[^-\s]/.test(id)).length);
 }
 
-function showPlan(plan: BatchPlan, io: Io): CommandResult {
+function showPlan(
+  plan: BatchPlan,
+  slurm: Awaited<ReturnType<typeof submissionsOf>> | undefined,
+  io: Io,
+): CommandResult {
   const bytes = (value: number | null) => (value === null ? '' : formatBytes(value));
   const rows = plan.jobs.map((job, i) => [
     String(i + 1),
@@ -138,7 +150,9 @@ function showPlan(plan: BatchPlan, io: Io): CommandResult {
   const lines = [
     columns([head, ...rows], 'rlllrrrrl'),
     '',
-    `${plan.jobs.length} jobs, ${plan.parallel} at a time${plan.gpus > 0 ? `, ${plan.gpus} GPUs` : ''}`,
+    ...(slurm
+      ? [...slurm.map(({ line }) => line), `${plan.jobs.length} jobs, ${slurm.length} for Slurm`]
+      : [`${plan.jobs.length} jobs, ${plan.parallel} at a time${plan.gpus > 0 ? `, ${plan.gpus} GPUs` : ''}`]),
     `Outputs of known size: ${formatBytes(plan.writes)}; disk: ${formatBytes(plan.diskFree)} free`,
     'Nothing was written.',
   ];
@@ -148,5 +162,9 @@ function showPlan(plan: BatchPlan, io: Io): CommandResult {
       : plan.writes > plan.diskFree
         ? noResource('Not enough disk space for the outputs', { expected: `${formatBytes(plan.writes)} free`, got: formatBytes(plan.diskFree) }) // prettier-ignore
         : undefined;
-  return { data: { dryRun: true, ...plan }, text: lines.join('\n'), ...(failure && { failure }) };
+  return {
+    data: { dryRun: true, ...plan, ...(slurm && { slurm }) },
+    text: lines.join('\n'),
+    ...(failure && { failure }),
+  };
 }
