@@ -1,9 +1,11 @@
 import { badUsage } from '../base/errors.js';
 import { choice, flag, flagName, list, oneOf, text } from '../base/options.js';
+import { compare, compareOptions } from './tokenizer-compare.js';
+import { remap, remapOptions } from './tokenizer-remap.js';
 import { train, trainOptions } from './tokenizer-train.js';
 import { defineCommand, type Io } from './types.js';
 
-const actions = ['train'] as const;
+const actions = ['train', 'compare', 'remap'] as const;
 type Action = (typeof actions)[number];
 
 const output = {
@@ -13,6 +15,8 @@ const output = {
 /** Which options an action knows. */
 const tables = {
   train: { ...output, ...trainOptions },
+  compare: compareOptions,
+  remap: { ...output, ...compareOptions, ...remapOptions },
 } as const satisfies Record<Action, object>;
 
 export const command = defineCommand({
@@ -25,13 +29,17 @@ export const command = defineCommand({
     action: choice(actions, { required: true, value: 'action', help: `${oneOf(actions)}.` }),
     paths: list({ value: 'path', help: 'train: text files (.txt, .jsonl). compare: two tokenizers. remap: a model.' }),
   },
-  options: { ...tables.train },
+  options: { ...tables.train, ...tables.remap },
   examples: [['tokenizer train README.md -o out/tokenizer --vocab-size 400', 'A small tokenizer from a small text.']],
   async run(given, io) {
     refuseOthers(given.action, io);
     switch (given.action) {
       case 'train':
         return train(given, io);
+      case 'compare':
+        return compare(given, io);
+      case 'remap':
+        return remap(given, io);
     }
   },
 });
