@@ -55,16 +55,14 @@ describe('in Phi-3’s container', () => {
     const [fused, split] = [join(work, `${name}-fused`), join(work, `${name}-split`)];
     const { report } = await convert({ input: path, ...safetensors }, fused, ['qkv', 'gate-up']);
     expect(json(fused, 'config.json')).toMatchObject({ model_type: 'phi3', architectures: ['Phi3ForCausalLM'] });
-    expect(report.fused.map(({ kind, into, error }) => [kind, into[0], error])).toEqual(
+    expect(report.fused.map(({ kind, into }) => [kind, into[0]])).toEqual(
       [0, 1].flatMap((i) => [
-        ['gate-up', `model.layers.${i}.mlp.gate_up_proj`, expect.any(Number)],
-        ['qkv', `model.layers.${i}.self_attn.qkv_proj`, expect.any(Number)],
+        ['gate-up', `model.layers.${i}.mlp.gate_up_proj`],
+        ['qkv', `model.layers.${i}.self_attn.qkv_proj`],
       ]),
     );
     expect(Math.max(...report.fused.map(({ error }) => error))).toBeLessThan(1e-6);
-    expect(json(fused, 'deepseek-convert.json').validation).toEqual({
-      fused: JSON.parse(JSON.stringify(report.fused)),
-    });
+    expect(json(fused, 'deepseek-convert.json').validation).toMatchObject({ fused: report.fused });
     await expect(openModel(fused)).rejects.toThrow(/--fuse split/);
     const back = await convert({ input: fused, ...safetensors }, split, ['split']);
     expect(back.report.fused.map(({ into }) => into.length)).toEqual([2, 3, 2, 3]);
