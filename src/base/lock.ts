@@ -2,6 +2,7 @@ import { link, readFile, readdir, readlink, rename, rm, stat, utimes, writeFile 
 import { readFileSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { dirname, join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { badInput, ConvertError } from './errors.js';
 import { errorCode, ioError } from './files.js';
 
@@ -39,10 +40,24 @@ export class FileLock {
   }
 
   /**
-   * Takes the lock at `path`. Refused (LockHeld, kind 'input') while another process that is alive holds it.
+   * Takes the lock at `path`. Refused (LockHeld, kind 'input') while another process that is alive holds it, after
+   * DEEPSEEK_CONVERT_LOCK_WAIT seconds where that is set: the lock of a pod that died without a word looks alive for
+   * minutes to the pod that takes its place.
    * @param what names the locked thing in the error, e.g. "The work folder".
    */
   static async take(path: string, what: string): Promise<FileLock> {
+    const until = Date.now() + 1000 * Number(process.env.DEEPSEEK_CONVERT_LOCK_WAIT ?? 0);
+    for (;;) {
+      try {
+        return await FileLock.#takeNow(path, what);
+      } catch (error) {
+        if (!(error instanceof LockHeld) || !(Date.now() < until)) throw error;
+        await delay(1000);
+      }
+    }
+  }
+
+  static async #takeNow(path: string, what: string): Promise<FileLock> {
     const text = `${JSON.stringify(await self(), null, 1)}\n`;
     const mine = join(dirname(path), `.lock.${process.pid}.${process.hrtime.bigint()}`);
     try {

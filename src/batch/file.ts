@@ -3,12 +3,13 @@ import { fromConfigFile, readConfigFile } from '../base/config.js';
 import { ConvertError, badUsage, didYouMean } from '../base/errors.js';
 import { flagName, fromEnvironment, mergeTables, resolveOptions } from '../base/options.js';
 import { checkOutputs, settleNeeds } from './graph.js';
+import { readKubernetes } from './kubernetes-options.js';
 import { readSlurm } from './slurm-options.js';
 import { substitute } from './substitute.js';
 import type { Job, JobCommand, JobCommands } from './types.js';
 
 /** Keys of a job that are no options of its command. */
-export const jobKeys = ['name', 'command', 'needs', 'retries', 'shards', 'slurm'] as const;
+export const jobKeys = ['name', 'command', 'needs', 'retries', 'shards', 'slurm', 'kubernetes'] as const;
 export const fileKeys = ['version', 'defaults', 'matrix', 'jobs'] as const;
 export const matrixKeys = ['models', 'recipes', 'exclude'] as const;
 /** Names of jobs are names of files in the work folder. */
@@ -155,7 +156,7 @@ function jobOf(draft: Draft, { commands, environment }: JobFileOptions): Job {
   const given: Job['given'] = new Map([...fromEnvironment(table, environment), ...inFile]);
   const { values } = resolveOptions(table, [given]);
   const needs = substitute(draft.body.needs ?? [], own, environment, `needs of ${where}`);
-  const sections = levels.toReversed().map(({ where, values }) => ({ where, value: substitute(values.slurm, own, environment, `slurm of ${where}`) })); // prettier-ignore
+  const sections = (key: 'slurm' | 'kubernetes') => levels.toReversed().map(({ where, values }) => ({ where, value: substitute(values[key], own, environment, `${key} of ${where}`) })); // prettier-ignore
   const writes = command.writes.flatMap((key) => (typeof values[key] === 'string' ? [resolve(values[key])] : []));
   const reads = Object.keys(command.arguments).flatMap((key) => values[key] as string | readonly string[]);
   return {
@@ -169,7 +170,8 @@ function jobOf(draft: Draft, { commands, environment }: JobFileOptions): Job {
     out: 'out' in table && typeof values.out === 'string' ? resolve(values.out) : undefined,
     reads: reads.map((path) => resolve(path)),
     shards: shardsOf(substitute(draft.body.shards, own, environment, `shards of ${where}`), command, commandName, where), // prettier-ignore
-    slurm: readSlurm(sections),
+    slurm: readSlurm(sections('slurm')),
+    kubernetes: readKubernetes(sections('kubernetes')),
   };
 }
 

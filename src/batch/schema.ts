@@ -1,13 +1,14 @@
 import { flagName, type Option, type OptionTable } from '../base/options.js';
 import { type JobCommand, type JobCommands } from './types.js';
 import { namePattern } from './file.js';
+import { kubernetesSchemas } from './kubernetes-options.js';
 import { slurmSchemas } from './slurm-options.js';
 
 type Schema = Readonly<Record<string, unknown>>;
 
 /** Where a placeholder stands, the value is known only on the machine that runs the jobs. */
 const filled = { type: 'string', pattern: '\\$\\{' };
-const slurm = { $ref: '#/$defs/slurm' };
+const clusters = { slurm: { $ref: '#/$defs/slurm' }, kubernetes: { $ref: '#/$defs/kubernetes' } };
 const shards = { description: 'Divides the job: plan, so many workers side by side, merge.', anyOf: [{ type: 'integer', minimum: 1, maximum: 100_000 }, filled] }; // prettier-ignore
 const retries = { description: 'How often a job that crashed or lacked resources is tried again.', type: 'integer', minimum: 0, maximum: 100 }; // prettier-ignore
 
@@ -30,7 +31,7 @@ export function jobFileSchema(commands: JobCommands): Schema {
     name: { description: 'Name of the job; ${model}-${recipe} in a matrix.', anyOf: [{ type: 'string', pattern: namePattern }, filled] },
     needs: { description: 'Jobs that must be done before.', anyOf: [{ type: 'string' }, { type: 'array', items: { type: 'string' } }] },
     retries,
-    slurm,
+    ...clusters,
   }; // prettier-ignore
   const command = { description: 'What the job runs.', anyOf: [{ enum: names }, filled] };
   const jobWith = (required: readonly string[]) => ({
@@ -40,7 +41,7 @@ export function jobFileSchema(commands: JobCommands): Schema {
       closed({ ...sections, ...any, ...common, shards, command: filled }, required),
     ],
   }); // prettier-ignore
-  const defaults = closed({ ...sections, ...any, command, retries, slurm });
+  const defaults = closed({ ...sections, ...any, command, retries, ...clusters });
   const exclude = { type: 'array', items: closed({ model: { type: 'string' }, recipe: { type: 'string' } }) };
   const models = { type: 'object', additionalProperties: { anyOf: [{ type: 'string' }, { $ref: '#/$defs/defaults' }] } }; // prettier-ignore
   const recipes = { type: 'object', additionalProperties: { $ref: '#/$defs/recipe' } };
@@ -60,6 +61,7 @@ export function jobFileSchema(commands: JobCommands): Schema {
       recipe: jobWith([]),
       defaults,
       ...slurmSchemas(filled),
+      ...kubernetesSchemas(filled),
       ...Object.fromEntries(names.map((name) => [`${name}-section`, closed(own[name]!)])),
       ...pool.definitions(),
     },

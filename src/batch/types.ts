@@ -1,4 +1,5 @@
 import type { Given, OptionTable } from '../base/options.js';
+import type { KubernetesOptions } from './kubernetes-options.js';
 import type { SlurmOptions } from './slurm-options.js';
 
 /** A command that jobs may run, as its option table says. The floor of commands hands these down. */
@@ -35,6 +36,8 @@ export interface Job {
   readonly reads: readonly string[];
   /** What it asks of Slurm, where that runs it. */
   readonly slurm: SlurmOptions;
+  /** What its pods get, where Kubernetes runs it. */
+  readonly kubernetes: KubernetesOptions;
 }
 
 /**

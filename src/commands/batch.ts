@@ -1,10 +1,10 @@
-import { readdirSync, existsSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { basename, join, parse, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { badInput, noResource } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
 import { choice, environmentName, flag, integer, text } from '../base/options.js';
-import { columns, duration } from '../base/text.js';
+import { columns, duration, shellQuote } from '../base/text.js';
 import type { JobCommands } from '../batch/types.js';
 import type { BatchPlan } from '../batch/plan.js';
 import type { BatchReport } from '../batch/run.js';
@@ -13,7 +13,18 @@ import { commonOptions } from './shared.js';
 import { defineCommand, type Command, type CommandResult, type Io } from './types.js';
 
 /** What jobs may run; a batch inside a batch or a report for people makes no sense there. */
-const runnable = ['inspect', 'convert', 'quantize', 'qat', 'distill', 'moe', 'validate', 'compare', 'score', 'generate'];
+const runnable = [
+  'inspect',
+  'convert',
+  'quantize',
+  'qat',
+  'distill',
+  'moe',
+  'validate',
+  'compare',
+  'score',
+  'generate',
+];
 /** What the batch decides for all its jobs; --reporter is nothing where the result is read by the batch. */
 const decided = ['dryRun', 'restart', 'reporter'];
 /** Options of commands whose values are paths that they write. */
@@ -33,6 +44,8 @@ const options = {
   work: text({ value: 'folder', defaultNote: '<name of the file>.batch in the output root', help: 'Where state, logs, results and events are kept.' }), // prettier-ignore
   reporter: choice(['text', 'github', 'junit'], { default: 'text', help: 'What stdout gets: a table, annotations of GitHub Actions, or JUnit XML.' }), // prettier-ignore
   ...clusterOptions,
+  emit: choice(['k8s'], { section: 'Cluster:', help: 'Run nothing: write the jobs as Kubernetes Jobs, and the script that applies them.' }), // prettier-ignore
+  emitTo: text({ value: 'folder', section: 'Cluster:', defaultNote: '<name of the file>.k8s in the output root', help: 'Where --emit writes.' }), // prettier-ignore
   metricsFile: text({ value: 'file.prom', section: 'Metrics:', help: 'Keep metrics in this file, for node_exporter’s textfile collector.' }), // prettier-ignore
   metricsPort: integer({ min: 0, max: 65535, section: 'Metrics:', help: 'Serve /metrics to Prometheus; 0: a free port.' }), // prettier-ignore
   metricsHost: text({ default: '127.0.0.1', value: 'address', section: 'Metrics:', help: 'Where /metrics is served; 0.0.0.0 for all, unprotected.' }), // prettier-ignore
@@ -73,6 +86,13 @@ export const batch = (registry: Registry): Command =>
       const { outputRoot } = given;
       if (!existsSync(outputRoot)) throw badInput('The folder for outputs does not exist', { where: outputRoot, hint: `mkdir -p ${outputRoot}` }); // prettier-ignore
       const jobs = await readJobs(given.file, { commands, environment, outputRoot, workFolder });
+      if (given.emit !== undefined) {
+        const { name } = parse(given.file);
+        const folder = given.emitTo ?? join(outputRoot, `${name}.k8s`);
+        const merge = (await registry.merge!.load()).command;
+        const { kubernetesFiles } = await import('../batch/kubernetes.js');
+        return writeManifests(folder, kubernetesFiles({ jobs, name, retries: given.retries, mergeKeys: Object.keys(merge.options) })); // prettier-ignore
+      }
       const gpus = await countGpus();
       const parallel = given.parallel ?? Math.max(1, gpus);
       const program = fileURLToPath(new URL('../../bin/deepseek-convert.js', import.meta.url));
@@ -100,6 +120,16 @@ export const batch = (registry: Registry): Command =>
       };
     },
   });
+
+/** Earlier steps of the same batch go: a shorter batch must not leave one to be applied. */
+async function writeManifests(folder: string, files: ReadonlyMap<string, string>): Promise<CommandResult> {
+  const { writeFileAtomic } = await import('../base/files.js');
+  mkdirSync(folder, { recursive: true });
+  for (const name of readdirSync(folder)) if (/^step-\d+\.yaml$/.test(name)) rmSync(join(folder, name));
+  for (const [name, content] of files) await writeFileAtomic(join(folder, name), content);
+  const text = [...files.keys()].map((name) => join(folder, name)).join('\n');
+  return { data: { folder, files: [...files.keys()] }, text: `${text}\n\nsh ${shellQuote(join(folder, 'run.sh'))}` };
+}
 
 /** What the batch's own options are in the environment must not reach its workers under the same names. */
 function workerEnvironment(): NodeJS.ProcessEnv {
