@@ -4,6 +4,7 @@ import { fileURLToPath } from 'node:url';
 import { join } from 'node:path';
 import { badInput, badUsage } from '../base/errors.js';
 import type { JobEnv } from '../backend/env.js';
+import { dropoutEncoder, type Encoder } from '../tokenizer/dropout.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import type { OpenModel } from './open.js';
 import { sampleTokens } from './sample.js';
@@ -15,6 +16,8 @@ export interface CalibrationOptions {
   readonly samples: number;
   readonly seqLen: number;
   readonly seed: number;
+  /** Chance that a merge of the tokenizer is left out (BPE-dropout): other spellings of the same words. */
+  readonly bpeDropout?: number;
 }
 
 /** Token windows for calibration, all of one length and without padding. */
@@ -46,7 +49,7 @@ export async function calibrationTokens(
   options: CalibrationOptions,
   env: JobEnv,
 ): Promise<CalibrationSet> {
-  const { source, samples, seqLen, seed } = options;
+  const { source, samples, seqLen, seed, bpeDropout = 0 } = options;
   for (const [name, value] of [
     ['--samples', samples],
     ['--seq-len', seqLen],
@@ -60,13 +63,14 @@ export async function calibrationTokens(
     });
   }
   if (source === 'self') {
+    if (bpeDropout > 0) throw badUsage('--bpe-dropout respells text from files', { got: '--calibration self' });
     const tokens = await sampleTokens(open, { samples, seqLen, seed }, env);
     return finish([{ name: `the model itself (seed ${seed})`, windows: rowsOf(tokens, seqLen) }], seqLen, samples, []);
   }
   const files = source === 'default' ? await defaultFiles() : source;
   if (files.length === 0) throw badUsage('No calibration file given', { hint: 'Name one: --calibration text.txt' });
   const texts = await openSources(files);
-  const packer = await Packer.make(await open.tokenizer(), seqLen, seed);
+  const packer = await Packer.make(await open.tokenizer(), seqLen, seed, bpeDropout);
   return await gather(texts, packer, samples, seqLen);
 }
 
@@ -173,7 +177,7 @@ class Packer {
   readonly #phase: number;
 
   private constructor(
-    readonly tokenizer: Tokenizer,
+    readonly encoder: Encoder,
     readonly seqLen: number,
     seed: number,
     lead: readonly number[],
@@ -183,11 +187,12 @@ class Packer {
     this.#phase = seed === 0 ? 0 : (Math.imul(seed, 0x9e3779b1) >>> 0) / 2 ** 33;
   }
 
-  static async make(tokenizer: Tokenizer, seqLen: number, seed: number): Promise<Packer> {
+  static async make(tokenizer: Tokenizer, seqLen: number, seed: number, bpeDropout: number): Promise<Packer> {
     const plain = await tokenizer.encode('a');
     const special = await tokenizer.encode('a', { special: true });
     const at = special.findIndex((_, i) => plain.every((id, j) => special[i + j] === id));
-    return new Packer(tokenizer, seqLen, seed, at > 0 ? [...special.subarray(0, at)] : []);
+    const encoder = bpeDropout > 0 ? await dropoutEncoder(tokenizer, bpeDropout, seed) : tokenizer;
+    return new Packer(encoder, seqLen, seed, at > 0 ? [...special.subarray(0, at)] : []);
   }
 
   /** `n` windows, one at the start of each of n equal stretches; undefined when a stretch is too short for one. */
@@ -220,7 +225,7 @@ class Packer {
     const ids: number[] = [];
     for (const { text, begins } of pieces) {
       if (begins) ids.push(...this.#lead);
-      for (const id of await this.tokenizer.encode(text)) ids.push(id);
+      for (const id of await this.encoder.encode(text)) ids.push(id);
       if (ids.length >= enough) break;
     }
     return ids;

@@ -78,6 +78,7 @@ export const quantizeOptions = {
     defaultNote: '2048, or the context of the model',
     help: 'Tokens a window.',
   }),
+  bpeDropout: number({ min: 0, max: 0.99, default: 0, section: calibrationSection, help: 'Chance that a merge of the tokenizer is left out: other spellings of the same words.' }), // prettier-ignore
   ...seedOption,
   damp: number({
     min: 0,
@@ -146,7 +147,11 @@ export async function quantizeJob(given: QuantizeValues, io: Io): Promise<Quanti
   };
   const overrides = await overridesOf(given.override);
   const self = given.calibration.includes('self');
-  const wanted = given.method !== 'rtn' || given.targetBpw !== undefined || given.calibration.length > 0;
+  const wanted =
+    given.format.includes('imatrix') ||
+    given.method !== 'rtn' ||
+    given.targetBpw !== undefined ||
+    given.calibration.length > 0;
   if (self && given.calibration.length > 1) {
     throw badUsage('--calibration self does not go together with files', { got: given.calibration.join(', ') });
   }
@@ -178,6 +183,7 @@ export async function quantizeJob(given: QuantizeValues, io: Io): Promise<Quanti
         source,
         samples: given.samples,
         seed: given.seed,
+        bpeDropout: given.bpeDropout,
         ...(given.seqLen !== undefined && { seqLen: given.seqLen }),
       },
     }),

@@ -1,6 +1,6 @@
 import { badUsage } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
-import { Expected, choice, custom, flag, integer, list, text, type Values } from '../base/options.js';
+import { choice, flag, integer, list, number, text, type Values } from '../base/options.js';
 import { count, duration } from '../base/text.js';
 import { digitCuts, preTokenizerNames, type DigitCut } from '../tokenizer/splits.js';
 import type { CommandResult, Io } from './types.js';
@@ -28,14 +28,8 @@ export const trainOptions = {
   padId: integer({ min: 0, section, defaultNote: 'behind BOS and EOS', help: 'The id of the padding token, among those of the special tokens.' }),
   special: list({ section, value: 'token', help: 'One more special token; repeatable. They get the first ids.' }),
   addBos: flag({ default: true, section, help: 'Put the BOS token before every text.' }),
-  bpeDropout: custom({ default: 0, section, help: 'Chance that a merge is left out, for those who train a model with it: stands in deepseek-convert.json, not in tokenizer.json.' }, 'p', readChance),
+  bpeDropout: number({ min: 0, max: 0.99, default: 0, section, help: 'The --bpe-dropout that a model is to be trained with: stands in deepseek-convert.json, not in tokenizer.json.' }),
 } as const; // prettier-ignore
-
-function readChance(given: string): number {
-  const p = Number(given);
-  if (given.trim() === '' || !(p >= 0 && p < 1)) throw new Expected('a number from 0 to below 1');
-  return p;
-}
 
 export interface TrainGiven extends Values<typeof trainOptions> {
   readonly paths: readonly string[];

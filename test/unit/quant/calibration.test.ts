@@ -48,6 +48,16 @@ describe('calibration windows', () => {
     expect([...set.tokens]).toEqual([...expected.subarray(0, 64)]);
   });
 
+  it('with BPE-dropout spell the same text otherwise, the same way for the same seed', async () => {
+    const [plain, dropped] = [await take({ samples: 1 }), await take({ samples: 1, bpeDropout: 0.3 })];
+    expect(dropped.tokens).not.toEqual(plain.tokens);
+    expect(dropped.tokens[0]).toBe(bos);
+    const text = await tokenizer.decode(dropped.tokens);
+    expect((await tokenizer.decode(plain.tokens)).startsWith(text)).toBe(true);
+    expect((await take({ samples: 1, bpeDropout: 0.3 })).hash).toBe(dropped.hash);
+    await expect(take({ source: 'self', bpeDropout: 0.3 })).rejects.toThrow(/--bpe-dropout respells text from files/);
+  });
+
   it('never begin or end inside a character', async () => {
     const set = await take({ source: [chinese], samples: 20 });
     for (let i = 0; i < 20; i++) {
