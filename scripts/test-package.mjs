@@ -39,14 +39,13 @@ const sizeOf = (folder) =>
 
 /** What a registry says of each package: name -> the one version that there is. */
 const published = new Map();
-function publish(tarball, more = {}) {
+function publish(tarball) {
   const manifest = JSON.parse(
-    spawnSync('tar', ['-xzOf', tarball, '--wildcards', '*/package.json', '--occurrence=1'], { encoding: 'utf8' })
-      .stdout,
+    spawnSync('tar', ['-xzOf', tarball, 'package/package.json'], { encoding: 'utf8' }).stdout,
   );
   const bytes = readFileSync(tarball);
   const integrity = `sha512-${createHash('sha512').update(bytes).digest('base64')}`;
-  published.set(manifest.name, { manifest: { ...manifest, ...more }, bytes, integrity, file: basename(tarball) });
+  published.set(manifest.name, { manifest, bytes, integrity, file: basename(tarball) });
 }
 
 const server = createServer((request, response) => {
@@ -74,9 +73,18 @@ try {
   // Dependencies as they lie here, of every package that is no development dependency.
   const installed = Object.entries(packages).filter(([path, { dev }]) => path !== '' && !dev && existsSync(join(root, path))); // prettier-ignore
   for (const [path] of installed) {
-    const packed = await run(process.execPath, [npm, 'pack', '--json', '--ignore-scripts', '--pack-destination', work], { cwd: join(root, path) }); // prettier-ignore
-    if (packed.code !== 0) throw new Error(`npm pack ${path}: ${packed.stderr}`);
-    publish(join(work, JSON.parse(packed.stdout)[0].filename.replace('@', '').replace('/', '-')));
+    const tarball = join(work, `${path.replaceAll('/', '-')}.tgz`);
+    const args = [
+      '-czf',
+      tarball,
+      '--exclude=./node_modules',
+      '--transform=s,^\\.,package,',
+      '-C',
+      join(root, path),
+      '.',
+    ];
+    if (spawnSync('tar', args).status !== 0) throw new Error(`${path} cannot be packed`);
+    publish(tarball);
   }
   await new Promise((resolve) => server.listen(0, '127.0.0.1', resolve));
   const registry = `http://127.0.0.1:${server.address().port}`;

@@ -179,7 +179,7 @@ function watchSignals(): AbortSignal {
   const controller = new AbortController();
   const stop = (signal: NodeJS.Signals) => {
     if (controller.signal.aborted) {
-      void leave(report(new ConvertError('interrupted', 'Stopped at once; finished blocks are saved')));
+      void leave(report(new ConvertError('interrupted', 'Stopped at once; finished blocks of an output are saved')));
       return;
     }
     const again = signal === 'SIGINT' ? ' (Ctrl-C again stops at once)' : '';
@@ -207,7 +207,9 @@ async function warnOfUnknownVariables(log: ProgressLog): Promise<void> {
   if (set.length === 0) return;
   const tables = await Promise.all(Object.values(commands).map(async ({ load }) => (await load()).command));
   const known = new Set(
-    ['BUILD', 'BLAS', 'CUDA_LIBRARIES', 'ISA', 'TARGET_ARCH', 'TEST_CUDA', 'TEST_SEED'].map(environmentName),
+    ['BUILD', 'BLAS', 'CUDA_LIBRARIES', 'ISA', 'LOCK_WAIT', 'TARGET_ARCH', 'TEST_CUDA', 'TEST_SEED'].map(
+      environmentName,
+    ),
   );
   for (const table of [commonOptions, ...tables.flatMap((t) => [t.arguments, t.options])]) {
     for (const [key, { aliases }] of Object.entries(table)) {

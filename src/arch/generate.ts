@@ -1,5 +1,5 @@
 import { badUsage } from '../base/errors.js';
-import { stopIfAborted, type JobEnv } from '../backend/env.js';
+import { stopReading, type JobEnv } from '../backend/env.js';
 import { gather } from '../tensor/ops.js';
 import { Scope } from '../tensor/tensor.js';
 import type { ResidentModel } from './resident.js';
@@ -86,7 +86,7 @@ async function generateGroup(
   let input = new Int32Array(batch * width);
   group.forEach((i, row) => input.set(prompts[i]!, row * width));
   for (let step = 0; step < options.maxNewTokens; step++) {
-    stopIfAborted(env, 'Run the same command again.');
+    stopReading(env);
     using scope = new Scope(env.device);
     const first = step === 0;
     const starts = first ? undefined : lengths.map((n) => n + step - 1);

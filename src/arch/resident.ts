@@ -1,4 +1,4 @@
-import type { JobEnv } from '../backend/env.js';
+import { stopReading, type JobEnv } from '../backend/env.js';
 import { GrowingCache } from '../nn/cache.js';
 import type { KvCache, Weights } from '../nn/calls.js';
 import { run } from '../nn/run.js';
@@ -24,15 +24,19 @@ export class ResidentModel implements Disposable {
 
   static async load(
     open: OpenModel,
-    { device }: Pick<JobEnv, 'device'>,
+    env: Pick<JobEnv, 'device' | 'signal'>,
     dtype: 'f32' | 'bf16',
   ): Promise<ResidentModel> {
+    const { device } = env;
     const scope = new Scope(device);
     try {
       const reader = new WeightReader(open, device, dtype);
       const outer = await reader.outer(scope);
       const blocks: Weights[] = [];
-      for (let i = 0; i < open.model.blocks.length; i++) blocks.push(await reader.block(i, scope));
+      for (let i = 0; i < open.model.blocks.length; i++) {
+        stopReading(env);
+        blocks.push(await reader.block(i, scope));
+      }
       return new ResidentModel(open.model, scope, outer, blocks);
     } catch (error) {
       scope[Symbol.dispose]();

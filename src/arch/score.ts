@@ -1,6 +1,6 @@
 import { badInput, badUsage } from '../base/errors.js';
 import { dtypeSize } from '../base/dtype.js';
-import { stopIfAborted, type JobEnv } from '../backend/env.js';
+import { stopReading, type JobEnv } from '../backend/env.js';
 import { run } from '../nn/run.js';
 import { crossEntropy } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
@@ -52,7 +52,7 @@ export async function score(
     using held = new Scope(env.device);
     let states = await embed(reader, env, model, tokens, batches, held);
     for (const [i, block] of model.blocks.entries()) {
-      stopIfAborted(env, 'Run the same command again.');
+      stopReading(env);
       states = await advance(reader, env, model, block, tokens, batches, states, held);
       await env.device.sync();
       env.log.progress({ stage: 'score', done: p * (model.blocks.length + 1) + i + 1, total, data: { block: block.name } }); // prettier-ignore

@@ -1,5 +1,5 @@
 import { dtypeSize, elementCount, type DType, type FloatDType } from '../base/dtype.js';
-import { stopIfAborted, type JobEnv } from '../backend/env.js';
+import { stopReading, type JobEnv } from '../backend/env.js';
 import type { TensorEntry } from '../formats/types.js';
 import { binary, copyInto, reduce } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
@@ -86,7 +86,7 @@ export async function weightStatistics(
   // All workers end before an error is thrown: transfers under way hold memory.
   await Promise.all(Array.from({ length: inFlight }, worker));
   if (failure) throw failure.error;
-  stopIfAborted(env, 'Nothing was written; the same command begins anew.');
+  stopReading(env);
   return { tensors: gathered.map((one) => one.finish()), skipped };
 }
 

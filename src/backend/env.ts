@@ -10,8 +10,15 @@ export interface JobEnv {
   readonly signal: AbortSignal;
 }
 
-/** Call between blocks, when everything done so far is durable. */
-export function stopIfAborted({ signal }: Pick<JobEnv, 'signal'>, resumeHint: string): void {
-  if (signal.aborted)
-    throw new ConvertError('interrupted', 'Interrupted; finished blocks are saved', { hint: resumeHint });
+/** Call between blocks, when everything done so far is durable. `kept`: what the user still has. */
+export function stopIfAborted(
+  { signal }: Pick<JobEnv, 'signal'>,
+  resumeHint: string,
+  kept = 'finished blocks are saved',
+): void {
+  if (signal.aborted) throw new ConvertError('interrupted', `Interrupted; ${kept}`, { hint: resumeHint });
 }
+
+/** The same for work that only reads. */
+export const stopReading = (env: Pick<JobEnv, 'signal'>): void =>
+  stopIfAborted(env, 'The same command begins anew.', 'nothing was written');

@@ -35,8 +35,6 @@ export interface SidesResult {
   readonly skipped: readonly { readonly part: string; readonly reason: string }[];
 }
 
-const resume = 'Run the same command again.';
-
 /** The weights of one block of both models, being read. */
 interface Loading {
   readonly scope: Scope;
@@ -177,7 +175,7 @@ class Comparison implements Disposable {
     let next: Loading | undefined;
     try {
       for (let i = 0; i < count; i++) {
-        stopIfAborted(this.#env, resume);
+        this.#stopIfAborted();
         const { scope, weights } = next ?? this.#load(i);
         using _resident = scope;
         next = undefined;
@@ -232,7 +230,7 @@ class Comparison implements Disposable {
     if (i === 0) this.#layer0 = { expected: attentionIsEqual(blocks, identical), difference: 0 };
     const errors = { teacherForced: new LayerErrors(), freeRunning: new LayerErrors() };
     for (const [c, chunk] of this.#chunks.entries()) {
-      stopIfAborted(this.#env, resume);
+      this.#stopIfAborted();
       await this.#pairChunk(i, blocks, weights, c, chunk, errors);
     }
     const [own, free] = [errors.teacherForced.finish(), errors.freeRunning.finish()];
@@ -323,9 +321,14 @@ class Comparison implements Disposable {
     if (q && r) this.#routing.add(layer, r, q, p);
   }
 
+  /** Also within quantize and moe, whose own blocks are saved all the same. */
+  #stopIfAborted(): void {
+    stopIfAborted(this.#env, 'The same command begins it anew.', 'the comparison is not kept');
+  }
+
   /** Block `i` of one model by itself, where the two have nothing to be compared layer by layer. */
   async #alone(side: 0 | 1, i: number): Promise<void> {
-    stopIfAborted(this.#env, resume);
+    this.#stopIfAborted();
     const model = this.#models[side];
     using resident = new Scope(this.#env.device);
     const weights = await this.#readers[side].block(i, resident);
@@ -354,7 +357,7 @@ class Comparison implements Disposable {
     const budget = device.kind === 'cpu' ? 2 ** 26 : 2 ** 29;
     const step = Math.max(1, Math.floor(budget / (4 * Math.max(this.#models[0].vocab, this.#models[1].vocab))));
     for (const [c, { text, first, rows, length, tokens }] of this.#chunks.entries()) {
-      stopIfAborted(this.#env, resume);
+      this.#stopIfAborted();
       const targets = nextTokens(tokens, length);
       for (let from = 0; from < rows * length; from += step) {
         const to = Math.min(rows * length, from + step);

@@ -49,7 +49,7 @@ describe('what is published', () => {
   it('holds the program, its data and the native sources; no tests, fixtures or build leftovers', () => {
     const files = entries(tarball('deepseek-convert')).map((name) => name.replace(/^package\//, ''));
     const places = new Set(files.map((name) => name.split('/')[0]!));
-    expect([...places].sort()).toEqual(['README.md', 'bin', 'calibration', 'data', 'dist', 'native', 'package.json', 'schemas', 'scripts']); // prettier-ignore
+    expect([...places].sort()).toEqual(['README.md', 'bin', 'calibration', 'data', 'dist', 'man', 'native', 'package.json', 'schemas', 'scripts']); // prettier-ignore
     expect(files.filter((name) => /(^|\/)(test|tests|fixtures)\/|\.test\.|\.tsbuildinfo$|\.ts$|\.part\//.test(name))).toEqual([]); // prettier-ignore
     expect(files).toEqual(expect.arrayContaining(['dist/cli.js', 'data/hardware.json', 'scripts/build-native.mjs', 'native/backend.h'])); // prettier-ignore
     // The sizes that README and docs state: half as much again is worth a look.
