@@ -36,9 +36,10 @@ export async function planSidecars(
   });
   const provenance = own('provenance', 'deepseek-convert.json', '');
   if (options.format === 'gguf') {
-    // Config and tokenizer are inside; what says more than they do lies beside them, in a folder.
-    const more = fileName === undefined ? [...(options.extraFiles ?? [])] : [];
-    const beside = more.filter(([name]) => !name.startsWith('tokenizer'));
+    // Config and tokenizer are inside; what says more than they do lies beside them, and the card beside a lone file.
+    const beside = [...(options.extraFiles ?? [])].filter(([name]) =>
+      fileName === undefined ? !name.startsWith('tokenizer') : name === 'README.md',
+    );
     return [...beside.map(([name, content]) => own('companion', name, content)), provenance];
   }
   const sidecars = [own('config', 'config.json', formatConfig(options.config))];

@@ -229,7 +229,7 @@ class Writer implements CheckpointWriter {
   /** README.md with what was measured; undefined where the output has none. */
   async #writeCard(validation: Json | undefined): Promise<{ name: string; bytes: number; sha256: string } | undefined> {
     const { card } = this.options;
-    const sidecar = this.sidecars.find(({ name }) => name === 'README.md');
+    const sidecar = this.sidecars.find(({ name }) => /(^|\.)README\.md$/.test(name));
     if (!card || !sidecar) return undefined;
     const bytes = Buffer.from(card(validation));
     await writeFileAtomic(join(this.#folder, sidecar.partName), bytes);

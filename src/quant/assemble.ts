@@ -3,7 +3,7 @@ import type { Job, Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
 import { createWriter } from '../checkpoint/writer.js';
 import { deliverParts } from '../checkpoint/sidecars.js';
-import type { CheckpointWriter, TensorSink } from '../checkpoint/types.js';
+import type { Accept, CheckpointWriter, TensorSink } from '../checkpoint/types.js';
 import type { CalibrationSet } from '../arch/calibration.js';
 import { blockResults, blockStep } from '../arch/stream.js';
 import { WeightReader } from '../arch/weights.js';
@@ -51,7 +51,8 @@ export async function assemble(
   const several = targets.length > 1;
   const writers: CheckpointWriter[] = [];
   try {
-    for (const i of targets.keys()) writers.push(await writerOf(run, i));
+    const accepts = acceptances(run);
+    for (const i of targets.keys()) writers.push(await writerOf(run, i, accepts[i]));
     await withTargets(run, writers, async (opened, reader) => {
       if (!job.done('outer')) {
         for (const { target, writer } of opened) {
@@ -74,7 +75,11 @@ export async function assemble(
     }
     const seconds = (performance.now() - checking) / 1000;
     env.log.info(`Verified ${verified} quantized linears as they were read back, ${seconds.toFixed(1)} s`);
-    for (const writer of writers) await writer.finish(provenanceReport(plan, blocks));
+    // The one that is validated first: what was measured stands in the cards of the others too.
+    const judged = judgedOf(run);
+    for (const i of [judged, ...targets.keys()].filter((i, at, all) => i >= 0 && all.indexOf(i) === at)) {
+      await writers[i]!.finish(provenanceReport(plan, blocks));
+    }
     if (several) {
       const outputs = targets.map(({ format, output: { bytes } }) => ({ folder: format, bytes }));
       await deliverParts(job, { schema: 1, tool: options.tool, outputs });
@@ -85,6 +90,31 @@ export async function assemble(
   } finally {
     for (const writer of writers) await writer.close();
   }
+}
+
+/** The output that is validated: the first that is a model; -1: none is. */
+const judgedOf = ({ prepared: { targets } }: Run): number => targets.findIndex(({ format }) => format !== 'imatrix');
+
+/**
+ * How each output is judged: one is compared with the input, the others take its verdict over and say whether they hold
+ * the same weights.
+ */
+function acceptances(run: Run): (Accept | undefined)[] {
+  const { accept } = run.options;
+  const { targets } = run.prepared;
+  const judged = judgedOf(run);
+  if (!accept) return targets.map(() => undefined);
+  let verdict: Json | undefined;
+  return targets.map(({ format }, i): Accept | undefined => {
+    if (format === 'imatrix') return undefined;
+    if (i === judged) return async (staged) => (verdict = await accept(staged));
+    return () => {
+      const on = targets[judged]!.format;
+      const [own, other] = [format, on].map((one) => probesOf(reportsOf(run), one));
+      const sameWeights = [...own!].every(([name, value]) => other!.get(name) === value);
+      return Promise.resolve({ ...(verdict as Record<string, Json>), measuredOn: on, sameWeights });
+    };
+  });
 }
 
 /** Opens what brings the blocks into each output's form; `sinks` take the tensors, one for each target of the plan. */
@@ -107,7 +137,7 @@ export async function withTargets(
   }
 }
 
-async function writerOf(run: Run, i: number): Promise<CheckpointWriter> {
+async function writerOf(run: Run, i: number, accept: Accept | undefined): Promise<CheckpointWriter> {
   const { options, prepared, set, job, env } = run;
   const { open, targets } = prepared;
   const { format, output, writing } = targets[i]!;
@@ -136,8 +166,7 @@ async function writerOf(run: Run, i: number): Promise<CheckpointWriter> {
       recipe: { command: options.commandLine, ...fingerprint(options, prepared, set, env) },
       inputs: files,
     },
-    // The others hold the same codes, or say in the report how they differ.
-    accept: i === 0 ? options.accept : undefined,
+    accept,
   });
 }
 

@@ -51,11 +51,15 @@ export function measuredSection(blocks: readonly BlockReport[], validation: Json
   const measured = validation as Measured | undefined;
   const show = (value: number | undefined): string => (value === undefined ? 'not measured' : value.toPrecision(4));
   if (measured?.kl !== undefined) {
-    const { tokens, kl, top1, perplexity, passed } = measured;
+    const { tokens, kl, top1, perplexity, passed, measuredOn, sameWeights } = measured;
     lines.push(
       `- On ${tokens} tokens of held-out text, against the input: KL divergence ${show(kl.mean)} nats, same top token ${show(top1)}, perplexity ${show(perplexity?.candidate)} (input ${show(perplexity?.reference)})`,
       `- Quality gates: ${passed === true ? 'passed' : 'not passed'}`,
     );
+    if (measuredOn !== undefined) {
+      const how = sameWeights ? 'holds the same weights' : 'was rounded in another way from the same calibration';
+      lines.push(`- Measured on the ${measuredOn} output beside this one, which ${how}`);
+    }
   } else lines.push('- Not validated on held-out text.');
   return `${lines.join('\n')}\n`;
 }
@@ -63,6 +67,9 @@ export function measuredSection(blocks: readonly BlockReport[], validation: Json
 /** What of a validation's verdict the card shows. */
 interface Measured {
   readonly passed?: boolean;
+  /** The output that was validated, where it is not this one. */
+  readonly measuredOn?: string;
+  readonly sameWeights?: boolean;
   readonly tokens?: number;
   readonly kl?: { readonly mean?: number };
   readonly top1?: number;

@@ -1,12 +1,14 @@
 import { mkdtempSync, readFileSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
 import { parse } from 'yaml';
+import type { StagedOutput } from '../../../src/checkpoint/types.js';
 import { openModel } from '../../../src/arch/open.js';
 import { ResidentModel } from '../../../src/arch/resident.js';
 import type { QuantFormat } from '../../../src/quant/formats.js';
 import type { QuantizeOptions } from '../../../src/quant/options.js';
+import { previewQuantize } from '../../../src/quant/prepare.js';
 import { quantize } from '../../../src/quant/run.js';
 import { defaultRecipe } from '../../../src/quant/scheme.js';
 import { deployment } from '../../../src/targets/deploy/emit.js';
@@ -54,14 +56,67 @@ describe('several formats from one calibration', () => {
     expect(readFileSync(join(folder, 'gptq/README.md'), 'utf8')).toContain('## Measured');
   });
 
+  test('the cards of all say what was measured of one, and whether they hold its weights', async () => {
+    const verdict = {
+      passed: true,
+      tokens: 64,
+      kl: { mean: 0.0125 },
+      top1: 0.9,
+      perplexity: { reference: 10, candidate: 10.5 },
+    };
+    const judged: string[] = [];
+    const accept = (staged: StagedOutput) => {
+      judged.push(basename(staged.path));
+      return Promise.resolve(verdict);
+    };
+    const recipe = { ...defaultRecipe, method: 'rtn', groupSize: 64, blocks: 'q8_0' } as const;
+    const calibration = { source: 'default', samples: 2, seqLen: 32, seed: 0 } as const;
+    await run('cards', ['imatrix', 'gptq', 'onnx', 'gguf'], { accept, recipe, calibration, scope: 'q_proj' });
+    expect(judged).toEqual(['gptq']);
+    const card = (format: string) => readFileSync(join(work, 'cards', format, 'README.md'), 'utf8');
+    for (const format of ['gptq', 'onnx', 'gguf']) {
+      expect(card(format), format).toContain(
+        'KL divergence 0.01250 nats, same top token 0.9000, perplexity 10.50 (input 10.00)',
+      );
+      const provenance = readFileSync(join(work, 'cards', format, 'deepseek-convert.json'), 'utf8');
+      expect((JSON.parse(provenance) as { validation: object }).validation, format).toMatchObject(verdict);
+    }
+    expect(card('gptq')).not.toContain('Measured on the');
+    expect(card('onnx')).toContain('Measured on the gptq output beside this one, which holds the same weights');
+    expect(card('gguf')).toContain('Measured on the gptq output beside this one, which was rounded in another way');
+    expect(card('imatrix')).toContain('Not validated');
+    await run('lone.gguf', ['gguf'], { accept, recipe, calibration, scope: 'q_proj' });
+    expect(readFileSync(join(work, 'lone.README.md'), 'utf8')).toContain('KL divergence 0.01250 nats');
+  });
+
   test('what a format cannot hold is refused before the work', async () => {
     await expect(run('twice', ['gptq', 'gptq'])).rejects.toThrow(/twice/);
     await expect(run('file.gguf', ['gptq', 'gguf'])).rejects.toThrow(/folders in one folder/);
     await expect(run('tp', ['gptq'], { tensorParallel: [8] })).rejects.toThrow(/would not divide among 8 GPUs/);
     await expect(run('emit', ['gptq'], { emit: ['llama.cpp'] })).rejects.toThrow(/nothing to serve/);
-    expect(readdirSync(work).sort()).toEqual(['all']);
+    await expect(run('none', ['onnx'], { tensorParallel: [2] })).rejects.toThrow(/engines do not split/);
+    expect(readdirSync(work).filter((name) => /^(twice|file|tp|none|emit)/.test(name))).toEqual([]);
   });
 });
+
+// 256 columns of o_proj, 4 heads, 2 key/value heads.
+test.each([
+  [64, [1, 2, 4], undefined],
+  [64, [1, 2, 4, 8], /among 8 GPUs \(4 attention heads/],
+  [128, [1, 2], undefined],
+  [128, [1, 2, 4], /among 4 GPUs \(.*o_proj: 256 columns in groups of 128/],
+  [-1, [1, 2, 4], undefined],
+])(
+  'groups of %i divide among %j GPUs, or are refused from headers alone',
+  async (groupSize, tensorParallel, refusal) => {
+    const plan = previewQuantize({
+      ...{ input: fixture('v1.0', 'v1.0_checkpoint.bin'), out: join(work, 'shares'), formats: ['compressed-tensors'] },
+      ...{ recipe: { ...defaultRecipe, groupSize }, tensorParallel, commandLine: 'test' },
+      tool: { name: 'deepseek-convert', version: '0' },
+    });
+    await (refusal ? expect(plan).rejects.toThrow(refusal) : expect(plan).resolves.toMatchObject({ notices: [] }));
+  },
+);
 
 test('deployment files say what engines cannot do', () => {
   const model = { name: "it's", context: 512, tensorParallel: 2 };
