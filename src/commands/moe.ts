@@ -1,18 +1,32 @@
 import { readFileSync } from 'node:fs';
-import { Expected, choice, custom, flag, integer, list, number, byteSize, type Values } from '../base/options.js';
+import {
+  Expected,
+  choice,
+  custom,
+  flag,
+  flagName,
+  integer,
+  list,
+  number,
+  byteSize,
+  type Values,
+} from '../base/options.js';
 import { badUsage } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
 import { duration } from '../base/text.js';
-import type { MoeOptions } from '../moe/options.js';
+import type { JobOptions, MoeOptions } from '../moe/options.js';
 import type { MoePlan } from '../moe/plan.js';
 import type { MoeReport } from '../moe/report.js';
+import { pruneMeasures } from '../moe/surgery/options.js';
 import { acceptance, acceptanceOptions } from './acceptance.js';
 import { recordConversion } from './history-file.js';
+import { runSurgeryCommand } from './moe-surgery.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const calibrationSection = 'Calibration:';
 const fineSection = 'Fine tuning:';
+const surgerySection = 'Mixtures into smaller ones:';
 const thenSection = 'Quantization behind it:';
 const options = {
   ...inputOptions,
@@ -52,6 +66,23 @@ const options = {
       return multiple;
     },
   ), // prettier-ignore
+  pruneExperts: integer({
+    min: 1,
+    max: 4096,
+    section: surgerySection,
+    help: 'The input is a mixture already: keep so many experts of each layer. Which ones, calibration text tells.',
+  }),
+  mergeExperts: integer({
+    min: 1,
+    max: 4096,
+    section: surgerySection,
+    help: 'Instead: make so many experts of each layer by merging those with like outputs.',
+  }),
+  pruneBy: choice(pruneMeasures, {
+    default: 'error',
+    section: surgerySection,
+    help: "error: try what each layer misses least. reap, activation: mean output norm on an expert's tokens, with and without the router's weight; energy: its square, summed; frequency: tokens that choose it; random: to compare with.",
+  }),
   then: choice(['quantize'], {
     section: thenSection,
     help: 'Quantize the mixture in the same job: error feedback, the experts calibrated on the tokens that their routers send them. The output is compared with the dense model, and lies as compressed-tensors.',
@@ -117,15 +148,18 @@ export const command = defineCommand({
   description:
     'Divides the feed-forward layers of a dense model among experts, block by block, and fits routers to them. With all ' +
     'experts on the split is the dense model, which is tested on every run. Interrupted, the same command goes on where ' +
-    'it stopped.',
+    'it stopped. With --prune-experts or --merge-experts a mixture becomes one with fewer experts.',
   arguments: { input },
   options,
   examples: [
     ['moe fixtures/v1.0/v1.0_checkpoint.bin -o out/moe --experts 8 --active 4 --samples 8 --seq-len 128', 'Half of the neurons for each token.'],
     ['moe fixtures/v1.0/v1.0_checkpoint.bin -o out/copies.bin --method upcycle --container mixtral', 'Eight copies, to be trained on.'],
     ['moe fixtures/v1.0/v1.0_checkpoint.bin -o out/plan --dry-run', 'What would be done.'],
+    ['moe fixtures/moe-6m -o out/six --prune-experts 6 --samples 16 --seq-len 128', 'Six of the eight experts of each layer.'],
   ], // prettier-ignore
   async run(given, io) {
+    const surgery = surgeryOf(given, io);
+    if (surgery) return await runSurgeryCommand({ ...commonOptions(given, io), ...surgery, by: given.pruneBy }, given, io); // prettier-ignore
     const { runMoe, previewMoe } = await import('../moe/run.js');
     const job = jobOptions(given, io);
     requireThen(given, io);
@@ -157,6 +191,32 @@ function joined(mixture: CommandResult, { data, text, ...rest }: CommandResult):
   return { ...rest, data: { ...data, mixture: stage }, text: `${lines.join('\n')}\n${text}` };
 }
 
+/** Options that say how a dense model is divided. */
+const divides = ['experts', 'active', 'shared', 'method', 'container', 'refit', 'denseLayers', 'pad', 'then', 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
+
+/** What is to become of a mixture; undefined where a dense model is to become one. */
+function surgeryOf({ pruneExperts, mergeExperts }: Given, { settings }: Io) {
+  const measured = 'pruneBy' in settings.from;
+  if (pruneExperts === undefined && mergeExperts === undefined) {
+    if (measured) throw badUsage('A measure to prune by means nothing without --prune-experts', { got: '--prune-by' });
+    return undefined;
+  }
+  if (pruneExperts !== undefined && mergeExperts !== undefined) {
+    throw badUsage('Experts are pruned or merged, not both', { got: '--prune-experts and --merge-experts' });
+  }
+  if (measured && mergeExperts !== undefined) throw badUsage('Experts are merged by how alike their outputs are', { got: '--prune-by with --merge-experts' }); // prettier-ignore
+  const lost = divides.find((key) => key in settings.from);
+  if (lost !== undefined) {
+    throw badUsage('Options that divide a dense model mean nothing for a mixture', {
+      got: `--${flagName(lost)} with --${pruneExperts === undefined ? 'merge' : 'prune'}-experts`,
+      ...(lost === 'then' && { hint: 'Quantize the output with a command of its own.' }),
+    });
+  }
+  return pruneExperts === undefined
+    ? { kind: 'merge' as const, keep: mergeExperts! }
+    : { kind: 'prune' as const, keep: pruneExperts };
+}
+
 /** Options of the second step mean nothing without it. */
 function requireThen(given: Given, io: Io): void {
   if (given.then !== undefined) return;
@@ -182,20 +242,36 @@ function notAskedFor({ method, active, experts }: MoeOptions) {
 
 type Given = Values<typeof options> & { readonly input: string };
 
-function jobOptions(given: Given, io: Io): MoeOptions {
+function commonOptions(given: Given, io: Io): JobOptions {
   const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
     version: string;
   };
-  const { calibration, from } = { calibration: given.calibration, from: io.settings.from };
+  const { calibration } = given;
   const source = calibration.includes('self') ? 'self' : calibration.length > 0 ? calibration : 'default';
-  // Who says how many experts are to be on wants the best model at that number; who does not gets the exact split.
-  const refit = 'refit' in from ? given.refit : 'active' in from;
   return {
     input: given.input,
     out: given.out,
     overwrite: given.overwrite,
     restart: given.restart,
     ...(given.config !== undefined && { config: given.config }),
+    calibration: {
+      source,
+      samples: given.samples,
+      seed: given.seed,
+      ...(given.seqLen !== undefined && { seqLen: given.seqLen }),
+    },
+    seed: given.seed,
+    ...(given.states !== undefined && { states: given.states }),
+    shardSize: given.shardSize,
+    tool: { name: 'deepseek-convert', version },
+    commandLine: io.commandLine,
+  };
+}
+
+function jobOptions(given: Given, io: Io): MoeOptions {
+  const { from } = io.settings;
+  return {
+    ...commonOptions(given, io),
     method: given.method,
     container: given.container,
     experts: given.experts,
@@ -203,22 +279,12 @@ function jobOptions(given: Given, io: Io): MoeOptions {
     ...(given.shared !== undefined && { shared: given.shared }),
     dense: given.denseLayers,
     pad: given.pad,
-    refit,
-    calibration: {
-      source,
-      samples: given.samples,
-      seed: given.seed,
-      ...(given.seqLen !== undefined && { seqLen: given.seqLen }),
-    },
+    // Who says how many experts are to be on wants the best model at that number; who does not gets the exact split.
+    refit: 'refit' in from ? given.refit : 'active' in from,
     rounds: given.rounds,
     steps: given.routerSteps,
     lambda: given.ridge,
     split: given.split,
-    seed: given.seed,
-    ...(given.states !== undefined && { states: given.states }),
-    shardSize: given.shardSize,
-    tool: { name: 'deepseek-convert', version },
-    commandLine: io.commandLine,
   };
 }
 

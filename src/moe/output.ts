@@ -120,7 +120,7 @@ function constants(layer: string, block: number, converted: boolean, { container
   }));
 }
 
-function throughTensor(open: OpenModel, name: string, block: number): OutputTensor {
+export function throughTensor(open: OpenModel, name: string, block: number): OutputTensor {
   const { entry, linear, sources } = open.tensors.get(name)!;
   const spec = open.spec(name);
   const whole = entry.name === name && !linear && !entry.strides && sources[0] === name;
@@ -144,13 +144,13 @@ function throughTensor(open: OpenModel, name: string, block: number): OutputTens
 }
 
 /** The mixture's own architecture must find every tensor in the form that it expects. */
-function requireComplete(tensors: readonly OutputTensor[], mixture: Model): void {
+export function requireComplete(tensors: readonly OutputTensor[], mixture: Model): void {
   const planned = new Map(tensors.map((tensor) => [tensor.planned.name, tensor.planned.shape]));
   for (const { name, shape, optional } of [...mixture.outer, ...mixture.blocks.flatMap((block) => block.tensors)]) {
     const got = planned.get(name);
     if (got === undefined && (optional || (mixture.tied && name === 'lm_head.weight'))) continue;
     if (got !== undefined && elementCount(got) === elementCount(shape) && got.every((d, i) => d === shape[i])) continue;
-    throw badInput('The dense model does not fill the container', {
+    throw badInput('The model does not fill its new form', {
       where: `tensor ${name}`,
       expected: `[${shape.join(', ')}]`,
       got: got === undefined ? 'none' : `[${got.join(', ')}]`,

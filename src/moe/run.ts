@@ -14,7 +14,7 @@ import type { MoeOptions } from './options.js';
 import { describePlan, describeShape, makePlan, type MoePlan } from './plan.js';
 import { layerFromJson, toJson, totalsOf, type LayerReport, type MoeReport } from './report.js';
 import { finishedLayers } from './reuse.js';
-import { sampleBytes } from './sample.js';
+import { sampleBytes, tokensThatFit } from './sample.js';
 import { StandingTest } from './standing-test.js';
 import { convertCopies } from './upcycle.js';
 import { SplitVisitor } from './visitor.js';
@@ -41,7 +41,7 @@ export async function previewMoe(options: MoeOptions): Promise<MoePlan> {
   }
 }
 
-const isTorch = (out: string): boolean => isFileOutput(out) && !out.endsWith('.safetensors');
+export const isTorch = (out: string): boolean => isFileOutput(out) && !out.endsWith('.safetensors');
 
 /**
  * Restructures a dense checkpoint into a mixture of experts, block by block. Killed at any instant, the same call goes
@@ -113,7 +113,7 @@ function requireBaseline({ split = 'fitted', method }: MoeOptions, { container }
 }
 
 const refits = (o: MoeOptions): boolean => o.method === 'split' && o.active < o.experts && (o.refit ?? true);
-const statesOf = ({ states }: MoeOptions, env: JobEnv): 'f32' | 'bf16' =>
+export const statesOf = ({ states }: Pick<MoeOptions, 'states'>, env: JobEnv): 'f32' | 'bf16' =>
   states ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
 
 function fingerprint(
@@ -218,7 +218,11 @@ async function convertBlocks(context: Context, writer: CheckpointWriter): Promis
       refit: refits(options),
       writer,
       reader,
-      sampleTokens: sampleTokens(plan, env, options.budget),
+      sampleTokens: tokensThatFit(
+        sampleBytes(plan.source.model.hidden, plan.shape.ffn, plan.shape.routed),
+        env,
+        options.budget,
+      ),
       check,
     });
     await streamBlocks(
@@ -234,15 +238,6 @@ async function convertBlocks(context: Context, writer: CheckpointWriter): Promis
   }
   stopIfAborted(env, common.resumeHint);
   await job.mark('checked', toJson(await check.end()));
-}
-
-/** As many tokens as a third of the memory holds, at least some thousands. */
-function sampleTokens({ shape, source }: MoePlan, env: JobEnv, budget: number | undefined): number {
-  const { memory } = env.device.info() as { memory?: { free?: number } };
-  const { limit } = env.device.memory();
-  const free = budget ?? Math.min(memory?.free ?? 8e9, limit > 0 ? limit : Infinity);
-  const bytes = sampleBytes(source.model.hidden, shape.ffn, shape.routed);
-  return Math.max(4096, Math.min(262_144, Math.floor(free / 3 / bytes)));
 }
 
 function randomTokens({ model }: OpenModel, seed: number): Int32Array {

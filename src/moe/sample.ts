@@ -1,3 +1,5 @@
+import type { JobEnv } from '../backend/env.js';
+import type { LinearSpec } from '../nn/calls.js';
 import type { FfnSpec } from '../nn/mlp.js';
 import type { Site } from '../arch/stream.js';
 import { copyInto, gather, matmulT, swiglu } from '../tensor/ops.js';
@@ -21,6 +23,14 @@ export const heldOut = (token: number): boolean => Math.floor(token / stretch) %
 /** Bytes of device memory that `captureSample` and what is computed from it take for each token. */
 export const sampleBytes = (hidden: number, ffn: number, experts: number): number =>
   4 * (2 * hidden + 3 * ffn + 8 * experts);
+
+/** How many tokens of `bytes` each a third of the memory holds, at least some thousands. */
+export function tokensThatFit(bytes: number, { device }: Pick<JobEnv, 'device'>, budget: number | undefined): number {
+  const { memory } = device.info() as { memory?: { free?: number } };
+  const { limit } = device.memory();
+  const free = budget ?? Math.min(memory?.free ?? 8e9, limit > 0 ? limit : Infinity);
+  return Math.max(4096, Math.min(262_144, Math.floor(free / 3 / bytes)));
+}
 
 export interface FfnWeights {
   /** [I, C], [I, C], [C, I] */
@@ -46,17 +56,47 @@ export async function captureSample(
   limit: number,
   scope: Scope,
 ): Promise<Sample> {
-  const chosen = choose(site.tokens, limit);
+  const picked = pick(site.tokens, limit);
+  const h = scope.empty('f32', [picked.tokens.length, ffn.gate.outFeatures]);
+  const x = await captureInputs(site, picked, scope, (part, at) => {
+    using work = new Scope(scope.device);
+    copyInto(h.slice(0, at, at + part.dim(0)), neurons(work, part, w, ffn));
+  });
+  return { x, h, fit: picked.fit, held: picked.held };
+}
+
+/** Tokens of a calibration set, in order; `held` of them are for judging only. */
+interface Picked {
+  readonly tokens: readonly number[];
+  readonly fit: number;
+  readonly held: number;
+}
+
+/** Evenly spread tokens, at most `limit`. */
+export function pick(tokens: number, limit: number): Picked {
+  const chosen = choose(tokens, limit);
   const held = chosen.reduce((n, token) => n + (heldOut(token) ? 1 : 0), 0);
-  const fit = chosen.length - held;
-  const x = scope.empty('f32', [chosen.length, ffn.gate.inFeatures]);
-  const h = scope.empty('f32', [chosen.length, ffn.gate.outFeatures]);
+  return { tokens: chosen, fit: chosen.length - held, held };
+}
+
+/**
+ * Inputs f32 [T, C] of a held linear call for the picked tokens, held-out ones last. `seen` gets them as they come by,
+ * and the row that they begin at.
+ */
+export async function captureInputs(
+  site: Site,
+  { tokens, fit }: Picked,
+  scope: Scope,
+  seen?: (part: Tensor, at: number) => void,
+): Promise<Tensor> {
+  const [linear] = site.linears as readonly LinearSpec[];
+  const x = scope.empty('f32', [tokens.length, linear!.inFeatures]);
   let [from, next, fitAt, heldAt] = [0, 0, 0, fit];
   await site.each((call) => {
     const rows = call.x.dim(0);
     const [fitRows, heldRows]: [number[], number[]] = [[], []];
-    for (; next < chosen.length && chosen[next]! < from + rows; next++) {
-      (heldOut(chosen[next]!) ? heldRows : fitRows).push(chosen[next]! - from);
+    for (; next < tokens.length && tokens[next]! < from + rows; next++) {
+      (heldOut(tokens[next]!) ? heldRows : fitRows).push(tokens[next]! - from);
     }
     for (const [picked, at] of [
       [fitRows, fitAt],
@@ -67,13 +107,13 @@ export async function captureSample(
       const idx = work.from('i32', [picked.length], Int32Array.from(picked));
       const part = gather(work, call.x, idx, 0, call.x.dtype);
       copyInto(x.slice(0, at, at + picked.length), part);
-      copyInto(h.slice(0, at, at + picked.length), neurons(work, part, w, ffn));
+      seen?.(part, at);
     }
     fitAt += fitRows.length;
     heldAt += heldRows.length;
     from += rows;
   });
-  return { x, h, fit, held };
+  return x;
 }
 
 function choose(tokens: number, limit: number): number[] {
