@@ -30,6 +30,10 @@ export const commands: Readonly<Record<string, Entry>> = {
     summary: 'quantization-aware training: INT4 that learns what rounding took',
     load: () => import('./qat.js'),
   },
+  distill: {
+    summary: 'make a smaller model of a dense one, trained on its predictions',
+    load: () => import('./distill.js'),
+  },
   moe: { summary: 'divide a dense model into experts', load: () => import('./moe.js') },
   validate: {
     summary: 'compare two models: attention, logits, perplexity, diversity; gates',

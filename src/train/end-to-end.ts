@@ -4,9 +4,9 @@ import { Random } from '../base/rng.js';
 import type { JobEnv } from '../backend/env.js';
 import { copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
-import { shuffled } from '../tune/block.js';
 import { GradientHealth, type Alarm, type HealthState, type HealthSummary } from '../tune/health.js';
-import { cosine, Optimizer, type AdamOptions } from '../tune/parameters.js';
+import { Optimizer, type AdamOptions } from '../tune/parameters.js';
+import { Schedule, shuffled } from '../tune/schedule.js';
 import { pass, type Losses, type PassOptions } from './pass.js';
 import { loadTensors, saveTensors } from './state.js';
 
@@ -103,10 +103,10 @@ export class EndToEnd implements Disposable {
   #savedAt = performance.now();
 
   constructor(options: EndToEndOptions) {
-    const { env, outer, blocks, adam } = options;
+    const { env, outer, blocks, map, adam } = options;
     this.#o = options;
     this.#pass = { ...options, device: env.device };
-    const parameters = [outer, ...blocks].flatMap((part) => part.parameters);
+    const parameters = [outer, ...blocks, ...(map ? [map] : [])].flatMap((part) => part.parameters);
     this.#optimizer = new Optimizer(env.device, parameters, adam);
     this.#scope = new Scope(env.device);
     this.#best = parameters.map(({ value }) => this.#scope.empty('f32', value.shape));
@@ -114,24 +114,19 @@ export class EndToEnd implements Disposable {
 
   async train(): Promise<EndToEndOutcome> {
     const o = this.#o;
-    const training = o.n - o.held;
-    const perEpoch = Math.ceil(training / o.batch);
-    const total = Math.min(perEpoch * o.epochs, o.maxSteps ?? Infinity);
-    const warmup = Math.ceil(o.warmup * total);
+    const sequences = o.n - o.held;
+    const order = (epoch: number) =>
+      o.inOrder ? Array.from({ length: sequences }, (_, i) => i) : shuffled(sequences, new Random(o.seed, epoch));
+    const schedule = new Schedule({ ...o, sequences, order });
+    const { total, perEpoch } = schedule;
     const every = Math.max(1, Math.round(perEpoch / o.judgements));
     const report = Math.max(1, Math.ceil(total / 100));
     let step = await this.#restore();
     if (step === 0) await this.#judge(0);
-    let [epoch, order]: [number, number[]] = [-1, []];
     for (; step < Math.min(total, o.stopAfter ?? total); step++) {
       if (o.env.signal.aborted) await this.#stop(step);
-      if (Math.floor(step / perEpoch) !== epoch) {
-        epoch = Math.floor(step / perEpoch);
-        order = o.inOrder ? Array.from({ length: training }, (_, i) => i) : shuffled(training, new Random(o.seed, epoch)); // prettier-ignore
-      }
-      const at = (step % perEpoch) * o.batch;
-      const losses = await this.#run(order.slice(at, at + o.batch), true);
-      const lr = o.lr * cosine(step, total, warmup);
+      const losses = await this.#run(schedule.rows(step), true);
+      const lr = schedule.rate(step);
       const norms = await this.#optimizer.step(lr);
       for (const alarm of this.#health.observe(norms)) o.onAlarm?.(alarm);
       this.#steps.push({ ...this.#shown(losses), norm: norms.norm, lr });

@@ -3,7 +3,7 @@ import { forwardContext } from '../arch/context.js';
 import type { Model } from '../arch/types.js';
 import type { Weights } from '../nn/calls.js';
 import { run } from '../nn/run.js';
-import { add, binary, copyInto, crossEntropy, crossEntropyBackward, klBackward, klRows, reduce, unary } from '../tensor/ops.js'; // prettier-ignore
+import { add, binary, copyInto, crossEntropy, crossEntropyBackward, gemm, klBackward, klRows, reduce, unary } from '../tensor/ops.js'; // prettier-ignore
 import { Tape } from '../tensor/tape.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { Optimizer } from '../tune/parameters.js';
@@ -16,6 +16,11 @@ export interface LossWeights {
   readonly kl: number;
   /** Of the squared error of hidden states over the teacher's mean square, averaged over the blocks compared. */
   readonly hidden: number;
+  /**
+   * Both sides' logits are divided by it before KL, which is multiplied by its square, so that gradients keep their size
+   * (Hinton et al. 2015). Absent: 1.
+   */
+  readonly temperature?: number;
 }
 
 /** A model with its weights on the device that is asked, not taught. */
@@ -33,10 +38,15 @@ export interface PassOptions {
   readonly teacher?: Teacher;
   /** hiddenOf[i]: the teacher's block whose output the student's block i is to match; undefined: none. */
   readonly hiddenOf?: readonly (number | undefined)[];
+  /** Where the student is narrower: its tensor `hiddenMap` [student's width, teacher's] takes hidden states over. */
+  readonly map?: LearningWeights;
   readonly loss: LossWeights;
   /** Each block runs again when its turn to go back comes; else the activations of all blocks are kept. */
   readonly recompute: boolean;
 }
+
+/** The tensor of `PassOptions.map`. */
+export const hiddenMap = 'hidden_map';
 
 /** Means over tokens. */
 export interface Losses {
@@ -86,7 +96,7 @@ export async function pass(
   ids: Int32Array,
   rows: number,
   sequences: number,
-  optimizer?: Optimizer,
+  optimizer?: Pick<Optimizer, 'leaves'>,
 ): Promise<Losses> {
   const { device, model, outer, blocks, teacher, hiddenOf = [] } = o;
   const length = ids.length / rows;
@@ -135,7 +145,8 @@ export async function pass(
     const share = 1 / sequences;
     const head = lossesOf(o, scope, x, taught?.[last], ids, rows, share, optimizer && (() => tapeOf(outer)), close);
     const hidden = hiddenOf.flatMap((of, i) => (of === undefined || !taught ? [] : [{ i, t: taught[of]! }]));
-    const compared = hidden.map(({ i, t }) => ({ i, ...compare(scope, kept[i]!.y, t, (o.loss.hidden * rows * share) / hidden.length) })); // prettier-ignore
+    const part = (o.loss.hidden * rows * share) / hidden.length;
+    const compared = hidden.map(({ i, t }) => ({ i, ...compare(scope, o.map, kept[i]!.y, t, part, optimizer && tapeOf, close) })); // prettier-ignore
 
     if (optimizer) {
       let d = head.d;
@@ -162,16 +173,33 @@ export async function pass(
   }
 }
 
-/** Relative squared error of hidden states f32 [1, 1], and its gradient times `weight`. */
-function compare(scope: Scope, y: Tensor, t: Tensor, weight: number): { error: Tensor; d: Tensor } {
+/** Relative squared error of hidden states f32 [1, 1], and its gradient for y times `weight`. */
+function compare(
+  scope: Scope,
+  map: LearningWeights | undefined,
+  y: Tensor,
+  t: Tensor,
+  weight: number,
+  tapeOf: ((part: LearningWeights) => Tape) | undefined,
+  close: (tape: Tape) => void,
+): { error: Tensor; d: Tensor } {
   using work = new Scope(scope.device);
-  const d = binary(scope, 'sub', y, t);
+  const over = (s: Scope, by: LearningWeights) => gemm(s, y, by.now(s).get(hiddenMap));
+  const tape = map && tapeOf?.(map);
+  tape?.leaf(y);
+  const z = !map ? y : tape ? tape.record(() => over(tape.scope, map)) : over(work, map);
+  const d = binary(scope, 'sub', z, t);
   const sum = (v: Tensor) => reduce(work, 'sum', reduce(work, 'sumsq', v, 1), 0).view(1, 1);
   const energy = sum(t);
   const error = binary(scope, 'div', sum(d), energy);
   const factor = unary(work, 'reciprocal', energy);
   binary(scope, 'mul', d, factor, { alpha: 2 * weight, out: d });
-  return { error, d };
+  if (!tape) return { error, d };
+  tape.seed(z, d);
+  tape.backward();
+  const dy = tape.take(y, scope);
+  close(tape);
+  return { error, d: dy };
 }
 
 /**
@@ -225,9 +253,12 @@ function lossesOf(
         const ctx = forwardContext(inner, teacher.model, teacher.outer, 1, n);
         return run(teacher.model.logits(copyOf(inner, taught.slice(0, from, to)), ctx), ctx);
       });
-      put(1, klRows(work, wanted, logits).kl, 1 / length);
+      const { temperature = 1 } = loss;
+      const cooled = (y: Tensor, out?: Tensor) => temperature === 1 ? y : unary(work, 'affine', y, 1 / temperature, 0, out); // prettier-ignore
+      const [p, q] = [cooled(wanted, wanted), cooled(logits)];
+      put(1, klRows(work, p, q).kl, temperature ** 2 / length);
       if (tape && loss.kl !== 0) {
-        const more = klBackward(work, wanted, logits, (loss.kl * share) / length);
+        const more = klBackward(work, p, q, (temperature * loss.kl * share) / length);
         gradient = gradient ? add(work, gradient, more, gradient) : more;
       }
     }

@@ -43,8 +43,10 @@ function healthTable(name: string, health: HealthSummary): string {
   return `<tr><td>${escape(name)}</td><td>${steps}</td><td>${skipped}</td><td>${(100 * clippedShare).toFixed(0)}%</td><td>${medianNorm.toPrecision(3)}</td><td>${largestNorm.toPrecision(3)}</td><td>${escape(said)}</td></tr>`;
 }
 
+type Trained = Pick<QatResult, 'out' | 'blocks' | 'endToEnd' | 'calibration'>;
+
 /** Losses and gradients of a training run as one self-contained page. */
-export function trainingReport({ out, blocks, endToEnd, calibration }: QatResult): string {
+export function trainingReport({ out, blocks, endToEnd, calibration }: Trained): string {
   const steps = endToEnd?.steps ?? [];
   const over = (pick: (step: (typeof steps)[number]) => number | null) =>
     steps.flatMap((step, i) => (pick(step) === null ? [] : [[i + 1, pick(step)!] as const]));
@@ -72,5 +74,5 @@ ${plot('Median norm of each block', [{ name: 'by block', color: '#27c', points: 
 `;
 }
 
-export const writeTrainingReport = (path: string, result: QatResult): Promise<void> =>
+export const writeTrainingReport = (path: string, result: Trained): Promise<void> =>
   writeFileAtomic(path, trainingReport(result));

@@ -1,26 +1,23 @@
 import { join } from 'node:path';
-import { badInput, badUsage, ConvertError } from '../base/errors.js';
+import { badInput, badUsage } from '../base/errors.js';
 import { dtypeSize, elementCount } from '../base/dtype.js';
 import { exists } from '../base/files.js';
 import { Job, requireNoOutput, type Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
 import { calibrationTokens, type CalibrationSet } from '../arch/calibration.js';
 import { openModel, type OpenModel } from '../arch/open.js';
-import { WeightReader } from '../arch/weights.js';
 import { createWriter, isFileOutput } from '../checkpoint/writer.js';
 import type { CheckpointWriter, PlannedTensor } from '../checkpoint/types.js';
 import { quantize } from '../quant/run.js';
 import { defaultRecipe } from '../quant/scheme.js';
 import { Scope } from '../tensor/tensor.js';
-import { recordedBytes } from '../tune/block.js';
-import type { Alarm } from '../tune/health.js';
 import { defaultAdam, type AdamOptions } from '../tune/parameters.js';
 import type { Codes, Learned, LearningWeights, Rates } from '../tune/weights.js';
 import { trainBlocks, trainedCodes, type BlockRecord } from './blockwise.js';
 import { EndToEnd, type EndToEndOutcome } from './end-to-end.js';
 import type { QatOptions, QatResult } from './options.js';
 import { asJson, sameTensors, storedNames, verifyCodes, writeCodes, writeRest, writeValue } from './output.js';
-import type { Teacher } from './pass.js';
+import { alarmWatch, heldOf, loadTeacher, mustRecompute, sequencesOf, type AlarmWatch } from './setting.js';
 import { loadTensors, saveTensors } from './state.js';
 import { StudentReader } from './student.js';
 
@@ -173,22 +170,14 @@ async function inJob(
   const open = start === undefined ? teacher : await openModel(start);
   try {
     const student = new StudentReader(open, env.device, dtype);
-    const perPass = env.device.kind === 'cpu' ? 2048 : 16384;
     const run: Run = {
       ...{ options, env, job, set, teacher, student, dtype },
-      held: set.n < 4 ? 0 : Math.max(1, Math.floor(set.n / 16)),
-      microBatch: Math.max(1, Math.min(options.batch, Math.floor(perPass / set.seqLen))),
+      held: heldOf(set),
+      microBatch: Math.min(options.batch, sequencesOf(env, set)),
       adam: { ...defaultAdam, decay: options.weightDecay, clip: options.gradClip },
       resumeHint: `Go on with: ${options.commandLine}`,
     };
-    if (run.held === 0) {
-      throw badInput('There is too little text to train on', {
-        got: `${set.n} windows of ${set.seqLen} tokens`,
-        expected: 'at least 4, of which one judges',
-        hint: 'Give more text (--calibration), or shorter windows (--seq-len).',
-      });
-    }
-    const watch = alarmsOf(run);
+    const watch = alarmWatch(env, options.failOnAlarm, '--lr or --end-to-end-lr');
     const blocks = options.fakeQuant && options.epochs > 0 ? await blockwise(run, watch) : [];
     const outcome = options.endToEnd === 'none' ? undefined : await endToEnd(run, watch);
     const written = await write(run, blocks, outcome);
@@ -225,27 +214,7 @@ async function startOf(options: QatOptions, env: JobEnv, job: Job): Promise<stri
   return out;
 }
 
-type Watch = (where: string, alarm: Alarm) => void;
-
-/** Says alarms aloud, and ends the run where it is asked to. */
-function alarmsOf({ options, env }: Run): Watch {
-  return (where, { step, text, kind }) => {
-    if (!options.failOnAlarm) {
-      env.log.warn(`Gradient alarm (${kind}) in ${where}, step ${step}: ${text}`);
-      return;
-    }
-    throw new ConvertError('gate', `Gradient alarm: ${kind}`, {
-      where: `${where}, step ${step}`,
-      got: text,
-      hint:
-        kind === 'vanishing'
-          ? 'That block hardly learns: look at its weights (validate, inspect). Without --fail-on-gradient-alarm the run goes on.'
-          : 'Lower --lr or --end-to-end-lr, or train on more text a step (--batch). Without --fail-on-gradient-alarm the run goes on, and keeps the best it has seen.',
-    });
-  };
-}
-
-async function blockwise(run: Run, watch: Watch): Promise<BlockRecord[]> {
+async function blockwise(run: Run, watch: AlarmWatch): Promise<BlockRecord[]> {
   const { options, env, job, teacher, student, dtype, set, held, microBatch, adam, resumeHint } = run;
   const { epochs, batch, warmup, cleanInputs, seed } = options;
   const lr = options.lr ?? defaultRate(Math.ceil((set.n - held) / batch) * epochs);
@@ -272,13 +241,12 @@ async function codesNow({ options, job, student }: Run, index: number, scope: Sc
   return options.epochs > 0 ? await trainedCodes({ job, student }, block, scope) : await student.codes(block, scope);
 }
 
-async function endToEnd(run: Run, watch: Watch): Promise<EndToEndOutcome> {
+async function endToEnd(run: Run, watch: AlarmWatch): Promise<EndToEndOutcome> {
   const { options, env, job, student, dtype, set, held, microBatch, adam, resumeHint } = run;
   const known = job.data(stage);
   if (known !== undefined) return known as unknown as EndToEndOutcome;
   const { model } = student.open;
   using scope = new Scope(env.device);
-  const needsTeacher = options.kl > 0;
   const steps = Math.min(
     Math.ceil((set.n - held) / options.batch) * options.endToEndEpochs,
     options.maxSteps ?? Infinity,
@@ -295,12 +263,11 @@ async function endToEnd(run: Run, watch: Watch): Promise<EndToEndOutcome> {
     blocks.push(await student.quantized(block, scope, learnedOf(options), rates, codes));
     await env.device.sync();
   }
-  const bytes = model.blocks.reduce((sum, block) => sum + recordedBytes(block, dtype), 0) * microBatch * set.seqLen;
   using training = new EndToEnd({
     ...{ env, stage, model, outer, blocks, job, resumeHint, held, microBatch, adam },
-    ...(needsTeacher && { teacher: await teacherOf(run, scope) }),
+    ...(options.kl > 0 && { teacher: await loadTeacher(run.teacher, env, dtype, scope) }),
     loss: { crossEntropy: options.crossEntropy, kl: options.kl, hidden: 0 },
-    recompute: bytes > 0.3 * freeMemory(env),
+    recompute: mustRecompute(env, model, dtype, microBatch * set.seqLen),
     ...{ tokens: set.tokens, n: set.n, length: set.seqLen },
     ...{ epochs: options.endToEndEpochs, batch: options.batch, warmup: options.warmup },
     lr: options.endToEndLr ?? (options.fakeQuant ? defaultRate(steps) : 1e-4),
@@ -322,19 +289,6 @@ async function endToEnd(run: Run, watch: Watch): Promise<EndToEndOutcome> {
 
 function learnedOf({ endToEnd, rank, seed }: QatOptions): Learned {
   return endToEnd === 'lora' ? { kind: 'lora', rank, seed } : { kind: endToEnd === 'scales' ? 'scales' : 'full' };
-}
-
-async function teacherOf({ teacher, env, dtype }: Run, scope: Scope): Promise<Teacher> {
-  const reader = new WeightReader(teacher, env.device, dtype);
-  const blocks = [];
-  for (let i = 0; i < teacher.model.blocks.length; i++) blocks.push(await reader.block(i, scope));
-  return { model: teacher.model, outer: await reader.outer(scope), blocks };
-}
-
-function freeMemory({ device }: JobEnv): number {
-  const { memory } = device.info() as { memory?: { free?: number } };
-  const { limit } = device.memory();
-  return Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
 }
 
 interface Written {

@@ -51,6 +51,24 @@ function quantizedGroups(open: OpenModel, block: Block): Group[] {
   return groups;
 }
 
+/** A tensor f32 that learns in full precision; `stacked`: of experts, one under another. */
+export const learning = (
+  names: readonly string[],
+  value: Tensor,
+  block: number | undefined,
+  stacked = false,
+): PlainUnit => ({
+  names,
+  stacked,
+  parameter: {
+    name: names[0]!,
+    value,
+    rate: 1,
+    decay: value.shape.length > 1 && value.dim(0) > 1,
+    block: block ?? -1,
+  },
+});
+
 /** What of a block of a quantized checkpoint is there in what precision. */
 export class StudentReader {
   readonly #loader: TensorLoader;
@@ -134,17 +152,8 @@ export class StudentReader {
     const experts = block?.moe?.expertLinears ?? [];
     const units: PlainUnit[] = [];
     const stacked = new Set<string>();
-    const unit = (names: readonly string[], value: Tensor, many: boolean): PlainUnit => ({
-      names,
-      stacked: many,
-      parameter: {
-        name: names[0]!,
-        value,
-        rate: 1,
-        decay: value.shape.length > 1 && value.dim(0) > 1,
-        block: block?.index ?? -1,
-      },
-    });
+    const unit = (names: readonly string[], value: Tensor, many: boolean): PlainUnit =>
+      learning(names, value, block?.index, many);
     for (const part of ['gate', 'up', 'down'] as const) {
       const names = experts.map((expert) => `${expert[part].name}.weight`);
       if (names.length === 0) continue;

@@ -9,7 +9,8 @@ import { Tape } from '../tensor/tape.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { Scope } from '../tensor/tensor.js';
 import { GradientHealth, type Alarm, type HealthSummary } from './health.js';
-import { cosine, Optimizer, type AdamOptions, type Parameter } from './parameters.js';
+import { Optimizer, type AdamOptions, type Parameter } from './parameters.js';
+import { Schedule, shuffled } from './schedule.js';
 
 export interface BlockTuning {
   readonly device: Device;
@@ -59,10 +60,6 @@ export interface BlockOutcome {
  */
 export async function tuneBlock(o: BlockTuning): Promise<BlockOutcome> {
   const { device, n, held } = o;
-  const train = n - held;
-  const perEpoch = Math.ceil(train / o.batch);
-  const total = perEpoch * o.epochs;
-  const warmup = Math.ceil(o.warmup * total);
   const health = new GradientHealth();
   using optimizer = new Optimizer(device, o.parameters, o.adam);
   using best = new Scope(device);
@@ -70,34 +67,33 @@ export async function tuneBlock(o: BlockTuning): Promise<BlockOutcome> {
   const weightOf = (rows: number) => 1 / (rows * o.length * o.target.dim(1) * Math.max(energy, 1e-30));
 
   const before = await judge(o, weightOf(held));
-  let [after, bestStep, step] = [before, 0, 0];
+  let [after, bestStep] = [before, 0];
   let kept = snapshot(best, o.parameters);
   const random = new Random(o.seed, o.block.index);
-  for (let epoch = 0; epoch < o.epochs; epoch++) {
-    const order = shuffled(train, random);
-    for (let at = 0; at < train; at += o.batch) {
-      o.check?.();
-      const rows = order.slice(at, at + o.batch);
-      for (let from = 0; from < rows.length; from += o.microBatch) {
-        const part = rows.slice(from, from + o.microBatch);
-        const mixed = part.map((row) => ({ row, other: o.other !== undefined && random.uniform() < o.other.share }));
-        pass(o, optimizer, mixed, 2 * weightOf(rows.length));
-        await device.sync();
-      }
-      const norms = await optimizer.step(o.lr * cosine(step, total, warmup));
-      for (const alarm of health.observe(norms)) o.onAlarm?.(alarm);
-      o.project?.();
-      step++;
+  const sequences = n - held;
+  const schedule = new Schedule({ ...o, sequences, order: () => shuffled(sequences, random) });
+  for (let step = 0; step < schedule.total; step++) {
+    o.check?.();
+    const rows = schedule.rows(step);
+    for (let from = 0; from < rows.length; from += o.microBatch) {
+      const part = rows.slice(from, from + o.microBatch);
+      const mixed = part.map((row) => ({ row, other: o.other !== undefined && random.uniform() < o.other.share }));
+      pass(o, optimizer, mixed, 2 * weightOf(rows.length));
+      await device.sync();
     }
+    const norms = await optimizer.step(schedule.rate(step));
+    for (const alarm of health.observe(norms)) o.onAlarm?.(alarm);
+    o.project?.();
+    if (!schedule.endsEpoch(step + 1)) continue;
     const error = await judge(o, weightOf(held));
     if (error < after) {
-      [after, bestStep] = [error, step];
+      [after, bestStep] = [error, step + 1];
       best.free(...kept);
       kept = snapshot(best, o.parameters);
     }
   }
   o.parameters.forEach(({ value }, i) => copyInto(value, kept[i]!));
-  return { before, after, best: bestStep, steps: step, health: health.summary() };
+  return { before, after, best: bestStep, steps: schedule.total, health: health.summary() };
 }
 
 /** Sequences of a state [n S, C] as one batch [rows S, C]. */
@@ -155,16 +151,6 @@ function snapshot(scope: Scope, parameters: readonly Parameter[]): Tensor[] {
     copyInto(copy, value);
     return copy;
   });
-}
-
-/** 0 .. n-1 in a random order. */
-export function shuffled(n: number, random: Random): number[] {
-  const order = Array.from({ length: n }, (_, i) => i);
-  for (let i = n - 1; i > 0; i--) {
-    const j = random.below(i + 1);
-    [order[i], order[j]] = [order[j]!, order[i]!];
-  }
-  return order;
 }
 
 /** Bytes that a block's recorded pass holds for one token, about: every linear's input and output, and attention. */

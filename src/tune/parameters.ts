@@ -117,10 +117,3 @@ export class Optimizer implements Disposable {
     this.#scope[Symbol.dispose]();
   }
 }
-
-/** Cosine from 1 to `last` after a linear warm-up over the first `warmup` of `total` steps (Loshchilov & Hutter 2017). */
-export function cosine(step: number, total: number, warmup: number, last = 0): number {
-  if (step < warmup) return (step + 1) / warmup;
-  const along = (step - warmup) / Math.max(1, total - warmup);
-  return last + (1 - last) * 0.5 * (1 + Math.cos(Math.PI * Math.min(1, along)));
-}

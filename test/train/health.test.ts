@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import { GradientHealth } from '../../src/tune/health.js';
-import { cosine } from '../../src/tune/parameters.js';
+import { cosine } from '../../src/tune/schedule.js';
 
 const step = (norm: number, blocks: number[] = [norm, norm], more: { clipped?: boolean; nonFinite?: number } = {}) => ({
   ...{ norm, clipped: false, nonFinite: 0, ...more },
