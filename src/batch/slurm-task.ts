@@ -35,6 +35,7 @@ export interface TaskRecord {
   readonly ended: string | null;
 }
 
+/** How often an attempt looks whether another holds, or has taken, its lock. */
 const lookEveryMs = 5000;
 
 /** Signals that Slurm sends: TERM to all processes of a job that must go, USR2 to us alone when its time is nearly up. */
@@ -48,9 +49,14 @@ export interface TaskSignals {
  * was cut off): an attempt waits until no other holds the task's lock, and stops when another has taken it.
  * Gives the exit code: 75 when the task goes on later.
  */
-export async function runTask(specPath: string, environment: NodeJS.ProcessEnv, signals: TaskSignals): Promise<number> {
+export async function runTask(
+  specPath: string,
+  environment: NodeJS.ProcessEnv,
+  signals: TaskSignals,
+  everyMs = lookEveryMs,
+): Promise<number> {
   const spec = await readSpec(specPath);
-  const task = new Task(spec, environment, signals);
+  const task = new Task(spec, environment, signals, everyMs);
   const lock = await task.fence();
   if (lock === undefined) return exitCodes.interrupted;
   try {
@@ -77,6 +83,7 @@ class Task {
     private readonly spec: TaskSpec,
     private readonly environment: NodeJS.ProcessEnv,
     private readonly signals: TaskSignals,
+    private readonly everyMs: number,
   ) {
     const { SLURM_ARRAY_TASK_ID: index, SLURM_ARRAY_JOB_ID: array, SLURM_JOB_ID: id = '' } = environment;
     this.#job = { ...spec.job, given: new Map(spec.job.given), slurm: { options: {}, grace: undefined, stages: {} } } as Job; // prettier-ignore
@@ -94,16 +101,17 @@ class Task {
   async fence(): Promise<FileLock | undefined> {
     const path = slurmPath(this.spec.workFolder, this.#stem, 'lock');
     for (let said = false; !this.signals.gone.aborted && !this.signals.timeUp.aborted; said = true) {
+      let holder = 'its worker';
       try {
         const lock = await FileLock.take(path, 'The task');
         if (!(await this.#workerLeft())) return lock;
         await lock.release();
       } catch (error) {
         if (!(error instanceof LockHeld)) throw error;
-        if (!said) this.#say(error.message.replaceAll('\n', ' '));
+        holder = error.facts.got ?? '';
       }
-      if (!said) this.#say('An earlier attempt still lives: waiting for its end.');
-      await delay(lookEveryMs, undefined, { signal: this.signals.gone }).catch(() => undefined);
+      if (!said) this.#say(`An earlier attempt still lives (${holder}): waiting for its end.`);
+      await delay(this.everyMs, undefined, { signal: this.signals.gone }).catch(() => undefined);
     }
     return undefined;
   }
@@ -246,7 +254,7 @@ class Task {
         lost = true;
         worker.kill();
       });
-    }, lookEveryMs);
+    }, this.everyMs);
     // Slurm has told the worker too where it told us to go; a second signal would cost it its block.
     const stop = () => worker.stop();
     this.signals.timeUp.addEventListener('abort', stop);

@@ -51,11 +51,8 @@ beforeAll(async () => {
   installSlurm();
   const out = join(folder, 'unbroken');
   const options = ['--samples=12', '--seq-len=512', '--threads=1', '--device=cpu', '--no-validate'];
-  const [started, { code, stderr }] = await Promise.all([
-    Cluster.start(),
-    cli(['quantize', v1, '-o', out, '--independent-blocks', ...options]),
-  ]);
-  cluster = started;
+  cluster = await Cluster.start();
+  const { code, stderr } = await cli(['quantize', v1, '-o', out, '--independent-blocks', ...options]);
   expect(code, stderr).toBe(0);
   expected = hashesOf(out);
 });
