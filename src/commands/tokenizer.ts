@@ -30,7 +30,11 @@ export const command = defineCommand({
     paths: list({ value: 'path', help: 'train: text files (.txt, .jsonl). compare: two tokenizers. remap: a model.' }),
   },
   options: { ...tables.train, ...tables.remap },
-  examples: [['tokenizer train README.md -o out/tokenizer --vocab-size 400', 'A small tokenizer from a small text.']],
+  examples: [
+    ['tokenizer train README.md -o out/tokenizer --vocab-size 400', 'A small tokenizer from a small text.'],
+    ['tokenizer compare fixtures/v1.0 out/tokenizer --text README.md', 'Tokens that each needs, and what they share.'],
+    ['tokenizer remap fixtures/moe-6m --tokenizer out/tokenizer -o out/remapped', 'A model with that vocabulary.'],
+  ],
   async run(given, io) {
     refuseOthers(given.action, io);
     switch (given.action) {
@@ -47,8 +51,8 @@ export const command = defineCommand({
 /** An option that the action does not know would do nothing. */
 function refuseOthers(action: Action, io: Io): void {
   const known = new Set(['action', 'paths', ...Object.keys(tables[action])]);
-  const odd = Object.keys(io.settings.from).find((key) => !known.has(key));
-  if (odd === undefined || io.settings.from[odd] !== 'command line') return;
+  const odd = Object.entries(io.settings.from).find(([key, from]) => from === 'command line' && !known.has(key))?.[0];
+  if (odd === undefined) return;
   const owners = actions.filter((name) => odd in tables[name]);
   throw badUsage(`tokenizer ${action} has no option --${flagName(odd)}`, { hint: `It belongs to tokenizer ${owners.join(', tokenizer ')}.` }); // prettier-ignore
 }

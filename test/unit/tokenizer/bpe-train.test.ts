@@ -58,11 +58,16 @@ describe('byte-level BPE: what the Hugging Face tokenizers library trains on the
     expect(await tokenizer.decode(ids, { special: true })).toBe(text);
   });
 
-  it('does not depend on how the text comes in', async () => {
-    const lines = texts.calibration.split(/(?<=\n)/);
+  it('does not depend on how the text comes in: all at once (on several threads), or in parts', async () => {
+    const whole = texts.calibration.repeat(6);
+    const lines = whole.split(/(?<=\n)/);
     const cut = [0, 7, 200, lines.length].map((to, i, all) => lines.slice(all[i - 1] ?? 0, to).join(''));
+    const small = lines.map((_, i) => (i % 20 === 0 ? lines.slice(i, i + 20).join('') : ''));
     const options = { vocabSize: 2000, preTokenizer: 'deepseek-v3' } as const;
-    expect(await learn(parts(...cut), options)).toEqual(await learn(parts(texts.calibration), options));
+    const want = await learn(parts(...small), options);
+    expect(Buffer.byteLength(whole)).toBeGreaterThan(2 ** 18);
+    expect(await learn(parts(whole), options)).toEqual(want);
+    expect(await learn(parts(...cut), options)).toEqual(want);
   });
 });
 
