@@ -8,10 +8,11 @@ import { openModel } from '../../src/arch/open.js';
 import { ResidentModel } from '../../src/arch/resident.js';
 import { score } from '../../src/arch/score.js';
 import type { JobEnv } from '../../src/backend/env.js';
-import { quantize } from '../../src/quant/run.js';
+import { quantize, type QuantizeOptions } from '../../src/quant/run.js';
 import { defaultRecipe } from '../../src/quant/scheme.js';
 import { runValidate } from '../../src/validate/run.js';
 import { refusal } from '../support/refusal.js';
+import { hashesOf, quantizeInShards } from '../support/shards.js';
 import { archCase, fixture, testEnv } from './support.js';
 
 const env = testEnv();
@@ -36,21 +37,18 @@ function model(): string {
 
 const path = model();
 const texts = [fixture('samples.jsonl')];
-const job = (name: string, on: JobEnv) =>
-  quantize(
-    {
-      input: path,
-      out: join(work, name),
-      recipe: { ...defaultRecipe, groupSize: 32 },
-      formats: ['compressed-tensors'],
-      scope: 'all',
-      calibration: { source: texts, samples: 8, seqLen: 40, seed: 1 },
-      batchRows: 3,
-      tool: { name: 'deepseek-convert', version: 'test' },
-      commandLine: 'test',
-    },
-    on,
-  );
+const options = (name: string): QuantizeOptions => ({
+  input: path,
+  out: join(work, name),
+  recipe: { ...defaultRecipe, groupSize: 32 },
+  formats: ['compressed-tensors'],
+  scope: 'all',
+  calibration: { source: texts, samples: 8, seqLen: 40, seed: 1 },
+  batchRows: 3,
+  tool: { name: 'deepseek-convert', version: 'test' },
+  commandLine: 'test',
+});
+const job = (name: string, on: JobEnv) => quantize(options(name), on);
 const hashes = (name: string) =>
   Object.fromEntries(
     readdirSync(join(work, name))
@@ -82,6 +80,13 @@ test('quantizes block by block, goes on after a stop with the same bytes, carrie
   expect(made.coverage.claimed).toHaveLength(source.coverage.claimed.length);
   await source.close();
   await made.close();
+});
+
+test('is quantized in shards as by one process', async () => {
+  const whole = await quantize({ ...options('independent'), independentBlocks: true }, env);
+  const merged = await quantizeInShards(options('sharded'), 3, env);
+  expect(hashesOf(merged.out)).toEqual(hashesOf(whole.out));
+  expect(hashesOf(merged.out)['model.safetensors']).not.toBe(hashes('whole')['model.safetensors']);
 });
 
 test('validates: the quantized model is near its source, which is itself', async () => {
