@@ -48,7 +48,7 @@ void leave(await main().catch(report));
 async function main(): Promise<number> {
   const way = await route(run.argv, run.environment, commonOptions, names);
   if (way.kind === 'welcome') {
-    print((await import('./commands/welcome.js')).welcome(process.cwd()));
+    print((await import('./commands/welcome.js')).welcome(process.cwd(), process.stdout.columns));
     return 0;
   }
   if (way.kind === 'help') print(help());
@@ -147,9 +147,8 @@ function writeError(error: ConvertError): void {
   const paint = run.paintErr;
   const [first, ...rest] = error.message.split('\n');
   process.stderr.write(`${paint.red.bold('error:')} ${[first, ...rest].join('\n')}\n`);
-  if (error.kind === 'interrupted') {
-    process.stderr.write(`To go on: ${['deepseek-convert', ...run.argv].map(shellQuote).join(' ')}\n`);
-  }
+  const again = ['deepseek-convert', ...run.argv].map(shellQuote).join(' ');
+  if (error.kind === 'interrupted' && !error.message.includes(again)) process.stderr.write(`To go on: ${again}\n`);
   if (error.kind !== 'internal') return;
   const cause = error.cause instanceof Error ? error.cause : error;
   const machine = `deepseek-convert ${version}, Node ${process.version}, ${process.platform}-${process.arch}`;
@@ -224,10 +223,11 @@ async function warnOfUnknownVariables(log: ProgressLog): Promise<void> {
 
 function help(): string {
   const rows = Object.entries(commands).map(([name, { summary }]) => [`  ${name}`, summary]);
-  return `deepseek-convert turns language-model checkpoints, dense or MoE, into verified INT4 and MoE ones.
+  return `deepseek-convert: language-model checkpoints to verified INT4 and MoE ones.
 
 Usage: deepseek-convert <command> ...
-       deepseek-convert --input-model <in> --output-model <out> --target-arch moe --expert-num 8
+       deepseek-convert --input-model <in> --output-model <out>
+                        --target-arch moe --expert-num 8
 
 Commands:
 ${columns(rows, 'll')}
@@ -236,6 +236,7 @@ Options:
   -h, --help     Show this; deepseek-convert <command> --help shows a command's.
   -V, --version  Show the version.
 
-Exit codes: 0 done, 1 bad input, 2 usage, 3 a quality gate failed, 4 resources (disk, memory,
-device), 70 a bug of ours, 75 interrupted: the same command goes on.`;
+Exit codes: 0 done, 1 bad input, 2 usage, 3 a quality gate failed,
+4 resources (disk, memory, device), 70 a bug of ours,
+75 interrupted: the same command goes on.`;
 }

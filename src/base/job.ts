@@ -1,3 +1,4 @@
+import { readFileSync } from 'node:fs';
 import { mkdir, readdir, rm, rmdir, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { badInput } from './errors.js';
@@ -27,6 +28,8 @@ interface Step {
 interface Header {
   readonly version: number;
   readonly fingerprint: Readonly<Record<string, Json>>;
+  /** How the program was called, for who finds the work folder later; decides nothing. */
+  readonly begun?: { readonly arguments: readonly string[]; readonly folder: string };
 }
 
 const restartHint = (folder: string): string =>
@@ -78,7 +81,8 @@ export class Job {
     const lock = await FileLock.take(join(folder, 'lock'), options.what ?? theWorkFolder);
     try {
       if (options.restart) await clear(folder);
-      const header: Header = { version: 1, fingerprint: options.fingerprint };
+      const begun = { arguments: process.argv.slice(2), folder: process.cwd() };
+      const header: Header = { version: 1, fingerprint: options.fingerprint, begun };
       const path = join(folder, 'job.json');
       const before = (await readJsonFile(path)) as Header | undefined;
       if (before === undefined) {
@@ -226,6 +230,15 @@ async function clear(folder: string): Promise<void> {
   }
   await mkdir(join(folder, 'steps'), { recursive: true });
   await mkdir(join(folder, 'state'), { recursive: true });
+}
+
+/** The arguments that the job in a work folder was begun with; undefined where that is no work folder. */
+export function begunBy(folder: string): Header['begun'] {
+  try {
+    return (JSON.parse(readFileSync(join(folder, 'job.json'), 'utf8')) as Header).begun;
+  } catch {
+    return undefined;
+  }
 }
 
 async function readSteps(folder: string): Promise<Map<string, Step>> {

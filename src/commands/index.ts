@@ -23,7 +23,7 @@ export const commands: Readonly<Record<string, Entry>> = {
   },
   worker: { summary: 'solve one shard of a plan', load: () => import('./worker.js') },
   merge: {
-    summary: 'put the shards of a plan together, checked before they get their name',
+    summary: 'put the shards of a plan together, and check the result',
     load: () => import('./merge.js'),
   },
   qat: {
@@ -36,7 +36,7 @@ export const commands: Readonly<Record<string, Entry>> = {
   },
   moe: { summary: 'divide a dense model into experts', load: () => import('./moe.js') },
   validate: {
-    summary: 'compare two models: attention, logits, perplexity, diversity; gates',
+    summary: 'compare two models: attention, predictions, diversity; gates',
     load: () => import('./validate.js'),
   },
   compare: {
@@ -63,7 +63,7 @@ export const commands: Readonly<Record<string, Entry>> = {
   },
   doctor: { summary: 'say whether this machine is ready', load: () => import('./doctor.js') },
   config: {
-    summary: 'show the settings that a command would run with, and where they come from',
+    summary: 'show the settings a command would use, and where they come from',
     load: async () => ({ command: (await import('./config.js')).config(Object.keys(commands)) }),
   },
   completion: {

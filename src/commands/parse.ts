@@ -2,6 +2,7 @@ import { Command as Parser, CommanderError, Option as ParserOption } from 'comma
 import type { ConvertError } from '../base/errors.js';
 import { badUsage } from '../base/errors.js';
 import { flagName, type Given, type Option, type OptionTable } from '../base/options.js';
+import { wrap } from '../base/text.js';
 import type { Command } from './types.js';
 
 const footer = `
@@ -52,6 +53,10 @@ function buildParser(command: Command, settings: ParserSettings, take: (key: str
   const parser = new Parser(`deepseek-convert ${command.name}`)
     .description([sentence(settings.summary), command.description ?? ''].map(unwrapped).join('\n\n').trimEnd())
     .exitOverride()
+    .configureHelp({
+      padWidth: () => termWidth,
+      formatItem: (term, _, description) => item(term, description, settings.width),
+    })
     .configureOutput({ writeOut: settings.writeOut, writeErr: () => {}, getOutHelpWidth: () => settings.width })
     .allowExcessArguments(false)
     .helpOption('-h, --help', 'Show this.')
@@ -79,7 +84,17 @@ function buildParser(command: Command, settings: ParserSettings, take: (key: str
   return parser.addHelpText('after', footer);
 }
 
-export const sentence = (summary: string): string => `${summary.charAt(0).toUpperCase()}${summary.slice(1)}.`;
+/** Columns of names in help. A longer name stands alone, what it means below it: help fits into 80 columns. */
+const termWidth = 26;
+
+function item(term: string, description: string, width: number): string {
+  const lines = wrap(description, width - termWidth - 4);
+  const first = term.length <= termWidth ? `${term.padEnd(termWidth)}  ${lines.shift()}` : term;
+  const rest = lines.map((line) => `${' '.repeat(termWidth + 4)}${line}`);
+  return [`  ${first}`.trimEnd(), ...rest].join('\n');
+}
+
+const sentence = (summary: string): string => `${summary.charAt(0).toUpperCase()}${summary.slice(1)}.`;
 
 /** Lines of a paragraph as one, to be broken where the terminal ends; indented lines stay as they are. */
 const unwrapped = (text: string): string => text.replace(/(\S)\n(?=\S)/g, '$1 ');

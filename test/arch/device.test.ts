@@ -21,6 +21,8 @@ const bounds = {
   allChosen: 2e-2,
 } as const;
 
+const { signal } = new AbortController();
+
 interface Case {
   readonly name: string;
   readonly path: () => string;
@@ -60,7 +62,7 @@ describe.each(kinds)('architectures on %s', (kind) => {
     const rows = want.lengths ? [...want.lengths.i32] : [tokens.length];
     const open = await openModel(one.path());
     const logits = async (on: Device, dtype: 'f32' | 'bf16'): Promise<Float32Array[]> => {
-      using resident = await ResidentModel.load(open, { device: on }, dtype);
+      using resident = await ResidentModel.load(open, { device: on, signal }, dtype);
       using scope = new Scope(on);
       const x = resident.hidden(scope, tokens, rows.length, { lengths: rows });
       const all = await resident.logits(scope, x).float32();
@@ -81,10 +83,10 @@ describe.each(kinds)('architectures on %s', (kind) => {
     const chosen = open.model.blocks.some((block) => block.moe);
     expect(distance(rounded, exact), 'bf16').toBeLessThan(chosen ? bounds.allChosen : bounds.all);
 
-    using resident = await ResidentModel.load(open, { device }, 'f32');
+    using resident = await ResidentModel.load(open, { device, signal }, 'f32');
     const model = resident.model as { context: number };
     model.context = Math.max(model.context, 64);
-    const env = { device, signal: new AbortController().signal };
+    const env = { device, signal };
     const prompt = tokens.slice(0, want.lengths ? 4 : 12);
     const [text] = await generate(resident, env, [prompt], { maxNewTokens: 32, greedy: true, stopIds: [] });
     expect([...text!.tokens]).toEqual([...want.greedy!.i32]);

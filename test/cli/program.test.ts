@@ -1,5 +1,5 @@
 import { mkdirSync, writeFileSync, cpSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { cli, json, shell, v1, fixture, workFolder } from './support.js';
 
@@ -24,13 +24,36 @@ describe('without a command', () => {
     cpSync(v1, join(here, 'my model.bin'));
     cpSync(fixture('v1.0/v1.0_checkpoint.config.json'), join(here, 'my model.config.json'));
     const { stdout } = await cli([], { cwd: here });
-    const lines = stdout.match(/^ {2}deepseek-convert .*?(?= {2})/gm)!.map((line) => line.trim());
+    const lines = stdout.match(/^ {2}deepseek-convert .*?(?= {2}|$)/gm)!.map((line) => line.trim());
     expect(lines).toEqual([
       `deepseek-convert inspect 'my model.bin'`,
       `deepseek-convert moe 'my model.bin' -o 'my model-moe' --experts 8 --active 2`,
       `deepseek-convert quantize 'my model.bin' -o 'my model-int4'`,
     ]);
     expect((await shell(lines[0]!, { cwd: here })).code).toBe(0);
+  });
+  it('no arguments show how to go on with what was interrupted, what to do with a file of jobs, with a GGUF file', async () => {
+    const suggested = async (here: string) => {
+      const { stdout } = await cli([], { cwd: here });
+      expect(stdout.split('\n').every((line) => line.length <= 80 || line.startsWith('  deepseek-convert '))).toBe(
+        true,
+      );
+      return stdout.match(/^ {2}deepseek-convert .*?(?= {2}|$)/gm)!.map((line) => line.trim());
+    };
+    const place = (name: string, file: string, content = '') => {
+      mkdirSync(join(folder, name, dirname(file)), { recursive: true });
+      writeFileSync(join(folder, name, file), content);
+      return join(folder, name);
+    };
+    expect((await suggested(place('gguf', 'm.gguf'))).at(-1)).toBe(
+      'deepseek-convert convert m.gguf -o m --format safetensors',
+    );
+    expect((await suggested(place('many', 'a.yaml', 'version: 1\njobs: []\n')))[0]).toBe(
+      'deepseek-convert batch a.yaml --dry-run',
+    );
+    const begun = { arguments: ['quantize', 'a b', '-o', 'c'], folder: join(folder, 'part') };
+    const part = place('part', 'c.part/job.json', JSON.stringify({ version: 1, fingerprint: {}, begun }));
+    expect((await suggested(part))[0]).toBe("deepseek-convert quantize 'a b' -o c");
   });
   it('--help lists every command and the exit codes', async () => {
     const { code, stdout } = await cli(['--help']);
@@ -39,7 +62,7 @@ describe('without a command', () => {
       expect(stdout).toMatch(new RegExp(`^ {2}${name} +\\S`, 'm'));
     }
     expect(stdout).toContain('75 interrupted');
-    expect(stdout.split('\n').every((line) => line.length <= 100)).toBe(true);
+    expect(stdout.split('\n').filter((line) => line.length > 80)).toEqual([]);
   });
   it('--version is the version', async () => {
     expect((await cli(['--version'])).stdout).toMatch(/^\d+\.\d+\.\d+\n$/);
@@ -50,6 +73,11 @@ describe('without a command', () => {
     expect(a.code).toBe(0);
     expect(a.stdout).toContain('Examples:');
     expect(a.stdout).toContain('--tensors');
+  });
+  it.each(['quantize', 'moe', 'batch'])('%s --help fits into 80 columns, but for commands to copy', async (name) => {
+    const { stdout } = await cli([name, '--help']);
+    const options = stdout.slice(0, stdout.indexOf('Examples:'));
+    expect(options.split('\n').filter((line) => line.length > 80 && !/^ {2}-.*<[^ ]+>$/.test(line))).toEqual([]);
   });
 });
 
@@ -105,6 +133,44 @@ describe('options', () => {
     const { code, stderr } = await cli(['inspect', v1], { env: { DEEPSEEK_CONVERT_TENSORS: 'perhaps' } });
     expect(code).toBe(2);
     expect(stderr).toContain('DEEPSEEK_CONVERT_TENSORS');
+  });
+});
+
+describe('config show', () => {
+  it('says each setting and where it comes from, and runs nothing', async () => {
+    const file = join(folder, 'show.yaml');
+    writeFileSync(file, 'samples: 9\nquantize: {group-size: 64, bits: 3}\n');
+    const args = ['config', 'show', 'quantize', 'no-such-model', '--bits', '8', '--config-file', file];
+    const env = { DEEPSEEK_CONVERT_GROUP_SIZE: '32' };
+    const finished = await cli([...args, '--json'], { env });
+    interface Setting {
+      name: string;
+      value: unknown;
+      from: string;
+      by: string | null;
+    }
+    const settings = new Map(json<{ settings: Setting[] }>(finished).settings.map((s) => [s.name, s]));
+    expect(settings.get('bits')).toEqual({ name: 'bits', value: 8, from: 'command line', by: '--bits' });
+    expect(settings.get('group-size')).toMatchObject({
+      value: 32,
+      from: 'environment',
+      by: 'DEEPSEEK_CONVERT_GROUP_SIZE',
+    });
+    expect(settings.get('samples')).toMatchObject({ value: 9, from: 'config file', by: `samples in ${file}` });
+    expect(settings.get('out')).toMatchObject({ value: null, from: 'not given' });
+    expect(settings.get('method')).toMatchObject({ value: 'gptq', from: 'default' });
+    const { stdout, code } = await cli(args, { env });
+    expect(code).toBe(0);
+    expect(stdout).toMatch(/^group-size +32 +environment: DEEPSEEK_CONVERT_GROUP_SIZE$/m);
+  });
+  it.each([
+    [['config', 'show'], 'needs a command'],
+    [['config', 'show', 'quantise'], 'Did you mean quantize?'],
+    [['config', 'show', 'quantize', '--bitz', '4'], 'Did you mean --bits?'],
+    [['config', 'show', 'quantize', '--bits', 'four'], '--bits'],
+  ])('%j is refused', async (args, expected) => {
+    const { code, stderr } = await cli(args);
+    expect([code, stderr]).toEqual([2, expect.stringContaining(expected)]);
   });
 });
 
