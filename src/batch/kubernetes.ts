@@ -40,7 +40,7 @@ export function kubernetesFiles(batch: KubernetesBatch): Map<string, string> {
   const nameOf = (i: number): string => `step-${String(i + 1).padStart(width, '0')}.yaml`;
   const files = steps.map((step, i): [string, string] => [
     nameOf(i),
-    step.map(({ title, manifest }) => `# ${title}\n${stringify(manifest, { lineWidth: 0 })}`).join('---\n'),
+    step.map(({ title, manifest }) => `# ${title}\n${stringify(manifest, { lineWidth: 0, aliasDuplicateObjects: false })}`).join('---\n'),
   ]);
   return new Map([...files, ['run.sh', runScript(files.map(([name]) => name))]]);
 }
@@ -151,8 +151,8 @@ function argvOf(
   const { cpu, gpus } = podRequest(job.kubernetes, stage);
   const asks = (key: string): boolean => job.given.has(key);
   const own = [
-    // A pod that asked for a GPU must not compute on the CPU unnoticed.
-    ...('device' in job.values && !asks('device') && Number(gpus ?? 0) > 0 ? ['--device=cuda'] : []),
+    // A pod with a GPU must not compute on the CPU unnoticed; merge, without one, not look for that of the plan.
+    ...('device' in job.values && !asks('device') ? [`--device=${Number(gpus ?? 0) > 0 ? 'cuda' : 'cpu'}`] : []),
     ...('threads' in job.values && !asks('threads') && cpu !== undefined ? [`--threads=${threadsOf(cpu)}`] : []),
   ];
   if (stage === undefined) return [...argumentsOf(job), ...own];
