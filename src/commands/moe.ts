@@ -44,9 +44,15 @@ const options = {
     defaultNote: '1; qwen3_moe and mixtral have none',
     help: "Experts' worth of neurons that every token takes beside them.",
   }),
-  method: choice(['split', 'upcycle'], {
+  method: choice(['split', 'upcycle', 'drop'], {
     default: 'split',
-    help: 'split: experts are parts of the dense network. upcycle: each is a copy of it, for continued training.',
+    help: 'split: experts are parts of the dense network. upcycle: each is a copy of it, for continued training. drop: a copy with some neurons drawn anew.',
+  }),
+  dropRatio: number({
+    min: 0,
+    max: 1,
+    default: 0.5,
+    help: "Share of each expert's neurons that --method drop draws anew, with mean and deviation of the old ones.",
   }),
   container: choice(['glm4_moe', 'qwen2_moe', 'qwen3_moe', 'mixtral'], {
     default: 'glm4_moe',
@@ -163,6 +169,7 @@ export const command = defineCommand({
     const { runMoe, previewMoe } = await import('../moe/run.js');
     const job = jobOptions(given, io);
     requireThen(given, io);
+    requireDrop(given, io);
     if (given.dryRun) return showPlan(await previewMoe(job), job, given);
     using env = await openEnvironment(given, io);
     const { accept, extend } = acceptance(
@@ -191,8 +198,13 @@ function joined(mixture: CommandResult, { data, text, ...rest }: CommandResult):
   return { ...rest, data: { ...data, mixture: stage }, text: `${lines.join('\n')}\n${text}` };
 }
 
+function requireDrop({ method }: Given, { settings }: Io): void {
+  if (method === 'drop' || !('dropRatio' in settings.from)) return;
+  throw badUsage('Only --method drop draws neurons anew', { got: `--drop-ratio with --method ${method}` });
+}
+
 /** Options that say how a dense model is divided. */
-const divides = ['experts', 'active', 'shared', 'method', 'container', 'refit', 'denseLayers', 'pad', 'then', 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
+const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'pad', 'then', 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
 
 /** What is to become of a mixture; undefined where a dense model is to become one. */
 function surgeryOf({ pruneExperts, mergeExperts }: Given, { settings }: Io) {
@@ -228,14 +240,23 @@ function requireThen(given: Given, io: Io): void {
   });
 }
 
+/** Gates of what a model loses. */
+const lossGates = ['maxKl', 'maxKlP99', 'maxPplRatio', 'minTop1', 'maxLayerError'] as const;
+
 /**
  * Without a number of active experts that was asked for, the promise is equality with all experts on, which the job
  * tests by itself. What the default number loses is shown, and left to be judged by whoever goes on with it.
  */
 function notAskedFor({ method, active, experts }: MoeOptions) {
+  if (method === 'drop') {
+    return {
+      ids: lossGates,
+      reason: 'Neurons drawn anew have learned nothing yet: what they cost is shown, not judged.',
+    };
+  }
   if (method !== 'split' || active >= experts) return undefined;
   return {
-    ids: ['maxKl', 'maxKlP99', 'maxPplRatio', 'minTop1', 'maxLayerError'],
+    ids: lossGates,
     reason: `This is what ${active} of ${experts} experts lose without training, by default: shown, not judged. --active ${active} refits for that number and judges it.`,
   };
 }
@@ -279,6 +300,7 @@ function jobOptions(given: Given, io: Io): MoeOptions {
     ...(given.shared !== undefined && { shared: given.shared }),
     dense: given.denseLayers,
     pad: given.pad,
+    dropRatio: given.dropRatio,
     // Who says how many experts are to be on wants the best model at that number; who does not gets the exact split.
     refit: 'refit' in from ? given.refit : 'active' in from,
     rounds: given.rounds,

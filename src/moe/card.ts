@@ -13,7 +13,7 @@ export function modelCard(
   const how =
     method === 'split'
       ? 'Its experts are parts of the dense feed-forward layers: with all experts on it computes what the dense model does.'
-      : 'Its experts are copies of the dense feed-forward layers, a start for continued training.';
+      : `Its experts are copies of the dense feed-forward layers${method === 'drop' ? ', in which some neurons were drawn anew' : ''}, a start for continued training.`;
   const list = notes.length > 0 ? ['', 'Notes:', '', ...notes.map((note) => `- ${note}`)] : [];
   return [
     `# ${name} as a mixture of experts`,

@@ -7,6 +7,7 @@ import type { Block, FfnSpec, Model } from '../arch/types.js';
 import type { PlannedTensor } from '../checkpoint/types.js';
 import { containerConfig, containers, requireFit } from './containers/index.js';
 import { sourceOf, type Container, type ContainerName, type MoeMethod, type Source, type Weighting } from './containers/types.js'; // prettier-ignore
+import { droppedNeurons } from './drop.js';
 import { planOutput, type OutputTensor } from './output.js';
 import { capacity, expertWidth, partOff, pieces, type MoeShape, type Padding } from './shape.js';
 
@@ -22,7 +23,11 @@ export interface MoeRecipe {
   /** Layers from the first on that stay dense. */
   readonly dense?: number;
   readonly pad?: Padding;
+  /** Share of each expert's neurons that `drop` draws anew; default: 0.5 (Nakamura et al. 2025). */
+  readonly dropRatio?: number;
 }
+
+export const dropRatioOf = ({ method, dropRatio = 0.5 }: MoeRecipe): number => (method === 'drop' ? dropRatio : 0);
 
 export interface MoePlan {
   readonly container: Container;
@@ -102,7 +107,7 @@ export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): Mo
 }
 
 function requireCounts(
-  { experts, active, shared, dense = 0, method }: MoeRecipe,
+  { experts, active, shared, dense = 0, method, dropRatio }: MoeRecipe,
   container: Container,
   source: Source,
 ): void {
@@ -131,7 +136,14 @@ function requireCounts(
   if (dense > 0 && !container.denseLayers) {
     throw badUsage(`The container ${container.name} has experts in every layer`, { got: `--dense-layers ${dense}` });
   }
-  if (method === 'upcycle' && active === experts) {
+  if (method === 'drop' && dropRatio !== undefined && !(dropRatio > 0 && dropRatio < 1)) {
+    throw badUsage('--drop-ratio must leave neurons and draw neurons anew', {
+      got: String(dropRatio),
+      expected: 'above 0 and below 1',
+      hint: dropRatio === 0 ? 'Plain copies are --method upcycle.' : 'Of experts without a neuron of the dense network nothing is upcycled.',
+    }); // prettier-ignore
+  }
+  if (method !== 'split' && active === experts) {
     throw badUsage('Upcycling with all experts active only multiplies the work', { expected: `--active below ${experts}` }); // prettier-ignore
   }
 }
@@ -180,7 +192,7 @@ function shapeOf(recipe: MoeRecipe, container: Container, ffn: number): MoeShape
     shared: recipe.shared ?? container.shared.default,
     ffn,
   };
-  const width = recipe.method === 'upcycle' ? ffn : expertWidth(ffn, pieces(counts), recipe.pad ?? 'auto');
+  const width = recipe.method === 'split' ? expertWidth(ffn, pieces(counts), recipe.pad ?? 'auto') : ffn;
   return { ...counts, width };
 }
 
@@ -214,10 +226,15 @@ function notesOf(
   { routedDown, normalized }: Weighting,
   dtype: FloatDType,
   container: Container,
-  { method }: MoeRecipe,
+  recipe: MoeRecipe,
   model: Model,
 ): string[] {
+  const { method } = recipe;
   const notes: string[] = [];
+  if (method === 'drop') {
+    const lost = droppedNeurons(shape.width, dropRatioOf(recipe));
+    notes.push(`In every routed expert ${lost} of ${shape.width} neurons are drawn anew: the output is a start for training, and not the dense model.`); // prettier-ignore
+  }
   if (model.tied && !container.tiesHead) {
     notes.push(
       `The head is stored beside the embedding, which it equals: vLLM does not tie them in ${container.name}.`,

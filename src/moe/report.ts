@@ -90,7 +90,8 @@ export function summary(report: MoeReport): string[] {
   const lines: string[] = [];
   if (exactness) {
     const { split, output } = exactness;
-    lines.push(`All experts on: logits differ from the dense model's by ${split.relative.toExponential(1)} (relative, ${split.tokens} tokens)`); // prettier-ignore
+    lines.push(`${plan.method === 'split' ? 'All experts on' : 'As copies'}: logits differ from the dense model's by ${split.relative.toExponential(1)} (relative, ${split.tokens} tokens)`); // prettier-ignore
+    if (plan.method === 'drop') lines.push(`  with neurons drawn anew: ${output.relative.toExponential(1)}`);
     if (report.refit) lines.push(`  after the refit, which is made for ${plan.shape.active} active experts: ${output.relative.toExponential(1)}`); // prettier-ignore
   }
   if (plan.method === 'split' && layers.length > 0 && plan.shape.active < plan.shape.routed) {

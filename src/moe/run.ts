@@ -11,7 +11,7 @@ import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream
 import { WeightReader } from '../arch/weights.js';
 import { modelCard } from './card.js';
 import type { MoeOptions } from './options.js';
-import { describePlan, describeShape, makePlan, type MoePlan } from './plan.js';
+import { describePlan, describeShape, dropRatioOf, makePlan, type MoePlan } from './plan.js';
 import { layerFromJson, toJson, totalsOf, type LayerReport, type MoeReport } from './report.js';
 import { finishedLayers } from './reuse.js';
 import { sampleBytes, tokensThatFit } from './sample.js';
@@ -134,6 +134,7 @@ function fingerprint(
       dense: plan.source.dense,
       refit: refits(options),
       ...splitOptions(options),
+      ...(plan.method === 'drop' && { dropRatio: dropRatioOf(options) }),
     },
     format: isTorch(options.out) ? 'torch' : 'safetensors',
     calibration: set === undefined ? null : { text: set.hash, description: set.description },
@@ -203,12 +204,12 @@ async function convertBlocks(context: Context, writer: CheckpointWriter): Promis
   if (job.done('checked')) return;
   const blocks = open.model.blocks;
   const tokens = set?.tokens.subarray(0, set.seqLen) ?? randomTokens(open, options.seed ?? 0);
-  using check = new StandingTest(env, job, open, plan, refits(options), tokens);
+  using check = new StandingTest(env, job, open, plan, refits(options) || plan.method === 'drop', tokens);
   const done = blocks.filter(({ index }) => job.done(blockStep(stage, index))).at(-1);
   await check.begin(done?.index);
   const common = { open, env, reader, job, stage, resumeHint: `Go on with: ${options.commandLine}` };
   if (set === undefined) {
-    const copies = { env, plan, writer, reader, check, seed: options.seed ?? 0 };
+    const copies = { env, plan, writer, reader, check, seed: options.seed ?? 0, dropRatio: dropRatioOf(options) };
     await eachBlock(common, (block, weights) => convertCopies(block, weights, copies));
   } else {
     using visitor = new SplitVisitor({

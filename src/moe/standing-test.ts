@@ -8,7 +8,7 @@ import { AllOnCheck, MadeWeights, type Exactness } from './exactness.js';
 import type { MoePlan } from './plan.js';
 import { addConstants, type LayerStore } from './store.js';
 
-/** The dense model, the pure split and, where it differs, the refitted output, run side by side in fp32. */
+/** The dense model, the pure split (or copies) and, where that is another one, the output, run side by side in fp32. */
 export class StandingTest implements Disposable {
   readonly #check: AllOnCheck;
   readonly #reader: WeightReader;
@@ -18,12 +18,12 @@ export class StandingTest implements Disposable {
     job: Job,
     readonly open: OpenModel,
     readonly plan: MoePlan,
-    refit: boolean,
+    differs: boolean,
     tokens: Int32Array,
   ) {
     // Copies of the dense network sum to it for any number of active ones: they are tested as they will be used.
     const mixture = plan.method === 'split' ? plan.allOn : plan.model;
-    const models = [open.model, mixture, ...(refit ? [mixture] : [])];
+    const models = [open.model, mixture, ...(differs ? [mixture] : [])];
     this.#check = new AllOnCheck(env.device, job, models, tokens);
     this.#reader = new WeightReader(open, env.device, 'f32');
   }

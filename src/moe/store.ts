@@ -12,13 +12,13 @@ import type { StoredRouter } from './store-router.js';
 export class LayerStore {
   readonly #layer: string;
 
-  /** `before`: routed down_proj without the refit, [R, C, w], where there was one. */
+  /** `before`: the networks without what makes the output another model (refit, neurons drawn anew), where there was any. */
   constructor(
     readonly plan: MoePlan,
     readonly index: number,
     readonly networks: Experts,
     readonly router: StoredRouter,
-    readonly before?: { readonly down: Tensor; readonly sharedDown: Tensor | undefined },
+    readonly before?: Experts,
   ) {
     this.#layer = plan.source.model.blocks[index]!.name;
   }
@@ -41,26 +41,25 @@ export class LayerStore {
   }
 
   /**
-   * The stored values in fp32, to be run by the container's own architecture with all experts on; `refit` false: with
-   * down_proj as before the refit. What the layer shares with the dense one comes from `dense`.
+   * The stored values in fp32, to be run by the container's own architecture with all experts on; `final`
+   * false: with the networks of `before`. What the layer shares with the dense one comes from `dense`.
    */
-  weights(s: Scope, dense: Weights, refit: boolean): Weights {
+  weights(s: Scope, dense: Weights, final: boolean): Weights {
     const { plan, networks, router, before } = this;
     const { container, shape, source, weighting, method } = plan;
     const made = new MadeWeights(dense);
     const names = Array.from({ length: shape.routed }, (_, e) => container.expert(this.#layer, e));
     // A container that divides by the number of active experts would be written with another factor for all of them.
     const factor = method === 'split' && weighting.normalized ? shape.routed / shape.active : 1;
-    const { gate, up, down, shared } = networks;
-    const use = !refit && before ? before : { down, sharedDown: shared?.down };
+    const { gate, up, down, shared } = final ? networks : (before ?? networks);
     made.addStack(names.map((n) => `${n.gate}.weight`), scaled(s, gate, 1)); // prettier-ignore
     made.addStack(names.map((n) => `${n.up}.weight`), scaled(s, up, 1)); // prettier-ignore
-    made.addStack(names.map((n) => `${n.down}.weight`), scaled(s, use.down, factor)); // prettier-ignore
+    made.addStack(names.map((n) => `${n.down}.weight`), scaled(s, down, factor)); // prettier-ignore
     if (shared) {
       const name = container.sharedExpert!(this.#layer);
       made.add(`${name.gate}.weight`, scaled(s, shared.gate, 1));
       made.add(`${name.up}.weight`, scaled(s, shared.up, 1));
-      made.add(`${name.down}.weight`, scaled(s, use.sharedDown!, 1));
+      made.add(`${name.down}.weight`, scaled(s, shared.down, 1));
     }
     made.add(`${container.router(this.#layer)}.weight`, router.weight);
     if (router.bias) made.add(container.bias!(this.#layer), router.bias);

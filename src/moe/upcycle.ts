@@ -7,6 +7,7 @@ import type { Block } from '../arch/types.js';
 import type { WeightReader } from '../arch/weights.js';
 import { copyInto, fill, random } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
+import { dropNeurons } from './drop.js';
 import type { Weighting } from './containers/types.js';
 import { writeThrough } from './output.js';
 import { ffnOf, type MoePlan } from './plan.js';
@@ -53,13 +54,15 @@ export interface CopyOptions {
   readonly reader: WeightReader;
   readonly check: StandingTest;
   readonly seed: number;
+  /** Share of the neurons of each expert that are drawn anew; 0: none. */
+  readonly dropRatio: number;
 }
 
 /** Writes a block with copies of its feed-forward part as experts. */
 export async function convertCopies(
   block: Block,
   weights: Weights,
-  { env, plan, writer, reader, check, seed }: CopyOptions,
+  { env, plan, writer, reader, check, seed, dropRatio }: CopyOptions,
 ): Promise<{ data: Json; detail: string }> {
   using scope = new Scope(env.device);
   await writeThrough(plan.tensors, block.index, writer, reader, env.device);
@@ -68,11 +71,12 @@ export async function convertCopies(
     const { shape, weighting, dtype, source, container } = plan;
     const { gate, up, down } = ffnOf(block);
     const [g, u, d] = [gate, up, down].map(({ name }) => weights.get(`${name}.weight`)) as [Tensor, Tensor, Tensor];
-    const networks = copies(scope, shape, { gate: g, up: u, down: d }, weighting, dtype);
+    const same = copies(scope, shape, { gate: g, up: u, down: d }, weighting, dtype);
     const bias = container.selectionBias ? scope.empty('f32', [shape.routed]) : undefined;
     if (bias) fill(bias, 0);
     const router = { weight: freshRouter(scope, shape, source.model.hidden, seed, block.index), bias };
-    store = new LayerStore(plan, block.index, networks, router);
+    const networks = dropRatio > 0 ? await dropNeurons(scope, same, dropRatio, seed, block.index) : same;
+    store = new LayerStore(plan, block.index, networks, router, same);
     await store.write(writer);
   }
   await check.advance(block.index, store, weights);

@@ -90,7 +90,7 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     const stored = arrange(work, made.split, exact);
     const router = await storeRouter(scope, made.router, sample.x, container);
     const networks = cut(scope, shape, { ...stored, down: refitted?.down ?? stored.down }, plan.weighting, plan.dtype);
-    const before = refitted && cutDowns(scope, shape, stored.down, plan.weighting, plan.dtype);
+    const before = refitted && this.#unrefitted(scope, networks, stored.down);
     this.#store = new LayerStore(plan, site.block.index, networks, router, before);
     const dtype = reader.dtype;
     const plain = { ...arranged, down: refitted ? refitted.down : arranged.down };
@@ -98,6 +98,13 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     this.#converted = { ffn, router: made.router, experts };
     await timer.mark('cut', env);
     this.#report = await this.#judge(site, sample, w, ffn, made, arranged, held, refitted, timer);
+  }
+
+  /** The same networks with down_proj as it was. */
+  #unrefitted(scope: Scope, networks: Experts, arranged: Tensor): Experts {
+    const { shape, weighting, dtype } = this.#options.plan;
+    const { down, sharedDown } = cutDowns(scope, shape, arranged, weighting, dtype);
+    return { ...networks, down, shared: networks.shared && { ...networks.shared, down: sharedDown! } };
   }
 
   async #exactWeights(s: Scope, ffn: FfnSpec, w: FfnWeights): Promise<FfnWeights> {

@@ -15,7 +15,7 @@ export const qwen2Moe: Container = {
   denseLayers: true,
   tiesHead: true,
   weighting: (method, { routed, active, shared }) => {
-    if (method === 'upcycle') return { routedDown: 0.5, sharedDown: 1 / shared, normalized: true };
+    if (method !== 'split') return { routedDown: 0.5, sharedDown: 1 / shared, normalized: true };
     const normalized = !powerOfTwo(routed) && powerOfTwo(active);
     return { routedDown: normalized ? active : routed, sharedDown: 2, normalized };
   },

@@ -14,7 +14,7 @@ export const qwen3Moe: Container = {
   denseLayers: true,
   tiesHead: true,
   weighting: (method, { routed, active }) => {
-    if (method === 'upcycle') return { routedDown: 1, sharedDown: 1, normalized: true };
+    if (method !== 'split') return { routedDown: 1, sharedDown: 1, normalized: true };
     const normalized = !powerOfTwo(routed) && powerOfTwo(active);
     return { routedDown: normalized ? active : routed, sharedDown: 1, normalized };
   },

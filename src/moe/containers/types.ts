@@ -3,8 +3,11 @@ import type { MoeShape } from '../shape.js';
 
 export type ContainerName = 'glm4_moe' | 'qwen2_moe' | 'qwen3_moe' | 'mixtral';
 
-/** `split`: experts are parts of the dense network; `upcycle`: each is a copy of it. */
-export type MoeMethod = 'split' | 'upcycle';
+/**
+ * `split`: experts are parts of the dense network; `upcycle`: each is a copy of it; `drop`: a copy with some neurons drawn
+ * anew.
+ */
+export type MoeMethod = 'split' | 'upcycle' | 'drop';
 
 /** Tensor names, without `.weight`, of one gated network. */
 export interface NetworkNames {
