@@ -29,12 +29,10 @@ export function quantizedExperts(linears: StoredLinears, experts: readonly FfnSp
   if (first.activation !== 'silu' || first.limit !== undefined) return `its activation is silu without limits, not ${first.activation}${first.limit === undefined ? '' : ' with a limit'}`; // prettier-ignore
   if (all.some(({ bias }) => bias)) return 'experts have biases';
   const stored = (linear: LinearSpec): LinearShape => linears.of(linear).stored;
-  const padded = all.some((linear) => {
-    const { inFeatures, outFeatures } = stored(linear);
-    return inFeatures !== linear.inFeatures || outFeatures !== linear.outFeatures;
-  });
-  if (padded) return 'widths are padded';
-  const widths = [first.gate.inFeatures, first.down.inFeatures];
+  const [gate, down] = [stored(first.gate), stored(first.down)];
+  const fits = gate.inFeatures === first.gate.inFeatures && down.outFeatures === first.down.outFeatures && gate.outFeatures === down.inFeatures; // prettier-ignore
+  if (!fits) return 'hidden states are padded';
+  const widths = [gate.inFeatures, down.inFeatures];
   const block = Math.min(...widths.map((width) => nBitsBlock(width, scheme) ?? 0));
   if (block === 0 || widths.some((width) => width % block !== 0)) return `no block divides ${widths.join(' and ')} columns`; // prettier-ignore
   if (!scheme.symmetric && widths.includes(block))

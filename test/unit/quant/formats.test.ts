@@ -71,7 +71,7 @@ describe('several formats from one calibration', () => {
     };
     const recipe = { ...defaultRecipe, method: 'rtn', groupSize: 64, blocks: 'q8_0' } as const;
     const calibration = { source: 'default', samples: 2, seqLen: 32, seed: 0 } as const;
-    await run('cards', ['imatrix', 'gptq', 'onnx', 'gguf'], { accept, recipe, calibration, scope: 'q_proj' });
+    await run('cards', ['imatrix', 'gptq', 'onnx', 'gguf'], { accept, recipe, calibration, scope: 'o_proj' });
     expect(judged).toEqual(['gptq']);
     const card = (format: string) => readFileSync(join(work, 'cards', format, 'README.md'), 'utf8');
     for (const format of ['gptq', 'onnx', 'gguf']) {
@@ -85,7 +85,7 @@ describe('several formats from one calibration', () => {
     expect(card('onnx')).toContain('Measured on the gptq output beside this one, which holds the same weights');
     expect(card('gguf')).toContain('Measured on the gptq output beside this one, which was rounded in another way');
     expect(card('imatrix')).toContain('Not validated');
-    await run('lone.gguf', ['gguf'], { accept, recipe, calibration, scope: 'q_proj' });
+    await run('lone.gguf', ['gguf'], { accept, recipe, calibration, scope: 'o_proj' });
     expect(readFileSync(join(work, 'lone.README.md'), 'utf8')).toContain('KL divergence 0.01250 nats');
   });
 
