@@ -81,6 +81,12 @@ function ask(
   return states;
 }
 
+/** The first block in which something learns; their number if there is none. */
+function firstOf(blocks: readonly LearningWeights[]): number {
+  const index = blocks.findIndex(({ parameters }) => parameters.length > 0);
+  return index < 0 ? blocks.length : index;
+}
+
 /** Runs `body` in a scope of its own; its result lives in `scope`. */
 function within(scope: Scope, body: (inner: Scope) => Tensor): Tensor {
   using inner = new Scope(scope.device);
@@ -127,9 +133,11 @@ export async function pass(
       const ctx = context(inner, blocks[i]!.now(inner));
       return run(model.blocks[i]!.forward(x, ctx), ctx);
     };
+    // Blocks in front of everything that learns have no gradients.
+    const lowest = first ? 0 : firstOf(blocks);
     const recorded = (i: number, x: Tensor) => {
       const tape = tapeOf(blocks[i]!);
-      if (i > 0 || first) tape.leaf(x);
+      if (i > lowest || first) tape.leaf(x);
       return { tape, y: tape.record(() => forward(i, x, tape.scope)) };
     };
     const inputs: Tensor[] = [];
@@ -137,7 +145,7 @@ export async function pass(
     let x = embedded;
     for (let i = 0; i < blocks.length; i++) {
       inputs.push(x);
-      const keep = optimizer !== undefined && !o.recompute;
+      const keep = optimizer !== undefined && !o.recompute && i >= lowest;
       kept.push(keep ? recorded(i, x) : { tape: undefined, y: within(scope, (inner) => forward(i, x, inner)) }); // prettier-ignore
       x = kept[i]!.y;
     }
@@ -150,12 +158,12 @@ export async function pass(
 
     if (optimizer) {
       let d = head.d;
-      for (let i = blocks.length - 1; i >= 0; i--) {
+      for (let i = blocks.length - 1; i >= lowest; i--) {
         const { tape, y } = kept[i]!.tape ? { tape: kept[i]!.tape!, y: kept[i]!.y } : recorded(i, inputs[i]!);
         const extra = compared.find((one) => one.i === i)?.d;
         tape.seed(y, extra ? add(scope, d, extra) : d);
         tape.backward();
-        if (i > 0 || first) d = tape.take(inputs[i]!, scope);
+        if (i > lowest || first) d = tape.take(inputs[i]!, scope);
         close(tape);
       }
       if (first) {

@@ -58,6 +58,7 @@ export async function runQat(options: QatOptions, env: JobEnv): Promise<QatResul
   const teacher = await openModel(options.input, { config: options.config });
   try {
     requirePlain(teacher, options);
+    requireTrainable(teacher);
     if (options.restart !== true && !(await exists(`${options.out}.part`)))
       await requireNoOutput(options.out, options.overwrite ?? false);
     const seqLen = options.calibration.seqLen ?? Math.min(2048, teacher.model.context);
@@ -100,6 +101,22 @@ function requirePlain(open: OpenModel, { input }: QatOptions): void {
     got: open.layout.description,
     expected: 'the full-precision model: its outputs are what the quantized one learns from',
     hint: 'Name the full-precision model, and this one with --from.',
+  });
+}
+
+/** Architectures some of whose parts have no gradients yet. */
+function requireTrainable({ checkpoint, model }: OpenModel): void {
+  const reason =
+    model.stateWidth !== model.hidden
+      ? 'its layers pass on several hidden states side by side'
+      : model.blocks.some(({ attention }) => attention.latent?.indexer)
+        ? 'its attention chooses which keys it sees'
+        : undefined;
+  if (reason === undefined) return;
+  throw badInput('This architecture cannot be trained', {
+    where: checkpoint.path,
+    got: `model_type ${model.modelType}: ${reason}`,
+    hint: 'GPTQ needs no gradients: deepseek-convert quantize.',
   });
 }
 

@@ -71,7 +71,8 @@ export async function tuneBlock(o: BlockTuning): Promise<BlockOutcome> {
   let kept = snapshot(best, o.parameters);
   const random = new Random(o.seed, o.block.index);
   const sequences = n - held;
-  const schedule = new Schedule({ ...o, sequences, order: () => shuffled(sequences, random) });
+  const epochs = o.parameters.length === 0 ? 0 : o.epochs;
+  const schedule = new Schedule({ ...o, epochs, sequences, order: () => shuffled(sequences, random) });
   for (let step = 0; step < schedule.total; step++) {
     o.check?.();
     const rows = schedule.rows(step);

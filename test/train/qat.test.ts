@@ -14,7 +14,8 @@ import { defaultRecipe } from '../../src/quant/scheme.js';
 import type { QatOptions } from '../../src/train/options.js';
 import { trainingReport } from '../../src/train/report.js';
 import { runQat } from '../../src/train/run.js';
-import { fixture, testEnv, trainedModel } from '../arch/support.js';
+import { archCase, fixture, testEnv, trainedModel } from '../arch/support.js';
+import { refusal } from '../support/refusal.js';
 
 const env = testEnv();
 const folder = mkdtempSync(join(tmpdir(), 'qat-'));
@@ -138,6 +139,29 @@ describe('qat of dense-6m', () => {
     expect(result.endToEnd!.best).toBe(0);
     expect(result.blocks.every(({ best }) => best === 0)).toBe(true);
     expect(hashes(result.out)['model.safetensors']).toBe(whole['model.safetensors']);
+  }, 60_000);
+});
+
+describe('architectures', () => {
+  const calibration = { source: 'self', samples: 8, seqLen: 8, seed: 0 } as const;
+
+  test.each([
+    ['deepseek_v4', /cannot be trained.*model_type deepseek_v4: its layers pass on several hidden states/],
+    ['deepseek_v32', /cannot be trained.*model_type deepseek_v32: its attention chooses which keys/],
+  ])('%s is refused before any work', async (name, message) => {
+    const error = await refusal(runQat(options('refused', { input: archCase(name), calibration }), env));
+    expect(error.exitCode).toBe(1);
+    expect(error.message).toMatch(message);
+    expect(existsSync(join(folder, 'refused.part'))).toBe(false);
+  });
+
+  test('a layer without quantized linears is left as it is: deepseek_v3', async () => {
+    const job = options('v3', { input: archCase('deepseek_v3'), calibration, groupSize: 32, endToEnd: 'scales' });
+    const { blocks, endToEnd } = await runQat(job, env);
+    const [dense, experts] = blocks;
+    expect([dense!.steps, dense!.best, dense!.after]).toEqual([0, 0, dense!.before]);
+    expect(experts!.steps).toBeGreaterThan(0);
+    expect(endToEnd!.steps.every(({ norm }) => norm > 0)).toBe(true);
   }, 60_000);
 });
 

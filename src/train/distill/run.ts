@@ -182,14 +182,15 @@ async function made(run: Run, recipe: Record<string, Json>): Promise<Made> {
 
 /** Which parts of the teacher make the student. */
 async function chosenParts(run: Run): Promise<Chosen> {
-  const { options, env, job, set, teacher, shape, dtype, held, microBatch, resumeHint } = run;
+  const { options, env, job, set, teacher, shape, dtype, held, resumeHint } = run;
   const known = job.data('importance');
   if (known !== undefined) return known as unknown as Chosen;
   const full = shapeOf(teacher.model);
   if (options.init === 'random') return { ...evenChoice(shape, full), influence: null };
   using scope = new Scope(env.device);
   const importance = await measureImportance({
-    ...{ env, tokens: set.tokens, length: set.seqLen, microBatch, resumeHint },
+    ...{ env, tokens: set.tokens, length: set.seqLen, resumeHint },
+    microBatch: sequencesOf(env, set),
     teacher: await loadTeacher(teacher, env, dtype, scope),
     n: Math.min(set.n - held, Math.max(1, Math.floor(importanceTokens / set.seqLen))),
   });
@@ -199,7 +200,7 @@ async function chosenParts(run: Run): Promise<Chosen> {
 }
 
 /** The teacher's block whose output each block of the student is to have: all layers that were left out behind it too. */
-const comparedWith = (layers: readonly number[], all: number): number[] =>
+export const comparedWith = (layers: readonly number[], all: number): number[] =>
   layers.map((_, i) => (layers[i + 1] ?? all) - 1);
 
 async function trained(run: Run, student: Student, chosen: Chosen): Promise<EndToEndOutcome> {
