@@ -40,7 +40,7 @@ export interface TaskSpec {
   /** Absolute. */
   readonly workFolder: string;
   readonly retries: number;
-  readonly job: Omit<Job, 'given' | 'slurm'> & { readonly given: readonly (readonly [string, unknown])[] };
+  readonly job: Omit<Job, 'given'> & { readonly given: readonly (readonly [string, unknown])[] };
   readonly argv: readonly string[];
 }
 
@@ -55,8 +55,6 @@ export interface ScriptContext {
 }
 
 export function specOf({ job, stage }: SlurmTask, context: ScriptContext): TaskSpec {
-  const { slurm, given, ...rest } = job;
-  void slurm; // the node has no use for it
   const argv = argumentsOf(job);
   return {
     version: 1,
@@ -64,7 +62,7 @@ export function specOf({ job, stage }: SlurmTask, context: ScriptContext): TaskS
     program: context.program,
     workFolder: context.workFolder,
     retries: job.retries ?? context.retries,
-    job: { ...rest, given: [...given] },
+    job: { ...job, given: [...job.given] },
     argv: stage === 'plan' ? ['plan', ...argv.slice(1), `--shards=${job.shards}`] : argv,
   };
 }

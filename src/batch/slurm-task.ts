@@ -86,7 +86,7 @@ class Task {
     private readonly everyMs: number,
   ) {
     const { SLURM_ARRAY_TASK_ID: index, SLURM_ARRAY_JOB_ID: array, SLURM_JOB_ID: id = '' } = environment;
-    this.#job = { ...spec.job, given: new Map(spec.job.given), slurm: { options: {}, grace: undefined, stages: {} } } as Job; // prettier-ignore
+    this.#job = { ...spec.job, given: new Map(spec.job.given) } as Job;
     this.#index = spec.stage === 'worker' && index !== undefined ? Number(index) : undefined;
     this.#id = this.#index === undefined ? id : (array ?? id);
     this.#stem = stemOf(spec.job.name, spec.stage, this.#index);

@@ -19,7 +19,8 @@ const known = await jobCommands(commands);
 const bin = join(all, 'bin');
 mkdirSync(bin);
 const programs = {
-  sbatch: `for a; do printf '%s\\n' "$a"; done > "$FAKE/sbatch.$(ls "$FAKE" | grep -c '^sbatch')"
+  sbatch: `[ -z "$SBATCH_ARRAY_INX" ] || exit 1
+    for a; do printf '%s\\n' "$a"; done > "$FAKE/sbatch.$(ls "$FAKE" | grep -c '^sbatch')"
     for a; do [ "$a" != "--job-name=$(cat "$FAKE/refuse" 2>/dev/null)" ] || { echo "sbatch: error: invalid partition specified: x" >&2; exit 1; }; done
     echo "$((99 + $(ls "$FAKE" | grep -c '^sbatch')));cluster"`,
   squeue: `[ -e "$FAKE/queue" ] || { echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1; }; cat "$FAKE/queue"`,

@@ -3,6 +3,7 @@ import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
+import { readKubernetes } from '../../../src/batch/kubernetes-options.js';
 import { readSlurm } from '../../../src/batch/slurm-options.js';
 import { parseAccounts, parseQueue } from '../../../src/batch/slurm-queue.js';
 import { sbatchOptions, sbatchScript, specOf, tasksOf } from '../../../src/batch/slurm-script.js';
@@ -22,6 +23,7 @@ const job = (more: Partial<Job> = {}): Job => ({
   out: '/out/int4',
   reads: ['/models/a model'],
   slurm: readSlurm([{ where: 'defaults', value: { partition: 'gpu', time: 90, extra: ['--comment=for a, b'], merge: { partition: 'cpu' } } }]),
+  kubernetes: readKubernetes([]),
   shards: undefined,
   ...more,
 }); // prettier-ignore
