@@ -1,4 +1,4 @@
-import { cpSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, existsSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -134,6 +134,29 @@ describe('remap', () => {
     const { rows: counts } = await remapModel(options('same', input, { tokenizer: input }), env);
     expect(counts).toEqual({ shared: 8192, renamed: 0, averaged: 0, mean: 0 });
     expect(readFileSync(join(folder, 'same/model.safetensors')).equals(readFileSync(join(input, 'model.safetensors')))).toBe(true); // prettier-ignore
+  });
+
+  it('interrupted, the same call goes on and ends with the same bytes', async () => {
+    const input = fixture('v1.0', 'v1.0_checkpoint.bin');
+    const file = (name: string) => join(folder, name, 'model.safetensors');
+    const stop = new AbortController();
+    const progress = ({ stage, done }: { stage: string; done: number }) => {
+      if (stage === 'remap' && done === 7) stop.abort();
+    };
+    const stopped = { ...env, log: { ...env.log, progress }, signal: stop.signal };
+    await expect(remapModel(options('later', input), stopped)).rejects.toMatchObject({ kind: 'interrupted' });
+    expect(existsSync(file('later'))).toBe(false);
+    let seen = 0;
+    const counting = { ...env.log, progress: ({ stage }: { stage: string }) => void (stage === 'score' && seen++) };
+    const { prediction } = await remapModel(options('later', input), { ...env, log: counting });
+    await remapModel(options('at-once', input), env);
+    expect(readFileSync(file('later')).equals(readFileSync(file('at-once')))).toBe(true);
+    // What the input makes of the text was known; of the output it is measured.
+    const out = await openModel(join(folder, 'later'));
+    expect(seen).toBe(out.model.blocks.length + 1);
+    await out.close();
+    expect(prediction.before.perplexity).toBeGreaterThan(1);
+    expect(readdirSync(folder).filter((name) => name.endsWith('.part'))).toEqual([]);
   });
 
   it('refuses a tokenizer that the embedding has no rows for, and leaves nothing behind', async () => {

@@ -13,7 +13,7 @@ const mixed =
 
 describe('BPE-dropout', () => {
   it.each(cases)('spells $word as often as theory says at $p', async ({ word, p, spellings }) => {
-    const n = 10_000;
+    const n = 5000;
     const encoder = await dropoutEncoder(tokenizer, p, 11);
     const counts = new Map<string, number>();
     // A word of the text each: every line is one.
