@@ -1,5 +1,5 @@
 import { lstat, open, readFile, readdir, rename, rm, statfs } from 'node:fs/promises';
-import { read as readCallback, write as writeCallback } from 'node:fs';
+import { constants, read as readCallback, write as writeCallback } from 'node:fs';
 import type { FileHandle } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { randomInt } from 'node:crypto';
@@ -169,6 +169,17 @@ export async function writeFully(fd: number, buffer: Uint8Array, position: numbe
       throw ioError(error, `write at byte ${position + done} of`, path, buffer.length - done);
     }
   }
+}
+
+/** Flags to append to a file that must not be a link: what others have put there could lead anywhere. */
+export const appendNoLink = constants.O_APPEND | constants.O_CREAT | constants.O_WRONLY | constants.O_NOFOLLOW;
+
+/** Refuses a folder of ours in which somebody has put links: through them we would write elsewhere. */
+export async function refuseLinks(folder: string): Promise<void> {
+  const entries = await readdir(folder, { withFileTypes: true });
+  const found = entries.find((entry) => entry.isSymbolicLink());
+  if (found === undefined) return;
+  throw badInput('A work folder must have no links in it', { where: join(folder, found.name), hint: `Look where it came from, then remove ${folder}.` }); // prettier-ignore
 }
 
 /** Whether anything, be it a broken link, stands at `path`. */

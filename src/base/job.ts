@@ -2,7 +2,7 @@ import { readFileSync } from 'node:fs';
 import { mkdir, readdir, rm, rmdir, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { badInput } from './errors.js';
-import { exists, fsyncPath, ioError, readJsonFile, removeTemporaries, writeFileAtomic } from './files.js';
+import { exists, fsyncPath, ioError, readJsonFile, refuseLinks, removeTemporaries, writeFileAtomic } from './files.js';
 import { FileLock, clearLeftLocks } from './lock.js';
 
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -75,6 +75,7 @@ export class Job {
     try {
       await mkdir(join(folder, 'steps'), { recursive: true });
       await mkdir(join(folder, 'state'), { recursive: true });
+      await refuseLinks(folder);
     } catch (error) {
       throw ioError(error, 'make the work folder', folder);
     }

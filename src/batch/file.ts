@@ -141,7 +141,7 @@ function jobOf(draft: Draft, { commands, environment }: JobFileOptions): Job {
   const levels = [{ where: draft.where, values: draft.body }, ...draft.behind];
   const commandName = levels.map((level) => text('command', level.values, level.where, own)).find((c) => c !== undefined); // prettier-ignore
   if (commandName === undefined) throw badUsage('The job has no command', { where, expected: Object.keys(commands).join(', ') }); // prettier-ignore
-  const command = commands[commandName];
+  const command = Object.hasOwn(commands, commandName) ? commands[commandName] : undefined;
   if (command === undefined) throw unknownName(commandName, Object.keys(commands), where, 'command');
 
   const table = mergeTables(command.arguments, command.options);

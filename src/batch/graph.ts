@@ -1,4 +1,4 @@
-import { realpath } from 'node:fs/promises';
+import { readlink, realpath } from 'node:fs/promises';
 import { basename, dirname, join, resolve, sep } from 'node:path';
 import { badUsage, didYouMean, type ConvertError } from '../base/errors.js';
 import { errorCode, ioError } from '../base/files.js';
@@ -65,7 +65,9 @@ export async function checkOutputs(
   for (const job of jobs) {
     for (const written of job.writes) {
       const path = await truePath(written);
-      if (!within(path, root) || path === root) {
+      // What stands there while the job runs must not be a link away either.
+      const growing = await truePath(`${written}.part`);
+      if (!within(path, root) || path === root || !within(growing, root)) {
         problems.push(badUsage(`${job.name} would write outside the folder for outputs`, { where: written, expected: `a path below ${root}`, hint: 'Name another folder with --output-root.' })); // prettier-ignore
       }
       if (within(path, work) || within(work, path)) {
@@ -86,12 +88,14 @@ export async function checkOutputs(
 const within = (path: string, folder: string): boolean =>
   path === folder || path.startsWith(folder.endsWith(sep) ? folder : folder + sep);
 
-/** `path` with the links of the part of it that exists resolved. */
-async function truePath(path: string): Promise<string> {
+/** `path` with its links resolved, also those to what does not exist yet. */
+async function truePath(path: string, links = 0): Promise<string> {
   try {
     return await realpath(path);
   } catch (error) {
     if (errorCode(error) !== 'ENOENT' && errorCode(error) !== 'ENOTDIR') throw ioError(error, 'look at', path);
-    return dirname(path) === path ? path : join(await truePath(dirname(path)), basename(path));
+    const target = await readlink(path).catch(() => undefined);
+    if (target !== undefined && links < 40) return truePath(resolve(await truePath(dirname(path)), target), links + 1);
+    return dirname(path) === path ? path : join(await truePath(dirname(path), links), basename(path));
   }
 }

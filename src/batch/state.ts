@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto';
 import { appendFile, mkdir, readdir, stat } from 'node:fs/promises';
 import { join, parse } from 'node:path';
 import { badInput } from '../base/errors.js';
-import { errorCode, exists, ioError, readJsonFile, writeFileAtomic } from '../base/files.js';
+import { appendNoLink, errorCode, exists, ioError, readJsonFile, refuseLinks, writeFileAtomic } from '../base/files.js';
 import type { Json } from '../base/job.js';
 import { FileLock } from '../base/lock.js';
 import { flagName } from '../base/options.js';
@@ -70,6 +70,7 @@ export class BatchState {
   static async open(folder: string): Promise<BatchState> {
     try {
       for (const name of ['logs', 'results']) await mkdir(join(folder, name), { recursive: true });
+      await refuseLinks(folder);
     } catch (error) {
       throw ioError(error, 'make the work folder', folder);
     }
@@ -105,7 +106,7 @@ export class BatchState {
   async event(event: string, facts: Readonly<Record<string, unknown>>): Promise<void> {
     const path = join(this.folder, 'events.ndjson');
     const line = JSON.stringify({ time: new Date().toISOString(), event, ...facts });
-    const written = this.#writing.then(() => appendFile(path, `${line}\n`));
+    const written = this.#writing.then(() => appendFile(path, `${line}\n`, { flag: appendNoLink }));
     this.#writing = written.catch(() => undefined); // who asked for the line has the error
     await written.catch((error: unknown) => {
       throw ioError(error, 'write', path);

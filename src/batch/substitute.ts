@@ -31,7 +31,7 @@ function fill(text: string, own: ReadonlyMap<string, string>, environment: NodeJ
         expected: '${NAME} or ${NAME:-default}; $${ stands for ${',
       });
     }
-    const value = own.get(name) ?? environment[name];
+    const value = own.get(name) ?? (Object.hasOwn(environment, name) ? environment[name] : undefined);
     if (value !== undefined && value !== '') return value;
     if (fallback !== undefined) return fallback;
     const near = didYouMean(name, [...own.keys(), ...Object.keys(environment)]);

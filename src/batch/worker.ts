@@ -2,6 +2,7 @@ import { spawn } from 'node:child_process';
 import { createWriteStream } from 'node:fs';
 import { constants } from 'node:os';
 import type { ProgressStep } from '../base/log.js';
+import { appendNoLink } from '../base/files.js';
 import { usageOf, type Usage } from '../base/usage.js';
 
 /** One line of a worker's `--progress json`. */
@@ -59,7 +60,8 @@ export class Worker {
     });
     this.pid = child.pid;
     this.#kill = (signal) => child.kill(signal);
-    const log = createWriteStream(logPath, { flags: 'a' });
+    // Numbers are taken; the types do not know it.
+    const log = createWriteStream(logPath, { flags: appendNoLink as unknown as string });
     log.on('error', (error) => onWarning(`The log cannot be written: ${error.message}`));
     log.write(`${JSON.stringify({ event: 'start', time: new Date().toISOString(), argv })}\n`);
 

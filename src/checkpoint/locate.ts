@@ -146,6 +146,16 @@ async function locateIndex(folder: string, indexName: string): Promise<Located> 
   return { folder, file: undefined, files: [...files.values()].sort(), weightMap, notes: [] };
 }
 
+/** Files of a model that are copied as they are must not be links to other files of this machine: outputs are published. */
+export async function refuseLinksOut(folder: string, files: readonly string[]): Promise<void> {
+  const inside = await allowedRoots(folder);
+  for (const file of files) {
+    const real = await realpath(file);
+    if (inside.some((root) => real.startsWith(root + sep))) continue;
+    throw badInput('A file of the model is a link out of its folder', { where: file, got: real, expected: `inside ${folder}`, hint: 'Put a copy in its place, if it belongs there.' }); // prettier-ignore
+  }
+}
+
 /** The folder, and the blobs folder that the Hugging Face cache's snapshots link to. */
 async function allowedRoots(folder: string): Promise<string[]> {
   const real = await realpath(folder);

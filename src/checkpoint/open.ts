@@ -9,7 +9,7 @@ import { companionName, findCompanions, findConfig, missingConfig } from './conf
 import { fromNative } from './deepseek-native.js';
 import { fromGguf } from './gguf-model.js';
 import { fromOnnx } from './onnx-model.js';
-import { isNativeShard, locate } from './locate.js';
+import { isNativeShard, locate, refuseLinksOut } from './locate.js';
 import { collectTensors, parseFiles } from './parse.js';
 import type { OpenedFile } from './parse.js';
 import { joinScales } from './scales.js';
@@ -37,6 +37,7 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
   if (found === undefined && !isGguf && !options.configOptional) throw missingConfig(path, tried);
   let config: Readonly<Record<string, unknown>> = found?.config ?? {};
   let companions = await findCompanions(located.folder, located.file);
+  await refuseLinksOut(located.folder, companions);
   let extraFiles = new Map<string, string>();
   const notes = [...located.notes, ...new Set(files.flatMap((file) => file.notes))];
   let tensors: Map<string, TensorEntry>;

@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto';
 import { appendFile, readFile, stat } from 'node:fs/promises';
 import { basename, dirname, join, parse, resolve } from 'node:path';
 import { badInput } from '../base/errors.js';
-import { errorCode, ioError, readJsonFile } from '../base/files.js';
+import { appendNoLink, errorCode, ioError, readJsonFile } from '../base/files.js';
 import type { Json } from '../base/job.js';
 import type { Io } from './types.js';
 
@@ -79,7 +79,7 @@ export async function recordConversion(out: string, io: Io): Promise<void> {
       validation: validation ?? null,
     };
     // One write of one line: two conversions that end at once do not mix.
-    await appendFile(join(folder, historyName), `${JSON.stringify(record)}\n`);
+    await appendFile(join(folder, historyName), `${JSON.stringify(record)}\n`, { flag: appendNoLink });
   } catch (error) {
     io.log.warn(`The conversion is not in the history of ${folder}: ${(error as Error).message}`);
   }
