@@ -153,17 +153,15 @@ export async function isDone(job: Job, record: JobRecord | undefined): Promise<b
 
 /**
  * Whether the output of a job whose end was not seen (the batch was killed) is complete: outputs have their names only
- * then, and tell how they were made.
+ * then. What tells how it was made lies there since the job began; an output that it was to replace is older.
  */
 export async function wasFinished(job: Job, record: JobRecord | undefined): Promise<boolean> {
-  if (record?.state !== 'running' || job.out === undefined || !(await exists(job.out))) return false;
-  if (record.fingerprint !== (await fingerprintOf(job))) return false;
+  if (record?.state !== 'running' || record.started === null || job.out === undefined) return false;
+  if (!(await exists(job.out)) || record.fingerprint !== (await fingerprintOf(job))) return false;
   const isFolder = (await stat(job.out)).isDirectory();
   const { dir, name } = parse(job.out);
   const path = isFolder ? join(job.out, 'deepseek-convert.json') : join(dir, `${name}.deepseek-convert.json`);
-  const { recipe } = ((await readJsonFile(path)) ?? {}) as { recipe?: { command?: string; options?: Record<string, Json> } }; // prettier-ignore
-  const same = (key: string) => JSON.stringify(recipe?.options?.[key]) === JSON.stringify(job.values[key]);
-  return recipe?.command === job.command && [...job.given.keys()].every(same);
+  return (await exists(path)) && (await stat(path)).mtimeMs >= Date.parse(record.started);
 }
 
 /** The job as arguments of our own program. */
