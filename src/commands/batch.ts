@@ -76,6 +76,7 @@ export const batch = (registry: Registry): Command =>
     examples: [
       ['batch fixtures/batch/jobs.yaml --dry-run', 'What would be done.'],
       ['batch fixtures/batch/jobs.yaml --keep-going --parallel 2', 'Two jobs at a time.'],
+      ['batch fixtures/batch/slurm.yaml --executor slurm --dry-run', 'What Slurm would be given.'],
     ],
     async run(given, io) {
       checkCluster(given);
