@@ -126,8 +126,12 @@ jobs:
     const alone = await run('quantize', v1, '-o', 'alone', '--independent-blocks', '--no-validate', ...work);
     expect(alone.code, alone.stderr).toBe(0);
     expect(hashesOf(join(folder, 'batched'))).toEqual(hashesOf(join(folder, 'alone')));
+    // As if the batch had been killed in between.
+    const state = join(folder, 'jobs.batch/state.json');
+    writeFileSync(state, readFileSync(state, 'utf8').replaceAll('"done"', '"running"'));
     const again = await run('batch', 'jobs.yaml');
-    expect(again.stderr).toContain('2 of 2 jobs are done already.');
+    expect(again.stderr).toContain('1 of 2 jobs are done already.');
+    expect(again.stdout).toMatch(/^sharded +quantize +done before/m);
 
     const refused = async (line: string) => {
       writeFileSync(join(folder, 'bad.yaml'), `jobs: [{ name: a, input: ${v1}, out: a, ${line} }]`);
