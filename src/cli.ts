@@ -4,7 +4,7 @@ import { ConvertError, bug, didYouMean } from './base/errors.js';
 import { errorCode, ioError } from './base/files.js';
 import { environmentName, fromEnvironment, mergeTables, resolveOptions, type Values } from './base/options.js';
 import type { ProgressLog, ProgressMode } from './base/progress.js';
-import { columns, shellQuote } from './base/text.js';
+import { columns, reflow, shellQuote } from './base/text.js';
 import { usageOf } from './base/usage.js';
 import { commands } from './commands/index.js';
 import { route } from './commands/route.js';
@@ -110,7 +110,7 @@ function finish({ data, text, failure }: CommandResult): number {
     const error = failure && { error: errorFacts(failure) };
     print(JSON.stringify({ schema, version, command: run.command, ok: failure === undefined, ...error, ...data }));
   } else {
-    print(text);
+    print(reflow(text, columnsOf(process.stdout)));
   }
   if (failure && !run.json) writeError(failure);
   return failure?.exitCode ?? 0;
@@ -145,8 +145,7 @@ function errorFacts({ kind, exitCode, message, facts }: ConvertError) {
 
 function writeError(error: ConvertError): void {
   const paint = run.paintErr;
-  const [first, ...rest] = error.message.split('\n');
-  process.stderr.write(`${paint.red.bold('error:')} ${[first, ...rest].join('\n')}\n`);
+  process.stderr.write(`${reflow(`${paint.red.bold('error:')} ${error.message}`, columnsOf(process.stderr))}\n`);
   const again = ['deepseek-convert', ...run.argv].map(shellQuote).join(' ');
   if (error.kind === 'interrupted' && !error.message.includes(again)) process.stderr.write(`To go on: ${again}\n`);
   if (error.kind !== 'internal') return;
@@ -154,6 +153,11 @@ function writeError(error: ConvertError): void {
   const machine = `deepseek-convert ${version}, Node ${process.version}, ${process.platform}-${process.arch}`;
   process.stderr.write(`${paint.dim(cause.stack ?? String(cause))}\n`);
   process.stderr.write(`This is a bug in deepseek-convert, not in your input. ${machine}\n`);
+}
+
+/** Of a terminal; what goes to a file or a program is not broken. */
+function columnsOf({ isTTY, columns = 80 }: NodeJS.WriteStream): number {
+  return isTTY ? columns : Infinity;
 }
 
 function print(text: string): void {

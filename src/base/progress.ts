@@ -1,6 +1,6 @@
 import type { Ora } from 'ora';
 import type { Log, ProgressStep } from './log.js';
-import { duration } from './text.js';
+import { duration, reflow } from './text.js';
 
 export type ProgressMode = 'tty' | 'plain' | 'json' | 'none';
 
@@ -65,7 +65,7 @@ function textProgress(options: ProgressOptions, spinner: Ora | undefined): Progr
   const write = (line: string, event = true) => {
     const spinning = spinner?.isSpinning === true;
     if (spinning) spinner.clear();
-    stream.write(`${line}\n`);
+    stream.write(`${stream.isTTY ? reflow(line, stream.columns) : line}\n`);
     if (spinning) spinner.render();
     lastLine = clock();
     if (event) lastEvent = lastLine;

@@ -57,6 +57,23 @@ export function wrap(text: string, width: number): string[] {
   return [...lines, line];
 }
 
+/**
+ * Sentences broken at spaces where the terminal ends, below their own beginning. Tables and commands to copy stay as
+ * they are.
+ */
+export function reflow(text: string, width: number): string {
+  const fixed = (line: string) =>
+    displayWidth(line) <= width || /\S {2,}\S/.test(line) || line.includes('deepseek-convert ');
+  return text
+    .split('\n')
+    .flatMap((line) => {
+      if (fixed(line)) return [line];
+      const indent = /^ */.exec(line)![0];
+      return wrap(line.slice(indent.length), Math.max(20, width - indent.length)).map((part) => indent + part);
+    })
+    .join('\n');
+}
+
 /** Colours take no room on the screen. */
 const escapes = /\u001b\[[0-9;]*m/g;
 /** East Asian characters take two columns. */

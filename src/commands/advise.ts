@@ -242,7 +242,7 @@ function enough(on: On, gpu: Gpu, { gpus, goal }: Given): Figures | undefined {
 function verdictOf(chosen: Figures | undefined, needed: Figures | undefined, many: string, gpu: Gpu, { goal }: Given) {
   if (chosen) {
     const { scheme, total, usable, tokensPerSecond, boundBy } = chosen;
-    return `For ${goal}: ${scheme.name}. ${formatBytes(total)} of ${formatBytes(usable)}; about ${tokensPerSecond.toPrecision(3)} tokens/s a sequence, bound by ${boundBy}.`;
+    return `For ${goal}: ${scheme.name}. ${formatBytes(total)} of ${formatBytes(usable)}; about ${count(Number(tokensPerSecond.toPrecision(3)))} tokens/s a sequence, bound by ${boundBy}.`;
   }
   const instead = needed
     ? `${needed.gpus} of them would do, with ${needed.scheme.name}: ${formatBytes(needed.total)} of ${formatBytes(needed.usable)} each.`

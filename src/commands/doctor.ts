@@ -4,7 +4,7 @@ import { constrainedMemory } from 'node:process';
 import { totalmem, freemem, cpus } from 'node:os';
 import { noResource } from '../base/errors.js';
 import { formatBytes, freeBytes } from '../base/files.js';
-import { columns } from '../base/text.js';
+import { columns, factRows } from '../base/text.js';
 import { defineCommand } from './types.js';
 
 interface Check {
@@ -38,14 +38,15 @@ export const command = defineCommand({
     ];
     const broken = checks.find((check) => check.state === 'failed');
     const marks = { ok: io.paint.green('ok'), missing: io.paint.yellow('missing'), failed: io.paint.red('failed') };
-    const lines = checks.map(({ name, state, found }) => [name, marks[state], found]);
+    const heads = columns(checks.map(({ name, state }) => [name, marks[state]]), 'll').split('\n'); // prettier-ignore
+    const lines = checks.map(({ found }, i) => [heads[i]!, found] as const);
     const advice = checks.filter((c) => c.state !== 'ok').map(({ name, fix, tried }) => {
       const places = tried && tried.length > 0 ? `\n  looked for: ${tried.join(', ')}` : '';
       return `${name}: ${fix ?? ''}${places}`;
     }); // prettier-ignore
     return {
       data: { checks },
-      text: [columns(lines, 'lll'), ...advice].join('\n\n'),
+      text: [factRows(lines, io.width), ...advice].join('\n\n'),
       ...(broken && {
         failure: noResource(`${broken.name} failed`, {
           got: broken.found,

@@ -66,7 +66,7 @@ function suggest(found: readonly Found[]): Suggestion[] {
   const first = found.find((f) => f.kind === 'dense') ?? found.find((f) => f.kind !== 'int4') ?? found[0];
   if (first === undefined) {
     return [
-      ['demo', 'everything once, on a tiny model of its own'],
+      ['demo', 'everything once, on a tiny model'],
       ['inspect <model>', 'what it is'],
       ['quantize <model> -o <out>', 'make it INT4'],
     ];
