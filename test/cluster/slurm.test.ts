@@ -104,8 +104,8 @@ describe('Slurm', () => {
     cluster.run('scontrol', 'update', `jobid=${id}`, 'StartTime=now');
     await until('one more block', () => blocks(log) > before, 60);
 
-    const refused = await cli(['batch', 'one.yaml'], { cwd: folder, env: cluster.environment });
-    expect(refused.stderr).toMatch(/Slurm has jobs of this batch.*whole/);
+    const refused = json<{ error: { message: string } }>(await batch('one.yaml'));
+    expect(refused.error.message).toMatch(/Slurm has jobs of this batch.*whole/);
     expect((await batch('one.yaml', '--cancel')).code).toBe(0);
     await until('the end of the job', () => !/RUNNING|COMPLETING|PENDING/.test(cluster.run('squeue', '-h', '-j', id, '-t', 'all', '-o', '%T'))); // prettier-ignore
     const status = await batch('one.yaml', '--status');

@@ -130,6 +130,7 @@ describe('schemas/batch.v1.schema.json', () => {
   it.each([
     matrix,
     readFileSync(new URL('fixtures/batch/jobs.yaml', root), 'utf8'),
+    readFileSync(new URL('fixtures/batch/slurm.yaml', root), 'utf8'),
     'jobs: [{ name: a, command: quantize, input: m, out: o, group-size: 64, max-kl: 0.1, gates: { max-kl: off }, keep: [x] }]',
     "jobs: [{ name: a, command: '${COMMAND}', input: m, bits: '${BITS}' }]",
   ])('accepts %s', (yaml) => expect(accepts(yaml)).toBe(true));
@@ -144,5 +145,7 @@ describe('schemas/batch.v1.schema.json', () => {
     'jobs: [{ command: inspect, input: m }]',
     'jobz: []',
     'defaults: { group-sise: 64 }',
+    'defaults: { slurm: { partitoin: gpu } }',
+    'jobs: [{ name: a, command: inspect, input: m, slurm: { partition: "gpu --wrap=id" } }]',
   ])('refuses %s', (yaml) => expect(accepts(yaml)).toBe(false));
 });

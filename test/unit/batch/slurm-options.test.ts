@@ -1,4 +1,5 @@
 import { describe, expect, it } from 'vitest';
+import { checkCluster } from '../../../src/commands/batch-slurm.js';
 import { readSlurm, requestOf } from '../../../src/batch/slurm-options.js';
 
 const read = (...sections: unknown[]) => readSlurm(sections.map((value, i) => ({ where: `level ${i}`, value })));
@@ -76,5 +77,21 @@ describe('a slurm section', () => {
   ])('refuses %j', (section, expected) => {
     expect(refusal(section)).toMatch(expected);
     expect(refusal(section)).toMatch(/^usage: /);
+  });
+});
+
+describe('options of batch for a cluster', () => {
+  const given = { executor: 'slurm', wait: false, status: false, cancel: false, dryRun: false, parallel: undefined, metricsFile: undefined, metricsPort: undefined } as const; // prettier-ignore
+  it.each([
+    [{ status: true, cancel: true }, /--status and --cancel do not go together/],
+    [{ wait: true, dryRun: true }, /--wait and --dry-run do not go together/],
+    [{ executor: 'local', wait: true }, /--wait is for --executor slurm/],
+    [{ parallel: 2 }, /--parallel is for jobs on this machine/],
+    [{ metricsPort: 0 }, /Metrics.*need --wait/],
+  ] as const)('refuses %j', (more, expected) => {
+    expect(() => checkCluster({ ...given, ...more })).toThrow(expected);
+  });
+  it('takes metrics with --wait', () => {
+    expect(() => checkCluster({ ...given, wait: true, metricsFile: 'x.prom' })).not.toThrow();
   });
 });
