@@ -41,19 +41,21 @@ export function vocabularyTensors(open: OpenModel): VocabularyTensor[] {
   return found;
 }
 
+/** The new id for an old one that stands under `key` (`eos_token_id`), alone or in a list; undefined: no such token. */
+export type IdOf = (key: string, id: number, alone: boolean) => number | undefined;
+
 /**
- * The config for another vocabulary: sizes, and token ids as `idOf` gives them for a key (`eos_token_id`) and an old
- * id; undefined where there is no such token any more.
+ * The config for another vocabulary: sizes and token ids.
  * Errors: input, an id that is needed (of an image, say) and has no token.
  */
 export function withVocabulary(
   config: Readonly<Record<string, unknown>>,
   sizes: { readonly from: number; readonly to: number },
-  idOf: (key: string, id: number) => number | undefined,
+  idOf: IdOf,
 ): Record<string, unknown> {
-  const one = (key: string, id: unknown): number | undefined => {
+  const one = (key: string, id: unknown, alone = true): number | undefined => {
     if (typeof id !== 'number' || id < 0) return undefined;
-    const mapped = idOf(key, id);
+    const mapped = idOf(key, id, alone);
     if (mapped !== undefined || optionalIds.test(key)) return mapped;
     throw badInput('The new vocabulary lacks a token that the config names', { got: `${key}: ${id}`, hint: 'Add it to the new tokenizer.' }); // prettier-ignore
   };
@@ -61,7 +63,7 @@ export function withVocabulary(
   for (const [key, value] of Object.entries(config)) {
     if (key === 'vocab_size' && value === sizes.from) out[key] = sizes.to;
     else if (/_token_ids?$/.test(key) && Array.isArray(value))
-      out[key] = value.map((id) => one(key, id)).filter((id) => id !== undefined); // prettier-ignore
+      out[key] = [...new Set(value.map((id) => one(key, id, false)))].filter((id) => id !== undefined); // prettier-ignore
     else if (/_token_ids?$/.test(key) && typeof value === 'number') out[key] = one(key, value) ?? null;
     else if (isSection(value) && 'vocab_size' in value) out[key] = withVocabulary(value, sizes, idOf);
   }

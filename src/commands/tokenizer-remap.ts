@@ -1,6 +1,7 @@
 import { badUsage } from '../base/errors.js';
 import { byteSize, flag, integer, text, type Values } from '../base/options.js';
 import { count } from '../base/text.js';
+import { recordConversion } from './history-file.js';
 import { deviceOptions, inputOptions, openEnvironment } from './shared.js';
 import type { CommandResult, Io } from './types.js';
 
@@ -31,6 +32,9 @@ export async function remap(given: RemapGiven, io: Io): Promise<CommandResult> {
   }
   if (tokenizer === undefined) throw badUsage('--tokenizer <new> is missing', { hint: 'The tokenizer that the model is to have.' }); // prettier-ignore
   if (out === undefined) throw badUsage('-o (--out <path>) is missing', { hint: 'Where the model goes.' });
+  if (out.endsWith('.gguf')) {
+    throw badUsage('tokenizer remap writes no GGUF files', { got: out, hint: 'Write a folder, then: deepseek-convert convert.' }); // prettier-ignore
+  }
   const { remapModel } = await import('../export/remap/run.js');
   const { defaultTexts, excerpts } = await import('../validate/texts.js');
   const texts = await excerpts(given.text.length > 0 ? given.text : (await defaultTexts()).files);
@@ -39,6 +43,7 @@ export async function remap(given: RemapGiven, io: Io): Promise<CommandResult> {
     { input, config, tokenizer, out, overwrite, restart, shardSize, multiple, maxTokens, texts, recipe: io.settings, resumeHint: io.commandLine },
     env,
   ); // prettier-ignore
+  await recordConversion(out, io);
   const { vocabSize, rows, prediction } = report;
   const { before, after } = prediction;
   const parts = [

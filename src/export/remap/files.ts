@@ -8,11 +8,18 @@ import type { Roles } from './rows.js';
 const tokenizerFile = /^(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece|sentencepiece|chat_template)\b|\.tiktoken$|^tokenization_\w+\.py$/; // prettier-ignore
 const isTokenizerFile = (path: string): boolean => tokenizerFile.test(companionName(path));
 
-/** The model's companions without its tokenizer, and the tokenizer's own: of its folder, or the lone file. */
-export async function companionsOf(companions: readonly string[], tokenizer: string): Promise<string[]> {
-  const folder = statSync(tokenizer).isDirectory();
-  const brought = folder ? (await findCompanions(tokenizer, undefined)).filter(isTokenizerFile) : [tokenizer];
-  return [...companions.filter((path) => !isTokenizerFile(path)), ...brought];
+/** The model's companions without its tokenizer, and the files of the new one: all of its folder, or the lone file. */
+export async function filesOf(
+  companions: readonly string[],
+  given: string,
+  tokenizer: Tokenizer,
+): Promise<{ companions: string[]; extraFiles: Map<string, string> }> {
+  const folder = statSync(given).isDirectory();
+  const brought = folder ? (await findCompanions(given, undefined)).filter(isTokenizerFile) : [];
+  return {
+    companions: [...companions.filter((path) => !isTokenizerFile(path)), ...brought],
+    extraFiles: new Map([['tokenizer.json', await tokenizer.source()]]),
+  };
 }
 
 /** Ids of the tokens that tokenizer_config.json beside the tokenizer names: BOS, EOS, padding. */

@@ -1,8 +1,9 @@
+import { createHash } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
 import { score } from '../../arch/score.js';
 import { TensorLoader } from '../../arch/load.js';
 import { openModel, type OpenModel } from '../../arch/open.js';
-import { vocabularyTensors, withVocabulary, type VocabularyTensor } from '../../arch/vocabulary.js';
+import { vocabularyTensors, withVocabulary, type IdOf, type VocabularyTensor } from '../../arch/vocabulary.js';
 import { stopIfAborted, type JobEnv } from '../../backend/env.js';
 import type { FloatDType } from '../../base/dtype.js';
 import { badInput } from '../../base/errors.js';
@@ -16,7 +17,7 @@ import { parseJson, isJsonObject } from '../../formats/json.js';
 import { formatConfig } from '../../formats/config-json.js';
 import { Scope } from '../../tensor/tensor.js';
 import { loadTokenizer, type Tokenizer } from '../../tokenizer/tokenizer.js';
-import { companionsOf, rolesOf } from './files.js';
+import { filesOf, rolesOf } from './files.js';
 import { planRows, type Roles, type RowCounts, type RowPlan } from './rows.js';
 import { remapped } from './tensor.js';
 
@@ -73,6 +74,8 @@ export async function remapModel(options: RemapOptions, env: JobEnv): Promise<Re
       tokenizer: tokenizer.hash,
       multiple: options.multiple,
       shardSize: options.shardSize,
+      texts: createHash('sha256').update(JSON.stringify(options.texts)).digest('hex'),
+      maxTokens: options.maxTokens,
     };
     const { out, overwrite, restart } = options;
     return await Job.run({ out, overwrite, restart, fingerprint }, (job) => remapInto(job, open, tokenizer, options, env)); // prettier-ignore
@@ -88,9 +91,13 @@ async function remapInto(job: Job, open: OpenModel, tokenizer: Tokenizer, option
   const roles = { before: oldRoles(open, old), after: rolesOf(tokenizer) };
   const plan = await planRows({ tokenizer: old, roles: roles.before }, { tokenizer, roles: roles.after }, options.multiple);
   requireRows(plan, open, old);
-  const file = isFileOutput(options.out);
-  const tensors = planTensors(open, vocabulary, plan, file);
-  const idOf = (key: string, id: number) => roles.after[key.replace(/_token_ids?$/, '')] ?? plan.newIds.get(id);
+  const format = isFileOutput(options.out) && !options.out.endsWith('.safetensors') ? 'torch' : 'safetensors';
+  const tensors = planTensors(open, vocabulary, plan, format === 'torch');
+  const idOf: IdOf = (key, id, alone) => {
+    const [same, role] = [plan.newIds.get(id), roles.after[key.replace(/_token_ids?$/, '')]];
+    // What ends a text may be several tokens; the tokenizer names one.
+    return alone ? (role ?? same) : (same ?? role);
+  };
   const sizes = { from: model.vocab, to: plan.size };
   const generation = checkpoint.companions.find((path) => companionName(path) === 'generation_config.json');
   const made = { vocabSize: { before: model.vocab, after: plan.size }, rows: plan.counts, tensors: vocabulary.map(({ name }) => name) };
@@ -107,19 +114,21 @@ async function remapInto(job: Job, open: OpenModel, tokenizer: Tokenizer, option
     try {
       const after = await predict(staged, await staged.tokenizer(), options, env);
       await job.mark('after', after);
-      return { before, after };
+      return { skipped: 'another vocabulary', before, after };
     } finally {
       await staged.close();
     }
   };
+  const files = await filesOf(checkpoint.companions, options.tokenizer, tokenizer);
+  if (generation !== undefined) files.extraFiles.set('generation_config.json', await generationConfig(generation, sizes, idOf));
   const writer = await createWriter({
     job,
-    format: file && !options.out.endsWith('.safetensors') ? 'torch' : 'safetensors',
+    format,
     tensors: tensors.map(({ planned }) => planned),
     shardSize: options.shardSize,
     config: withVocabulary(checkpoint.config, sizes, idOf),
-    companions: await companionsOf(checkpoint.companions, options.tokenizer),
-    ...(generation !== undefined && { extraFiles: new Map([['generation_config.json', await generationConfig(generation, sizes, idOf)]]) }),
+    companions: files.companions,
+    extraFiles: files.extraFiles,
     provenance: { tool, recipe: options.recipe, inputs: [...checkpoint.files, tokenizer.path] },
     accept,
   });
@@ -163,7 +172,7 @@ interface RemapTensor {
 
 function planTensors(open: OpenModel, vocabulary: readonly VocabularyTensor[], plan: RowPlan, torch: boolean): RemapTensor[] {
   const byName = new Map(vocabulary.map((tensor) => [tensor.name, tensor]));
-  return [...open.checkpoint.tensors.values()].flatMap((entry): RemapTensor[] => {
+  const tensors = [...open.checkpoint.tensors.values()].flatMap((entry): RemapTensor[] => {
     const { name, shape, encoding, strides } = entry;
     const { tiedTo } = byName.get(name) ?? {};
     if (byName.has(name)) {
@@ -184,6 +193,8 @@ function planTensors(open: OpenModel, vocabulary: readonly VocabularyTensor[], p
     const planned = encoding.kind === 'plain' ? { name, shape, dtype: encoding.dtype } : { name, shape, dtype: 'u8' as const, encoding };
     return [{ planned, entry, rows: false }];
   });
+  // What another one holds the data of comes behind it.
+  return [...tensors.filter(({ planned }) => !planned.tiedTo), ...tensors.filter(({ planned }) => planned.tiedTo)];
 } // prettier-ignore
 
 async function writeTensors(tensors: readonly RemapTensor[], plan: RowPlan, open: OpenModel, writer: CheckpointWriter, env: JobEnv, resumeHint: string): Promise<void> {
@@ -215,7 +226,7 @@ async function writeRows(planned: PlannedTensor, entry: TensorEntry, plan: RowPl
   await writer.write(planned.name, made.source());
 } // prettier-ignore
 
-async function generationConfig(path: string, sizes: { from: number; to: number }, idOf: (key: string, id: number) => number | undefined): Promise<string> {
+async function generationConfig(path: string, sizes: { from: number; to: number }, idOf: IdOf): Promise<string> {
   const config = parseJson(await readFile(path), { where: path, lenient: true });
   if (!isJsonObject(config)) throw badInput('generation_config.json is no JSON object', { where: path });
   return formatConfig(withVocabulary(config, sizes, idOf));

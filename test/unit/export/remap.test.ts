@@ -1,6 +1,6 @@
-import { cpSync, existsSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { openModel, type OpenModel } from '../../../src/arch/open.js';
 import { ResidentModel } from '../../../src/arch/resident.js';
@@ -159,6 +159,21 @@ describe('remap', () => {
     expect(readdirSync(folder).filter((name) => name.endsWith('.part'))).toEqual([]);
   });
 
+  it('writes a PyTorch file with a tied head, and one file of safetensors, from a lone tokenizer.json', async () => {
+    const input = fixture('v1.0', 'v1.0_checkpoint.bin');
+    const tokenizer = join(folder, 'mine.json');
+    cpSync(join(newTokenizer, 'tokenizer.json'), tokenizer);
+    for (const name of ['one.bin', 'one.safetensors']) {
+      const out = join(folder, name.replace('.', '-'), name);
+      mkdirSync(dirname(out));
+      await remapModel(options('', input, { tokenizer, out }), env);
+      const open = await openModel(out);
+      expect(open.model).toMatchObject({ vocab: 1500, tied: true });
+      expect((await open.tokenizer()).vocabSize).toBe(1500);
+      await open.close();
+    }
+  });
+
   it('refuses a tokenizer that the embedding has no rows for, and leaves nothing behind', async () => {
     const copy = join(folder, 'mismatched');
     cpSync(fixture('moe-6m'), copy, { recursive: true });
@@ -188,10 +203,10 @@ describe('tensors with a row for each token', () => {
   });
 
   it('config: sizes, ids by role, ids of sections; an id that is needed', () => {
-    const config = { vocab_size: 10, eos_token_id: [1, 2], pad_token_id: 9, bos_token_id: null, text_config: { vocab_size: 10, eos_token_id: 2 } }; // prettier-ignore
-    const idOf = (_: string, id: number) => (id === 9 ? undefined : id + 100);
+    const config = { vocab_size: 10, eos_token_id: [1, 2, 1], pad_token_id: 9, bos_token_id: null, text_config: { vocab_size: 10, eos_token_id: 2 } }; // prettier-ignore
+    const idOf = (_: string, id: number, alone: boolean) => (id === 9 ? undefined : alone ? id + 100 : id + 50);
     expect(withVocabulary(config, { from: 10, to: 20 }, idOf)).toEqual({
-      ...{ vocab_size: 20, eos_token_id: [101, 102], pad_token_id: null, bos_token_id: null },
+      ...{ vocab_size: 20, eos_token_id: [51, 52], pad_token_id: null, bos_token_id: null },
       text_config: { vocab_size: 20, eos_token_id: 102 },
     });
     expect(() => withVocabulary({ image_token_id: 9 }, { from: 10, to: 20 }, idOf)).toThrow(/lacks a token.*image_token_id: 9/); // prettier-ignore
