@@ -122,7 +122,7 @@ export class EndToEnd implements Disposable {
     const every = Math.max(1, Math.round(perEpoch / o.judgements));
     const report = Math.max(1, Math.ceil(total / 100));
     let step = await this.#restore();
-    if (step === 0) await this.#judge(0);
+    if (step === 0 && this.#judgements.length === 0) await this.#judge(0);
     for (; step < Math.min(total, o.stopAfter ?? total); step++) {
       if (o.env.signal.aborted) await this.#stop(step);
       const losses = await this.#run(schedule.rows(step), true);
