@@ -10,7 +10,7 @@ const env = testEnv();
 const work = workFolder();
 const [count, window] = [2000, 500];
 
-const types = ['f32', 'f16', 'bf16', 'q8_0', 'q6_k', 'q4_k', 'q4_0'] as const;
+const types = ['f32', 'f16', 'bf16', 'q8_0', 'q6_k', 'q4_k', 'q4_0', 'q4_k_s', 'q4_k_m'] as const;
 const models: [string, string | undefined][] = [
   ['dense-6m', trainedModel('v1.0', 'v1.0_checkpoint.bin')],
   ['moe-6m', fixture('moe-6m')],

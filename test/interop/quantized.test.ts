@@ -45,6 +45,7 @@ const small = { groupSize: 32 } as const;
 const cases: [string, string | undefined, Partial<Recipe>][] = [
   ...trained.map(([name, path]): [string, string | undefined, Partial<Recipe>] => [name, path, { groupSize: 32 }]),
   ['dense-6m asymmetric', trained[0]![1], { groupSize: 128, symmetric: false }],
+  ['moe-6m asymmetric', trained[1]![1], { ...small, symmetric: false }],
   ['qwen2', archCase('qwen2'), small],
   ['mixtral', archCase('mixtral'), small],
 ];
@@ -74,6 +75,9 @@ describe.each(cases)('%s quantized', (name, path, recipe) => {
     const open = await openModel(join(out, 'onnx'));
     const { model } = open;
     expect(open.layout?.name).toBe('matmulnbits');
+    const { operators } = await python<{ operators: string[] }>('check_onnx.py', join(out, 'onnx'));
+    expect(operators).toContain('com.microsoft.MatMulNBits');
+    expect(operators.includes('com.microsoft.QMoE')).toBe(model.blocks.some(({ moe }) => moe !== undefined));
     const tokens = someTokens(20, model.vocab);
     const want = await ourLogits(join(out, 'compressed-tensors'), env, tokens);
     const session = await OnnxSession.open(join(out, 'onnx'), model);
@@ -84,6 +88,18 @@ describe.each(cases)('%s quantized', (name, path, recipe) => {
     await session.close();
     await open.close();
   });
+});
+
+test('experts of 8 bits run as QMoE', async () => {
+  const out = join(work, 'eight');
+  await quantized(fixture('moe-6m'), out, ['onnx'], { groupSize: 64, bits: 8 });
+  const open = await openModel(out);
+  const tokens = someTokens(20, open.model.vocab);
+  const session = await OnnxSession.open(out, open.model);
+  const [whole] = await session.run(tokens, 1, [20]);
+  expect(relativeError(whole!, await ourLogits(out, env, tokens))).toBeLessThan(bound);
+  await session.close();
+  await open.close();
 });
 
 describe.each(trained)('%s as GGUF beside others', (name, path) => {
