@@ -158,7 +158,7 @@ function forOne(given: Given, source: Source, hardware: Hardware, gpu: Gpu, on: 
     ...[f.weights, f.cache, f.activations, f.total].map(formatBytes),
     f.fits ? 'yes' : 'no',
     f.fits ? count(f.mostSequences) : '',
-    f.tokensPerSecond.toPrecision(3),
+    count(Number(f.tokensPerSecond.toPrecision(3))),
   ]);
   const heads = ['', 'stored as', 'weights', 'KV cache', 'activ.', 'all', 'fits', 'at once', 'tokens/s'];
   const many = given.gpus === 1 ? gpu.name : `${given.gpus} x ${gpu.name}`;
@@ -201,7 +201,7 @@ function forAll(given: Given, source: Source, hardware: Hardware, on: On, io: Io
   const rows = found.map(({ gpu, figures }) =>
     figures === undefined
       ? [gpu.name, 'none', '', '', '', '']
-      : [gpu.name, String(figures.gpus), figures.scheme.name, `${formatBytes(figures.total)} of ${formatBytes(gpu.memoryGB * 1e9)}`, figures.tokensPerSecond.toPrecision(3), priceOf(given.price ?? gpu.usdPerHour, figures)?.toPrecision(3) ?? ''],
+      : [gpu.name, String(figures.gpus), figures.scheme.name, `${formatBytes(figures.total)} of ${formatBytes(gpu.memoryGB * 1e9)}`, count(Number(figures.tokensPerSecond.toPrecision(3))), priceOf(given.price ?? gpu.usdPerHour, figures)?.toPrecision(3) ?? ''],
   ); // prettier-ignore
   const priced = rows.some((row) => row[5] !== '');
   const heads = ['GPU', 'needed', 'stored as', 'memory of each', 'tokens/s', priced ? 'USD/M' : ''].map((head) =>
