@@ -7,6 +7,7 @@ vi.setConfig({ testTimeout: 300_000 });
 const folder = workFolder();
 const out = (name: string): string => join(folder, name);
 const quick = ['--samples', '8', '--seq-len', '128', '--rounds', '1', '--router-steps', '2', '--threads', '1', '-q', '--device', 'cpu', '--no-validate']; // prettier-ignore
+const moe = fixture('moe-6m');
 const json = (text: string) => JSON.parse(text) as Record<string, never>;
 
 describe('the documents’ own form', () => {
@@ -73,7 +74,7 @@ it('--then quantize: one output, compared with the dense model', async () => {
 describe('refusals', () => {
   it.each<[string, string[], number, string]>([
     ['more active than experts', [v1, '--active', '9'], 2, 'More active experts than there are'],
-    ['a mixture', [fixture('moe-6m')], 1, 'is a mixture of experts already'],
+    ['a mixture', [moe], 1, 'is a mixture of experts already'],
     ['shared experts in mixtral', [v1, '--container', 'mixtral', '--shared', '1'], 2, 'cannot have 1 shared experts'],
     ['a width that does not divide', [v1, '--pad', 'none'], 2, 'does not divide by the number of experts'],
     ['an unknown container', [v1, '--container', 'mixtrall'], 2, 'Did you mean mixtral?'],
@@ -86,12 +87,63 @@ describe('refusals', () => {
       'no selection bias',
     ],
     ['.gguf', [v1, '-o', out('x.gguf')], 2, 'cannot be written as .gguf'],
+    [
+      'a share of neurons without --method drop',
+      [v1, '--drop-ratio', '0.5'],
+      2,
+      'Only --method drop draws neurons anew',
+    ],
+    ['no neurons drawn anew', [v1, '--method', 'drop', '--drop-ratio', '0'], 2, 'Plain copies are --method upcycle'],
+    ['pruning a dense model', [v1, '--prune-experts', '4'], 1, 'The model has no experts'],
+    ['pruning and merging', [moe, '--prune-experts', '4', '--merge-experts', '4'], 2, 'not both'],
+    [
+      'pruning with options of a split',
+      [moe, '--prune-experts', '4', '--active', '2'],
+      2,
+      '--active with --prune-experts',
+    ],
+    [
+      'a measure without pruning',
+      [moe, '--merge-experts', '4', '--prune-by', 'reap'],
+      2,
+      'how alike their outputs are',
+    ],
+    ['a measure alone', [v1, '--prune-by', 'reap'], 2, 'means nothing without --prune-experts'],
+    ['fewer experts than a token takes', [moe, '--prune-experts', '2'], 2, 'Fewer experts than a token takes'],
   ])('%s', async (_, given, exit, message) => {
     const { code, stderr, stdout } = await cli(['moe', '-o', out('refused'), ...quick, ...given]);
     expect(stderr).toContain(message);
     expect(code).toBe(exit);
     expect(stdout).toBe('');
     expect(existsSync(out('refused'))).toBe(false);
+  });
+});
+
+describe('experts of a mixture', () => {
+  it('pruned, compared with the mixture before the output has its name', async () => {
+    const given = ['moe', moe, '-o', out('six'), '--prune-experts', '6', '--samples', '16', '--seq-len', '64'];
+    const { code, stdout, stderr } = await cli([...given, '--calibration', fixture('samples.jsonl'), '--validate-samples', '1', '--json']); // prettier-ignore
+    expect(code, stderr).toBe(0);
+    const data = json(stdout) as unknown as {
+      totals: { error: number; random: number; load: { after: { maxVio: number } } };
+      validation: { passed: boolean; kl: { mean: number } };
+    };
+    expect(data).toMatchObject({
+      method: 'prune',
+      by: 'error',
+      experts: { before: 8, after: 6, active: 2, groups: 2 },
+    });
+    expect(data.validation.kl.mean).toBeGreaterThan(0.01);
+    expect(data.validation.passed).toBe(true);
+    expect(data.totals.error).toBeGreaterThan(0);
+    expect(json(readFileSync(join(out('six'), 'config.json'), 'utf8'))).toMatchObject({ n_routed_experts: 6 });
+  });
+
+  it('--dry-run shows what would be left', async () => {
+    const { code, stdout } = await cli(['moe', moe, '-o', out('four'), '--merge-experts', '4', '--dry-run']);
+    expect(code).toBe(0);
+    expect(stdout).toContain('merge: 8 -> 4 experts a layer, 2 active, 4 -> 2 in each of 2 groups');
+    expect(existsSync(out('four'))).toBe(false);
   });
 });
 

@@ -24,7 +24,8 @@ const statistics = { gate: [0.5, 2], up: [-1, 0.25], down: [0, 0.02] } as const;
 function copies(s: Scope): Experts {
   const of = (part: (typeof parts)[number], shape: number[], seed: number) => {
     const one = s.empty('f32', [1, ...shape]);
-    random(one, 'normal', seed, ...statistics[part]);
+    const [mean, deviation] = statistics[part];
+    random(one, 'normal', seed, mean, deviation);
     return cast(s, one.expand(count, ...shape), 'bf16');
   };
   return { gate: of('gate', [width, hidden], 1), up: of('up', [width, hidden], 2), down: of('down', [hidden, width], 3), shared: undefined }; // prettier-ignore
