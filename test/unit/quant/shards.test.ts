@@ -69,7 +69,7 @@ describe('plan, worker, merge make the bytes of one process', () => {
   it.each<[string, number, Partial<QuantizeOptions>]>([
     ['dense', 4, dense],
     ['every format', 3, { formats: ['compressed-tensors', 'gptq', 'awq', 'onnx', 'gguf', 'safetensors', 'imatrix'], recipe: { ...recipe, blocks: 'q4_0' } }],
-    ['chosen bits, folded norms', 2, { recipe: { ...recipe, method: 'awq-gptq', targetBpw: 4.5 }, states: 'f32' }],
+    ['chosen bits, folded norms', 2, { recipe: { ...recipe, method: 'awq-gptq', targetBpw: 4.5 }, states: 'f32', calibration: { source: [fixture('samples.jsonl')], samples: 2, seqLen: 32, seed: 0 } }],
     ['rounding without text', 4, { recipe: { ...recipe, method: 'rtn' } }],
     ['experts', 4, moe],
     ['experts.gguf', 2, { ...moe, formats: ['gguf'], recipe: { ...recipe, blocks: 'q4_k' }, calibrateAllExperts: true }],
