@@ -98,7 +98,7 @@ jobs:
     expect(metrics).toMatch(/\ndeepseek_convert_quantization_error_ratio\{name="killed"\} 0\.00\d+\n/);
     for (const line of metrics.trim().split('\n')) {
       expect(line).toMatch(
-        /^(# (HELP|TYPE) deepseek_convert_\w+ .+|deepseek_convert_\w+(\{\w+="[^"]*"\})? [\d.e+-]+)$/,
+        /^(# (HELP|TYPE) deepseek_convert_\w+ .+|deepseek_convert_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [\d.e+-]+)$/,
       );
     }
     expect(listing(folder).filter((name) => /\.tmp|\.part|lock/.test(name))).toEqual([]);
