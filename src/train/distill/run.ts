@@ -12,7 +12,6 @@ import { Scope } from '../../tensor/tensor.js';
 import { defaultAdam } from '../../tune/parameters.js';
 import { EndToEnd, type EndToEndOutcome } from '../end-to-end.js';
 import { asJson } from '../output.js';
-import type { Teacher } from '../pass.js';
 import { alarmWatch, heldOf, loadTeacher, mustRecompute, sequencesOf } from '../setting.js';
 import { loadTensors, saveTensors } from '../state.js';
 import { choose, evenChoice, measureImportance, type Choice } from './importance.js';
@@ -214,14 +213,14 @@ async function trained(run: Run, student: Student, chosen: Chosen): Promise<EndT
     return known as unknown as EndToEndOutcome;
   }
   using scope = new Scope(env.device);
-  const needsTeacher: Teacher | undefined = kl > 0 || hidden > 0 ? await loadTeacher(teacher, env, dtype, scope) : undefined; // prettier-ignore
+  const guide = kl > 0 || hidden > 0 ? await loadTeacher(teacher, env, dtype, scope) : undefined; // prettier-ignore
   const map = hidden > 0 ? startOfMap(teacher.model, chosen, scope, dtype) : undefined;
   const maxSteps = tokens === undefined ? undefined : Math.ceil(tokens / (batch * set.seqLen));
   const watch = alarmWatch(env, options.failOnAlarm, '--lr');
   using training = new EndToEnd({
     ...{ env, stage, model, outer, blocks, job, resumeHint, held, microBatch, batch, warmup, lr, seed },
     ...{ tokens: set.tokens, n: set.n, length: set.seqLen },
-    ...(needsTeacher && { teacher: needsTeacher }),
+    ...(guide && { teacher: guide }),
     ...(hidden > 0 && { hiddenOf: comparedWith(chosen.layers, teacher.model.blocks.length) }),
     ...(map && { map }),
     loss: { crossEntropy, kl, hidden, temperature },
