@@ -110,9 +110,7 @@ class View {
     return submission === undefined ? [] : viewsOf(this.workFolder, name, submission, this.queue);
   };
 
-  /**
-   * @param lateUntil tasks that have ended without a record count as running until then (a time of Date.now).
-   */
+  /** The job's record: of its tasks, or `stored` where Slurm has none. Tasks that left no record count as running while `isLate`. */
   async recordOf(job: Job, stored: JobRecord | undefined, stateOfNeed: (name: string) => JobState, isLate = (): boolean => false): Promise<JobRecord> {
     const submission = this.submissions[job.name];
     if (submission === undefined) return stored ?? newRecord('');
@@ -287,7 +285,8 @@ function reportOf(jobs: readonly Job[], records: ReadonlyMap<string, JobRecord>,
     jobs: reports,
     seconds: (performance.now() - started) / 1000,
     workFolder,
-    retries: reports.reduce((sum, { attempts }) => sum + Math.max(0, attempts - 1), 0),
+    // One worker for each task is no retry.
+    retries: jobs.reduce((sum, job, i) => sum + Math.max(0, reports[i]!.attempts - tasksOf(job).reduce((n, { count }) => n + (count ?? 1), 0)), 0), // prettier-ignore
     interrupted: has('interrupted') && !has('failed', 'gate'),
   };
 } // prettier-ignore
