@@ -40,7 +40,11 @@ export function kubernetesFiles(batch: KubernetesBatch): Map<string, string> {
   const nameOf = (i: number): string => `step-${String(i + 1).padStart(width, '0')}.yaml`;
   const files = steps.map((step, i): [string, string] => [
     nameOf(i),
-    step.map(({ title, manifest }) => `# ${title}\n${stringify(manifest, { lineWidth: 0, aliasDuplicateObjects: false })}`).join('---\n'),
+    step
+      .map(
+        ({ title, manifest }) => `# ${title}\n${stringify(manifest, { lineWidth: 0, aliasDuplicateObjects: false })}`,
+      )
+      .join('---\n'),
   ]);
   return new Map([...files, ['run.sh', runScript(files.map(([name]) => name))]]);
 }
