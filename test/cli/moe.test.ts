@@ -94,7 +94,6 @@ describe('refusals', () => {
       'Only --method drop draws neurons anew',
     ],
     ['no neurons drawn anew', [v1, '--method', 'drop', '--drop-ratio', '0'], 2, 'Plain copies are --method upcycle'],
-    ['pruning a dense model', [v1, '--prune-experts', '4'], 1, 'The model has no experts'],
     ['pruning and merging', [moe, '--prune-experts', '4', '--merge-experts', '4'], 2, 'not both'],
     [
       'pruning with options of a split',
@@ -109,7 +108,6 @@ describe('refusals', () => {
       'how alike their outputs are',
     ],
     ['a measure alone', [v1, '--prune-by', 'reap'], 2, 'means nothing without --prune-experts'],
-    ['fewer experts than a token takes', [moe, '--prune-experts', '2'], 2, 'Fewer experts than a token takes'],
   ])('%s', async (_, given, exit, message) => {
     const { code, stderr, stdout } = await cli(['moe', '-o', out('refused'), ...quick, ...given]);
     expect(stderr).toContain(message);
@@ -137,6 +135,16 @@ describe('experts of a mixture', () => {
     expect(data.validation.passed).toBe(true);
     expect(data.totals.error).toBeGreaterThan(0);
     expect(json(readFileSync(join(out('six'), 'config.json'), 'utf8'))).toMatchObject({ n_routed_experts: 6 });
+  });
+
+  it.each([
+    ['a dense model', v1, '4', 1, 'The model has no experts'],
+    ['fewer experts than a token takes', moe, '2', 2, 'Fewer experts than a token takes'],
+  ])('refuses %s', async (_, model, keep, exit, message) => {
+    const { code, stderr } = await cli(['moe', model, '-o', out('none'), '--prune-experts', keep]);
+    expect(stderr).toContain(message);
+    expect(code).toBe(exit);
+    expect(existsSync(out('none'))).toBe(false);
   });
 
   it('--dry-run shows what would be left', async () => {
