@@ -5,10 +5,9 @@ import { linkedSections, page, type Section } from '../base/html/page.js';
 import { numeric, sortable } from '../base/html/tables.js';
 import type { Statistics } from '../arch/statistics.js';
 import { diagram } from './inspect-diagram.js';
+import type { Seen, Stored } from './inspect-look.js';
 import { byKind, outlierChannels } from './inspect-stats.js';
 import type { Branch } from './inspect-tree.js';
-import type { Seen } from './inspect-view.js';
-import type { Stored } from './inspect.js';
 
 /** Everything that inspect can show as one page. */
 export function inspectPage(seen: Seen, tree: readonly Branch[], statistics: Statistics | undefined): string {

@@ -1,30 +1,15 @@
-import { storedWeights, type StoredWeight } from '../arch/stored.js';
+import { storedWeights } from '../arch/stored.js';
 import type { Statistics } from '../arch/statistics.js';
-import type { Model } from '../arch/types.js';
 import { OpenFiles } from '../arch/files.js';
 import { formatBytes, writeFileAtomic } from '../base/files.js';
 import { columns } from '../base/text.js';
-import type { Checkpoint } from '../checkpoint/types.js';
 import { diagram } from './inspect-diagram.js';
-import type { LookValues } from './inspect-look.js';
+import type { LookValues, Seen, Stored } from './inspect-look.js';
 import { outlierChannels, statsText } from './inspect-stats.js';
 import { share, tensorTree, treeText } from './inspect-tree.js';
-import type { Stored } from './inspect.js';
 import { openEnvironment } from './shared.js';
 import { encodingName } from './summary.js';
 import type { Io } from './types.js';
-
-/** What inspect knows from the headers. */
-export interface Seen {
-  readonly checkpoint: Checkpoint;
-  readonly model: Model | undefined;
-  /** What is stored, by the names of the architecture; empty without one. */
-  readonly stored: ReadonlyMap<string, StoredWeight>;
-  readonly types: readonly Stored[];
-  /** Names and values of the plain look. */
-  readonly facts: readonly (readonly string[])[];
-  readonly notes: readonly string[];
-}
 
 /** The closer look: parts for the terminal, numbers for --json, and the page. */
 export async function view(seen: Seen, given: LookValues, io: Io) {

@@ -9,7 +9,7 @@ import type { StoredWeight } from '../arch/stored.js';
 import type { Model } from '../arch/types.js';
 import type { Checkpoint } from '../checkpoint/types.js';
 import { outlook, type Outlook } from './outlook.js';
-import { looks, lookOptions, type LookValues } from './inspect-look.js';
+import { looks, lookOptions, type LookValues, type Stored } from './inspect-look.js';
 import { inputOptions, input } from './shared.js';
 import { encodingName, summarize, type ModelSummary } from './summary.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
@@ -195,13 +195,6 @@ function architecture(type: string | null, name: unknown, model: Model | undefin
   if (type === null) return 'unknown';
   const known = model ? '' : ', not supported';
   return typeof name === 'string' ? `${type} (${name})${known}` : `${type}${known}`;
-}
-
-export interface Stored {
-  readonly type: string;
-  tensors: number;
-  values: number;
-  bytes: number;
 }
 
 function histogram({ tensors }: Checkpoint): Stored[] {
