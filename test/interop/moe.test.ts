@@ -1,0 +1,58 @@
+import { execFile } from 'node:child_process';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
+import { describe, expect, test } from 'vitest';
+import type { MoeOptions } from '../../src/moe/options.js';
+import { runMoe } from '../../src/moe/run.js';
+import { runSurgery } from '../../src/moe/surgery/run.js';
+import { fixture, testEnv, trainedModel } from '../arch/support.js';
+import { ourLogits, python, relativeError, someTokens, workFolder } from './support.js';
+
+const env = testEnv();
+const work = workFolder();
+const tool = { name: 'deepseek-convert', version: '0' };
+const calibration = { source: [fixture('samples.jsonl')], samples: 16, seqLen: 128, seed: 0 };
+const dense = trainedModel('v1.0', 'v1.0_checkpoint.bin');
+
+interface Checked {
+  readonly mixture: string;
+  readonly all_on_relative: number;
+  readonly names: Record<string, string[]>;
+  readonly generated: number[];
+}
+
+test.skipIf(!dense)('transformers loads every container of dense-6m, computes the dense model with all experts on, and generates', async () => {
+  const common = { input: dense!, method: 'split', experts: 8, rounds: 1, steps: 4, refit: false, calibration, tool, commandLine: 'test' } as const; // prettier-ignore
+  const forms: Partial<MoeOptions>[] = [
+    { container: 'glm4_moe', active: 4 },
+    { container: 'qwen2_moe', active: 4 },
+    { container: 'mixtral', active: 4 },
+  ];
+  const outs: string[] = [];
+  for (const form of forms) {
+    const out = join(work, `${form.container}-${form.active}`);
+    await runMoe({ ...common, container: 'glm4_moe', active: 4, ...form, out }, env);
+    outs.push(out);
+  }
+  const script = fixture('moe/check_container.py');
+  const { stdout } = await promisify(execFile)(process.env.INTEROP_PYTHON ?? 'python3', [script, dense!, ...outs]);
+  const checked = stdout.trim().split('\n').map((line) => JSON.parse(line) as Checked);
+  expect(checked.map(({ mixture }) => mixture)).toEqual(outs);
+  for (const { mixture, all_on_relative, names, generated } of checked) {
+    expect(all_on_relative, mixture).toBeLessThan(1e-4);
+    expect(names).toEqual({});
+    expect(generated).toHaveLength(4);
+  }
+}); // prettier-ignore
+
+describe.each(['prune', 'merge'] as const)('%s', (kind) => {
+  test('transformers computes our logits from moe-6m with fewer experts, and generates', async () => {
+    const out = join(work, kind);
+    await runSurgery({ input: fixture('moe-6m'), out, kind, keep: 4, calibration, tool, commandLine: 'test' }, env);
+    const tokens = someTokens(48, 8192);
+    const { logits, names, generated } = await python<{ logits: number[]; names: object; generated: number[] }>('check_moe.py', out, JSON.stringify([...tokens])); // prettier-ignore
+    expect(names).toEqual({});
+    expect(generated).toHaveLength(4);
+    expect(relativeError(logits, await ourLogits(out, env, tokens))).toBeLessThan(1e-4);
+  });
+});
