@@ -76,7 +76,7 @@ test.each([
   expect(importance.difference).toBeLessThan(2 * importance.error);
   expect(importance.difference).toBeLessThan(0.02 * base);
   expect(errorFeedback.difference).toBeLessThan(-0.1 * base);
-});
+}, 900_000);
 
 test('the weighted search of Q4_K leaves no more weighted error than ggml’s', async () => {
   const [rows, columns] = [48, 256];
