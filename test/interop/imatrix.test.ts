@@ -43,40 +43,44 @@ const percent = (value: number, of: number): string => `${((100 * value) / of).t
 test.each([
   ['dense-6m', trainedModel('v1.0', 'v1.0_checkpoint.bin'), 12],
   ['dense-32m', trainedModel('dense-32m'), 8],
-])('Q4_K_M of %s with our importance is not worse in KL than without, in llama.cpp', async (name, path, windows) => {
-  if (path === undefined) return;
-  const file = (kind: string) => join(work, `${name}-${kind}`);
-  const recipe = { ...defaultRecipe, method: 'rtn' } as const;
-  const common = { input: path, tool: { name: 'deepseek-convert', version: '0' }, commandLine: 'test' };
-  const calibration = { source: 'default', samples: 64, seqLen: 256, seed: 0 } as const;
-  await quantize({ ...common, out: file('imatrix'), formats: ['imatrix'], recipe, calibration }, env);
-  const imatrix = join(file('imatrix'), 'model.gguf');
-  const [full, plain, weighted, feedback] = ['full', 'plain', 'weighted', 'feedback'].map((kind) => file(`${kind}.gguf`)) as [string, string, string, string]; // prettier-ignore
-  await convert({ input: path, format: 'gguf', dtype: 'f32' }, full, env);
-  await convert({ input: path, format: 'gguf', blocks: 'q4_k_m' }, plain, env);
-  await convert({ input: path, format: 'gguf', blocks: 'q4_k_m', imatrix }, weighted, env);
-  const mixture = { ...defaultRecipe, blocks: 'q4_k', mixture: 'q4_k_m' } as const;
-  await quantize({ ...common, out: feedback, formats: ['gguf'], recipe: mixture, calibration, scope: 'all' }, env);
-  expect(readFileSync(plain).equals(readFileSync(weighted))).toBe(false);
-  const open = await openModel(full);
-  const all = await (await open.tokenizer()).encode(heldOut(), { special: false });
-  await open.close();
-  // Windows from all over the text, which is of several kinds.
-  const starts = Array.from({ length: windows }, (_, i) => Math.floor((i * (all.length - window)) / (windows - 1)));
-  const tokens = Int32Array.from(starts.flatMap((from) => [...all.subarray(from, from + window)]));
-  const reference = await llamaScore(full, tokens, window, 4);
-  const of = async (path: string) => kl(reference, await llamaScore(path, tokens, window, 4), windows);
-  const [without, with_, fed] = [await of(plain), await of(weighted), await of(feedback)];
-  const [importance, errorFeedback] = [paired(with_, without), paired(fed, without)];
-  const base = mean(without);
-  console.log(
-    `Q4_K_M of ${name}, KL to f32 in llama.cpp: ${base.toFixed(5)} without; with importance ${percent(importance.difference, base)} +- ${percent(importance.error, base)}, with error feedback ${percent(errorFeedback.difference, base)} +- ${percent(errorFeedback.error, base)}`,
-  );
-  // Channels of these models are much alike, so weights alone move KL by no more than a few per cent (docs/exports.md).
-  expect(importance.difference).toBeLessThan(2 * importance.error);
-  expect(importance.difference).toBeLessThan(0.02 * base);
-  expect(errorFeedback.difference).toBeLessThan(-0.1 * base);
-}, 900_000);
+])(
+  'Q4_K_M of %s with our importance is not worse in KL than without, in llama.cpp',
+  async (name, path, windows) => {
+    if (path === undefined) return;
+    const file = (kind: string) => join(work, `${name}-${kind}`);
+    const recipe = { ...defaultRecipe, method: 'rtn' } as const;
+    const common = { input: path, tool: { name: 'deepseek-convert', version: '0' }, commandLine: 'test' };
+    const calibration = { source: 'default', samples: 64, seqLen: 256, seed: 0 } as const;
+    await quantize({ ...common, out: file('imatrix'), formats: ['imatrix'], recipe, calibration }, env);
+    const imatrix = join(file('imatrix'), 'model.gguf');
+    const [full, plain, weighted, feedback] = ['full', 'plain', 'weighted', 'feedback'].map((kind) => file(`${kind}.gguf`)) as [string, string, string, string]; // prettier-ignore
+    await convert({ input: path, format: 'gguf', dtype: 'f32' }, full, env);
+    await convert({ input: path, format: 'gguf', blocks: 'q4_k_m' }, plain, env);
+    await convert({ input: path, format: 'gguf', blocks: 'q4_k_m', imatrix }, weighted, env);
+    const mixture = { ...defaultRecipe, blocks: 'q4_k', mixture: 'q4_k_m' } as const;
+    await quantize({ ...common, out: feedback, formats: ['gguf'], recipe: mixture, calibration, scope: 'all' }, env);
+    expect(readFileSync(plain).equals(readFileSync(weighted))).toBe(false);
+    const open = await openModel(full);
+    const all = await (await open.tokenizer()).encode(heldOut(), { special: false });
+    await open.close();
+    // Windows from all over the text, which is of several kinds.
+    const starts = Array.from({ length: windows }, (_, i) => Math.floor((i * (all.length - window)) / (windows - 1)));
+    const tokens = Int32Array.from(starts.flatMap((from) => [...all.subarray(from, from + window)]));
+    const reference = await llamaScore(full, tokens, window, 4);
+    const of = async (path: string) => kl(reference, await llamaScore(path, tokens, window, 4), windows);
+    const [without, with_, fed] = [await of(plain), await of(weighted), await of(feedback)];
+    const [importance, errorFeedback] = [paired(with_, without), paired(fed, without)];
+    const base = mean(without);
+    console.log(
+      `Q4_K_M of ${name}, KL to f32 in llama.cpp: ${base.toFixed(5)} without; with importance ${percent(importance.difference, base)} +- ${percent(importance.error, base)}, with error feedback ${percent(errorFeedback.difference, base)} +- ${percent(errorFeedback.error, base)}`,
+    );
+    // Channels of these models are much alike, so weights alone move KL by no more than a few per cent (docs/exports.md).
+    expect(importance.difference).toBeLessThan(2 * importance.error);
+    expect(importance.difference).toBeLessThan(0.02 * base);
+    expect(errorFeedback.difference).toBeLessThan(-0.1 * base);
+  },
+  900_000,
+);
 
 test('the weighted search of Q4_K leaves no more weighted error than ggml’s', async () => {
   const [rows, columns] = [48, 256];
