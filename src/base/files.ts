@@ -174,12 +174,17 @@ export async function writeFully(fd: number, buffer: Uint8Array, position: numbe
 /** Flags to append to a file that must not be a link: what others have put there could lead anywhere. */
 export const appendNoLink = constants.O_APPEND | constants.O_CREAT | constants.O_WRONLY | constants.O_NOFOLLOW;
 
-/** Refuses a folder of ours in which somebody has put links: through them we would write elsewhere. */
-export async function refuseLinks(folder: string): Promise<void> {
-  const entries = await readdir(folder, { withFileTypes: true });
-  const found = entries.find((entry) => entry.isSymbolicLink());
-  if (found === undefined) return;
-  throw badInput('A work folder must have no links in it', { where: join(folder, found.name), hint: `Look where it came from, then remove ${folder}.` }); // prettier-ignore
+/** Refuses a folder of ours in which, at any depth, somebody has put links: through them we would write elsewhere. */
+export async function refuseLinks(folder: string, whole = folder): Promise<void> {
+  const entries = await readdir(folder, { withFileTypes: true }).catch((error: unknown) => {
+    if (errorCode(error) === 'ENOENT') return []; // another process has ended and removed it
+    throw ioError(error, 'read the work folder', folder);
+  });
+  for (const entry of entries) {
+    const path = join(folder, entry.name);
+    if (entry.isSymbolicLink()) throw badInput('A work folder must have no links in it', { where: path, hint: `Look where it came from, then remove ${whole}.` }); // prettier-ignore
+    if (entry.isDirectory()) await refuseLinks(path, whole);
+  }
 }
 
 /** Whether anything, be it a broken link, stands at `path`. */

@@ -1,8 +1,8 @@
-import { mkdir, readdir, readFile } from 'node:fs/promises';
+import { mkdir, readFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { z } from 'zod';
 import { badInput, badUsage } from '../../base/errors.js';
-import { errorCode, exists, ioError, writeFileAtomic } from '../../base/files.js';
+import { exists, ioError, refuseLinks, writeFileAtomic } from '../../base/files.js';
 import type { Json } from '../../base/job.js';
 import { hashOfTokens, type CalibrationSet } from '../../arch/calibration.js';
 import type { SchemeChange } from '../scheme.js';
@@ -108,19 +108,6 @@ async function readTokens(
     throw badInput('The calibration tokens are not those of the plan', { where: path, hint });
   }
   return tokens;
-}
-
-/** This tool makes no links: one could lead what is written here to another place. */
-async function refuseLinks(folder: string): Promise<void> {
-  const entries = await readdir(folder, { withFileTypes: true }).catch((error: unknown) => {
-    if (errorCode(error) === 'ENOENT') return []; // another worker has ended
-    throw ioError(error, 'read the work folder', folder);
-  });
-  for (const entry of entries) {
-    const path = join(folder, entry.name);
-    if (entry.isSymbolicLink()) throw badInput('The work folder holds a link', { where: path, expected: 'files and folders alone' }); // prettier-ignore
-    if (entry.isDirectory()) await refuseLinks(path);
-  }
 }
 
 const linearSchema = z.strictObject({

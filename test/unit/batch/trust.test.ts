@@ -60,7 +60,10 @@ describe('a job file of somebody else', () => {
     rmSync(join(work, 'logs'));
     mkdirSync(join(work, 'logs'));
     symlinkSync(join(outside, 'victim'), join(work, 'logs/a.log'));
+    await expect(BatchState.open(work)).rejects.toThrow(/must have no links in it[^]*a\.log/);
+    rmSync(join(work, 'logs/a.log'));
     const state = await BatchState.open(work);
+    symlinkSync(join(outside, 'victim'), join(work, 'logs/a.log')); // while it runs
     const warnings: string[] = [];
     const worker = new Worker({ program: '-e', argv: ['0'], environment: process.env, logPath: state.logPath('a'), onStep: () => undefined, onUsage: () => undefined, onWarning: (text) => warnings.push(text) }); // prettier-ignore
     await worker.ended;
