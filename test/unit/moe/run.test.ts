@@ -1,14 +1,5 @@
 import { createHash } from 'node:crypto';
-import {
-  existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readFileSync,
-  readdirSync,
-  rmSync,
-  symlinkSync,
-  writeFileSync,
-} from 'node:fs';
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it, vi } from 'vitest';
@@ -48,11 +39,11 @@ const job = (name: string, more: Partial<MoeOptions> = {}): MoeOptions => ({
   ...more,
 });
 
-/** A folder of links to a finished output, with another config. */
+/** A copy of a finished output with another config. */
 function withConfig(name: string, change: Record<string, unknown>): string {
   const to = mkdtempSync(join(folder, 'edited-'));
   const from = join(folder, name);
-  for (const file of readdirSync(from)) if (file !== 'config.json') symlinkSync(join(from, file), join(to, file));
+  for (const file of readdirSync(from)) cpSync(join(from, file), join(to, file));
   const config = JSON.parse(readFileSync(join(from, 'config.json'), 'utf8')) as Record<string, unknown>;
   writeFileSync(join(to, 'config.json'), JSON.stringify({ ...config, ...change }));
   return to;
