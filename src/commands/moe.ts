@@ -198,8 +198,11 @@ function joined(mixture: CommandResult, { data, text, ...rest }: CommandResult):
   return { ...rest, data: { ...data, mixture: stage }, text: `${lines.join('\n')}\n${text}` };
 }
 
-function requireDrop({ method }: Given, { settings }: Io): void {
-  if (method === 'drop' || !('dropRatio' in settings.from)) return;
+/** Whether this job asks for an option: what stands in the environment is for all jobs, also those that have no use for it. */
+const asks = ({ settings }: Io, key: string): boolean => (settings.from[key] ?? 'environment') !== 'environment';
+
+function requireDrop({ method }: Given, io: Io): void {
+  if (method === 'drop' || !asks(io, 'dropRatio')) return;
   throw badUsage('Only --method drop draws neurons anew', { got: `--drop-ratio with --method ${method}` });
 }
 
@@ -207,8 +210,8 @@ function requireDrop({ method }: Given, { settings }: Io): void {
 const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'pad', 'then', 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
 
 /** What is to become of a mixture; undefined where a dense model is to become one. */
-function surgeryOf({ pruneExperts, mergeExperts }: Given, { settings }: Io) {
-  const measured = 'pruneBy' in settings.from;
+function surgeryOf({ pruneExperts, mergeExperts }: Given, io: Io) {
+  const measured = asks(io, 'pruneBy');
   if (pruneExperts === undefined && mergeExperts === undefined) {
     if (measured) throw badUsage('A measure to prune by means nothing without --prune-experts', { got: '--prune-by' });
     return undefined;
@@ -217,7 +220,7 @@ function surgeryOf({ pruneExperts, mergeExperts }: Given, { settings }: Io) {
     throw badUsage('Experts are pruned or merged, not both', { got: '--prune-experts and --merge-experts' });
   }
   if (measured && mergeExperts !== undefined) throw badUsage('Experts are merged by how alike their outputs are', { got: '--prune-by with --merge-experts' }); // prettier-ignore
-  const lost = divides.find((key) => key in settings.from);
+  const lost = divides.find((key) => asks(io, key));
   if (lost !== undefined) {
     throw badUsage('Options that divide a dense model mean nothing for a mixture', {
       got: `--${flagName(lost)} with --${pruneExperts === undefined ? 'merge' : 'prune'}-experts`,
@@ -232,7 +235,7 @@ function surgeryOf({ pruneExperts, mergeExperts }: Given, { settings }: Io) {
 /** Options of the second step mean nothing without it. */
 function requireThen(given: Given, io: Io): void {
   if (given.then !== undefined) return;
-  const lost = (['bits', 'groupSize'] as const).filter((key) => key in io.settings.from);
+  const lost = (['bits', 'groupSize'] as const).filter((key) => asks(io, key));
   if (lost.length === 0) return;
   throw badUsage('Bits and groups are those of --then quantize', {
     got: `--${lost[0] === 'bits' ? 'bits' : 'group-size'} without --then quantize`,
