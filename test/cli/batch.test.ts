@@ -132,7 +132,8 @@ jobs:
 describe('a batch', () => {
   it('that gets SIGTERM lets its workers finish their block, ends with 75, and goes on', async () => {
     const folder = workFolder();
-    writeFileSync(join(folder, 'j.yaml'), `jobs:\n  - { name: one, out: one, ${quantize} }\n  - { name: two, out: two, ${quantize} }\n`); // prettier-ignore
+    const long = quantize.replace('samples: 8', 'samples: 32'); // longer than another batch takes to start
+    writeFileSync(join(folder, 'j.yaml'), `jobs:\n  - { name: one, out: one, ${long} }\n  - { name: two, out: two, ${long} }\n`); // prettier-ignore
     const work = join(folder, 'j.batch');
     let child: ChildProcess | undefined;
     const running = cli(['batch', 'j.yaml', '--json'], { cwd: folder, started: (made) => (child = made) });
