@@ -53,32 +53,32 @@ export interface BatchReport {
  * each change. Failed jobs do not throw: they are in the report.
  */
 export async function runBatch(options: BatchOptions, log: Log, signal: AbortSignal): Promise<BatchReport> {
-  const state = await BatchState.open(options.workFolder);
-  try {
-    return await withMetrics(options, log, (metrics, file) =>
-      new Run(options, state, metrics, file, log, signal).all(),
-    );
-  } finally {
-    await state.close();
-  }
+  return await inBatch(options, log, (state, metrics, file) =>
+    new Run(options, state, metrics, file, log, signal).all(),
+  );
 }
 
-/** Serves and keeps the numbers of a batch for as long as `body` runs. */
-export async function withMetrics<T>(
-  options: Pick<BatchOptions, 'metricsFile' | 'metricsAddress'>,
+/** Holds the work folder of a batch, and serves and keeps its numbers, for as long as `body` runs. */
+export async function inBatch<T>(
+  options: Pick<BatchOptions, 'workFolder' | 'metricsFile' | 'metricsAddress'>,
   log: Log,
-  body: (metrics: Metrics, file: MetricsFile | undefined) => Promise<T>,
+  body: (state: BatchState, metrics: Metrics, file: MetricsFile | undefined) => Promise<T>,
 ): Promise<T> {
-  const metrics = new Metrics(tool.version);
-  const served = options.metricsAddress && (await serveMetrics(metrics, options.metricsAddress));
-  if (served) log.info(`Metrics: ${served.url}`);
-  const file = options.metricsFile === undefined ? undefined : new MetricsFile(options.metricsFile, metrics);
+  const state = await BatchState.open(options.workFolder);
   try {
-    return await body(metrics, file);
+    const metrics = new Metrics(tool.version);
+    const served = options.metricsAddress && (await serveMetrics(metrics, options.metricsAddress));
+    if (served) log.info(`Metrics: ${served.url}`);
+    const file = options.metricsFile === undefined ? undefined : new MetricsFile(options.metricsFile, metrics);
+    try {
+      return await body(state, metrics, file);
+    } finally {
+      served?.server.close();
+      metrics.set('batch_running', {}, 0);
+      await file?.flush();
+    }
   } finally {
-    served?.server.close();
-    metrics.set('batch_running', {}, 0);
-    await file?.flush();
+    await state.close();
   }
 }
 

@@ -6,7 +6,7 @@ import { writeFileAtomic } from '../base/files.js';
 import type { Log } from '../base/log.js';
 import { tool } from '../base/version.js';
 import type { Metrics, MetricsFile } from './metrics.js';
-import { endOf, jobReports, publishRecords, withMetrics, type BatchOptions, type BatchReport } from './run.js';
+import { endOf, inBatch, jobReports, publishRecords, type BatchOptions, type BatchReport } from './run.js';
 import { Slurm, type Queue } from './slurm-queue.js';
 import { sbatchOptions, sbatchScript, slurmPath, specOf, stemOf, tasksOf, type SlurmTask } from './slurm-script.js';
 import { jobRecordOf, readSubmissions, viewsOf, writeSubmissions, type Submission } from './slurm-status.js';
@@ -33,14 +33,9 @@ const patienceMs = 60_000;
  * ended. Jobs that are in the queue already stay there. Errors: input, where Slurm refuses a job.
  */
 export async function runOnSlurm(options: SlurmBatchOptions, log: Log, signal: AbortSignal): Promise<BatchReport> {
-  const state = await BatchState.open(options.workFolder);
-  try {
-    return await withMetrics(options, log, (metrics, file) =>
-      new Run(options, state, metrics, file, log, signal).all(),
-    );
-  } finally {
-    await state.close();
-  }
+  return await inBatch(options, log, (state, metrics, file) =>
+    new Run(options, state, metrics, file, log, signal).all(),
+  );
 }
 
 /** How all jobs stand, wherever they run. Nothing is written and no lock is taken. */
