@@ -24,6 +24,7 @@
 #include "backend.h"
 #include "bpe_addon.h"
 #include "files.h"
+#include "meeting.h"
 #include "settler.h"
 
 extern "C" const dc_backend* dc_cpu_backend(void);
@@ -38,6 +39,9 @@ const OpInfo kOps[] = {
     DC_OPS(X)
 #undef X
 };
+
+const char* const kCollectives[] = {"all_reduce", "reduce_scatter", "all_gather"};
+static_assert(sizeof kCollectives / sizeof *kCollectives == DC_COLLECTIVE_COUNT);
 
 size_t dtype_size(int dtype) {
   static const uint8_t size[] = {4, 2, 2, 8, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1};
@@ -119,6 +123,7 @@ class Device : public Napi::ObjectWrap<Device> {
                         InstanceMethod<&Device::Sync>("sync"), InstanceMethod<&Device::Stats>("stats"), InstanceMethod<&Device::ResetPeak>("resetPeak"),
                         InstanceMethod<&Device::Trim>("trim"), InstanceMethod<&Device::Info>("info"),
                         InstanceMethod<&Device::Trace>("trace"), InstanceMethod<&Device::Has>("has"),
+                        InstanceMethod<&Device::Collective>("collective"),
                         InstanceMethod<&Device::Close>("close")});
   }
 
@@ -154,9 +159,30 @@ class Device : public Napi::ObjectWrap<Device> {
     open_devices++;
   }
 
+  // join(devices): they become ranks 0..n-1 of a group, for `collective`; a device is in one group at most.
+  static void Join(const Napi::CallbackInfo& info) {
+    auto list = info[0].As<Napi::Array>();
+    std::vector<Device*> devices;
+    std::vector<dc_context*> contexts;
+    for (uint32_t i = 0; i < list.Length(); i++) {
+      devices.push_back(Unwrap(list.Get(i).As<Napi::Object>()));
+      contexts.push_back(devices[i]->context_);
+      if (devices[i]->closed_ || devices[i]->meeting_ || devices[i]->backend_ != devices[0]->backend_)
+        throw Napi::Error::New(info.Env(), "devices of one backend that are in no group yet are needed");
+    }
+    char error[4096] = "";
+    const dc_backend* backend = devices.at(0)->backend_;
+    dc_group* group = backend->join(contexts.data(), int(contexts.size()), error, sizeof error);
+    if (!group) throw Napi::Error::New(info.Env(), error);
+    auto meeting = std::make_shared<Meeting>(backend, group, int(devices.size()));
+    for (size_t i = 0; i < devices.size(); i++) devices[i]->meeting_ = meeting, devices[i]->rank_ = int(i);
+  }
+
  private:
   const dc_backend* backend_;
   dc_context* context_ = nullptr;
+  std::shared_ptr<Meeting> meeting_;  // of the group that this device is in
+  int rank_ = 0;
   std::unique_ptr<Allocator> memory_;
   std::unordered_map<uint32_t, std::shared_ptr<Block>> buffers_;
   uint32_t next_buffer_ = 1;
@@ -170,7 +196,7 @@ class Device : public Napi::ObjectWrap<Device> {
   bool stop_ = false;
   std::string failure_;  // of the first failed op; later ops are skipped until it has been reported
   std::atomic<bool> trace_{false};                  // each op is waited for and timed
-  std::pair<uint64_t, double> traced_[DC_OP_COUNT];  // calls, seconds
+  std::pair<uint64_t, double> traced_[DC_OP_COUNT + DC_COLLECTIVE_COUNT];  // calls, seconds
   std::thread queue_thread_;
   std::vector<std::thread> io_threads_;
 
@@ -233,10 +259,11 @@ class Device : public Napi::ObjectWrap<Device> {
     failure_.clear();
     return outcome;
   }
-  bool failed() {
+  std::string failure() {
     std::lock_guard lock(mutex_);
-    return !failure_.empty();
+    return failure_;
   }
+  bool failed() { return !failure().empty(); }
   void fail(const std::string& text) {
     std::lock_guard lock(mutex_);
     if (failure_.empty()) failure_ = text;
@@ -341,11 +368,36 @@ class Device : public Napi::ObjectWrap<Device> {
                       int32_t(call->f.size())};
       const auto start = std::chrono::steady_clock::now();
       if (backend_->op[op](context_, &c) != 0) fail(std::string(kOps[op].name) + ": " + backend_->last_error(context_));
-      if (!trace_) return;
-      backend_->fence(context_);
-      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-      std::lock_guard lock(mutex_);
-      traced_[op].first++, traced_[op].second += seconds.count();
+      timed(op, start);
+    });
+  }
+  // With `trace`: waits for what was enqueued at `start`, and counts its time.
+  void timed(size_t op, std::chrono::steady_clock::time_point start) {
+    if (!trace_) return;
+    backend_->fence(context_);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    std::lock_guard lock(mutex_);
+    traced_[op].first++, traced_[op].second += seconds.count();
+  }
+
+  // collective(kind, numbers): numbers = per tensor {buffer, byte offset, dtype, elements}. Every device of the group has
+  // to be given the same collectives in the same order, and nothing that waits for one of them in between.
+  void Collective(const Napi::CallbackInfo& info) {
+    const int kind = info[0].As<Napi::Number>().Int32Value();
+    auto numbers = info[1].As<Napi::Float64Array>();
+    if (!meeting_ || kind < 0 || kind >= DC_COLLECTIVE_COUNT) throw Napi::Error::New(info.Env(), "the device is in no group");
+    auto x = std::make_shared<std::vector<dc_tensor>>(numbers.ElementLength() / 4);
+    for (size_t k = 0; k < x->size(); k++) {
+      const double* n = numbers.Data() + 4 * k;
+      auto block = buffer(info.Env(), uint32_t(n[0]));
+      void* data = span(info.Env(), *block, n[1], n[3] * double(dtype_size(int(n[2]))));
+      (*x)[k] = {data, int32_t(n[2]), 1, {int64_t(n[3]), 1, 1, 1}, {1, 0, 0, 0}};
+    }
+    enqueue([this, kind, x] {
+      const auto start = std::chrono::steady_clock::now();
+      const std::string outcome = meeting_->meet(rank_, kind, *x, failure());
+      if (!outcome.empty()) fail(std::string(kCollectives[kind]) + ": " + outcome);
+      timed(size_t(DC_OP_COUNT + kind), start);
     });
   }
 
@@ -466,12 +518,12 @@ class Device : public Napi::ObjectWrap<Device> {
     auto table = Napi::Object::New(info.Env());
     std::lock_guard lock(mutex_);
     trace_ = true;
-    for (uint32_t op = 0; op < DC_OP_COUNT; op++) {
+    for (uint32_t op = 0; op < DC_OP_COUNT + DC_COLLECTIVE_COUNT; op++) {
       if (traced_[op].first == 0) continue;
       auto row = Napi::Object::New(info.Env());
       row.Set("calls", double(traced_[op].first));
       row.Set("seconds", traced_[op].second);
-      table.Set(kOps[op].name, row);
+      table.Set(op < DC_OP_COUNT ? kOps[op].name : kCollectives[op - DC_OP_COUNT], row);
     }
     return table;
   }
@@ -488,6 +540,7 @@ class Device : public Napi::ObjectWrap<Device> {
     queue_wake_.notify_all();
     io_wake_.notify_all();
     progress_.notify_all();
+    if (meeting_) meeting_->close();
     queue_thread_.join();  // the op in progress ends first
     for (auto& thread : io_threads_) thread.join();
     for (auto& [id, block] : buffers_) backend_->free(context_, block->data);
@@ -528,6 +581,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("ops", ops);
   exports.Set("abi", DC_ABI);
   exports.Set("Device", Device::define(env));
+  exports.Set("join", Napi::Function::New<&Device::Join>(env, "join"));
   define_hasher(env, exports);
   exports.Set("BpeTrainer", define_bpe_trainer(env));
   return exports;

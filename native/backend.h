@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 // Version of the structures, then how many ops there are: an op more or less moves those behind it.
-#define DC_ABI (1000 + DC_OP_COUNT)
+#define DC_ABI (2000 + DC_OP_COUNT)
 
 enum dc_dtype {  // numbers are fixed: src/base/dtype.ts has the same
   DC_F32, DC_BF16, DC_F16, DC_F64, DC_I8, DC_U8, DC_I16, DC_U16, DC_I32, DC_U32, DC_I64, DC_U64, DC_BOOL,
@@ -206,6 +206,17 @@ enum dc_unary {  // a, b: parameters where noted
 enum dc_binary { DC_ADD, DC_SUB, DC_MUL, DC_DIV, DC_MAX, DC_MIN, DC_EQUAL };
 enum dc_reduce { DC_SUM, DC_MEAN, DC_RMAX, DC_RMIN, DC_ABSMAX, DC_SUMSQ, DC_ARGMAX, DC_ARGMIN };
 
+// What several devices of one backend do together, in place, on dense f32 or bf16 tensors of which each rank has one of
+// the same size. Of n ranks, rank r's part of a tensor is the elements r c .. (r + 1) c, c = ceil(elements / n); the last
+// parts may be shorter or empty. Sums are kept in fp32, and every run gives the same bytes.
+enum dc_collective {
+  DC_ALL_REDUCE,      // every rank has the sum
+  DC_REDUCE_SCATTER,  // every rank has its own part of the sum; the rest of its tensor is undefined
+  DC_ALL_GATHER,      // every rank's own part goes to all
+  DC_COLLECTIVE_COUNT
+};
+typedef struct dc_group dc_group;
+
 typedef struct {
   uint32_t abi;      // DC_ABI
   const char* name;  // "cpu", "cuda"
@@ -224,6 +235,11 @@ typedef struct {
   // File <-> device memory, several calls at once from I/O threads; complete on return. errno in *system_error.
   int (*read_file)(dc_context*, int fd, uint64_t offset, void* dst, size_t bytes, int* system_error);
   int (*write_file)(dc_context*, int fd, uint64_t offset, const void* src, size_t bytes, int* system_error);
+  // Opened contexts as ranks 0..n-1 of a group. NULL: failed, reason in `error`. `part` comes before any is closed.
+  dc_group* (*join)(dc_context* const* ranks, int n, char* error, size_t error_bytes);
+  void (*part)(dc_group*);
+  // x[rank][i], i < tensors. Called by one thread for all ranks, while the queue threads of the others stand still.
+  int (*collective)(dc_group*, int kind, const dc_tensor* const* x, int tensors, char* error, size_t error_bytes);
   dc_op op[DC_OP_COUNT];  // NULL: this backend lacks it
 } dc_backend;
 

@@ -181,6 +181,7 @@ extern "C" const dc_backend* dc_cpu_backend(void) {
   static const dc_backend backend = {
       DC_ABI,    "cpu",    open_cpu, close_cpu, info_cpu, last_error, alloc_cpu,
       free_cpu,  copy_cpu, copy_cpu, nothing,   nothing,  read_cpu,   write_cpu,
+      dc_cpu_join, dc_cpu_part, dc_cpu_collective,
       {
 #define X(name, t, i, f) dc_cpu_##name,
           DC_OPS(X)

@@ -21,6 +21,13 @@ struct dc_context {
   const struct dc_blas* blas;  // OpenBLAS when it was found, else NULL
 };
 
+// collective.cc
+extern "C" {
+dc_group* dc_cpu_join(dc_context* const* ranks, int n, char* error, size_t error_bytes);
+void dc_cpu_part(dc_group*);
+int dc_cpu_collective(dc_group*, int kind, const dc_tensor* const* x, int tensors, char* error, size_t error_bytes);
+}
+
 namespace dc {
 
 // Runs body(begin, end) over [0, n) in pieces of at least `grain`, on the context's threads; returns when all are done.

@@ -1,6 +1,4 @@
-// The CUDA backend: device, memory, files through pinned memory, libraries at run time, the op table.
-#include <dirent.h>
-#include <dlfcn.h>
+// The CUDA backend: device, memory, files through pinned memory, the op table.
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -30,14 +28,21 @@ int launched(dc_context* c, const char* what) {
   return code == cudaSuccess ? 0 : fail(c, "%s: %s", what, cudaGetErrorString(code));
 }
 
+std::mutex& launches() {
+  static std::mutex mutex;
+  return mutex;
+}
+
 void* scratch(dc_context* c, int slot, size_t bytes) {
   if (c->scratch_bytes[slot] < bytes) {
     if (c->scratch[slot]) {
       cudaStreamSynchronize(c->stream);
+      std::lock_guard lock(launches());
       cudaFree(c->scratch[slot]);
       c->scratch[slot] = nullptr;
       c->scratch_bytes[slot] = 0;
     }
+    std::lock_guard lock(launches());
     const cudaError_t code = cudaMalloc(&c->scratch[slot], bytes);
     if (code != cudaSuccess) {
       cudaGetLastError();
@@ -47,91 +52,6 @@ void* scratch(dc_context* c, int slot, size_t bytes) {
     c->scratch_bytes[slot] = bytes;
   }
   return c->scratch[slot];
-}
-
-static void folders(const std::string& base, const char* const* subs, std::vector<std::string>* out) {
-  for (; *subs; subs++) out->push_back(base + "/" + *subs);
-}
-
-// System paths, CUDA_HOME, and the folders where Python wheels put NVIDIA's libraries.
-static void* open_library(Libraries* l, const char* const* names, std::string* path) {
-  std::vector<std::string> places = {""};
-  static const char* const cuda_subs[] = {"lib64", "lib", "targets/x86_64-linux/lib", nullptr};
-  for (const char* variable : {"CUDA_HOME", "CUDA_PATH"})
-    if (const char* home = getenv(variable)) folders(home, cuda_subs, &places);
-  folders("/usr/local/cuda", cuda_subs, &places);
-  static const char* const wheel_subs[] = {"nvidia/cu13/lib", "nvidia/cublas/lib", nullptr};
-  std::vector<std::string> sites;
-  if (const char* list = getenv("DEEPSEEK_CONVERT_CUDA_LIBRARIES")) sites.push_back(list), places.push_back(list);
-  for (const char* variable : {"VIRTUAL_ENV", "CONDA_PREFIX"})
-    if (const char* prefix = getenv(variable)) sites.push_back(prefix);
-  for (const char* prefix : {"/opt/torch/.venv", "/opt/venv", "/usr/local", "/usr", "/opt/conda"}) sites.push_back(prefix);
-  for (const std::string& prefix : sites) {
-    DIR* folder = opendir((prefix + "/lib").c_str());
-    if (!folder) continue;
-    std::vector<std::string> pythons;
-    while (dirent* entry = readdir(folder))
-      if (strncmp(entry->d_name, "python3", 7) == 0) pythons.push_back(entry->d_name);
-    closedir(folder);
-    std::sort(pythons.rbegin(), pythons.rend());
-    for (const std::string& python : pythons)
-      for (const char* site : {"site-packages", "dist-packages"}) {
-        const std::string packages = prefix + "/lib/" + python + "/" + site;
-        if (access(packages.c_str(), F_OK) == 0) folders(packages, wheel_subs, &places);
-      }
-  }
-  for (const std::string& place : places)
-    for (const char* const* name = names; *name; name++) {
-      const std::string file = place.empty() ? *name : place + "/" + *name;
-      if (!place.empty() && access(file.c_str(), F_OK) != 0) {
-        if (name == names) l->tried.push_back(place);
-        continue;
-      }
-      // cuBLAS needs cuBLASLt from the same folder.
-      if (!place.empty()) {
-        std::string lt = file;
-        lt.replace(lt.rfind("libcublas.so"), 12, "libcublasLt.so");
-        dlopen(lt.c_str(), RTLD_NOW | RTLD_GLOBAL);
-      }
-      if (void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-        *path = file;
-        return library;
-      }
-      l->tried.push_back(file);
-    }
-  return nullptr;
-}
-
-Libraries* find_libraries() {
-  static Libraries libraries;
-  static std::once_flag once;
-  std::call_once(once, [] {
-    Libraries* l = &libraries;
-    static const char* const names[] = {"libcublas.so.13", "libcublas.so.12", "libcublas.so", nullptr};
-    void* cublas = open_library(l, names, &l->cublas_path);
-    if (!cublas) {
-      l->error = "cuBLAS was not found; looked for libcublas.so.13, .12 in";
-      for (const std::string& place : l->tried) l->error += " " + (place.empty() ? "the system's paths" : place);
-      l->error += ". Install it (pip install nvidia-cublas, or the CUDA toolkit) or set CUDA_HOME";
-      return;
-    }
-    const char* missing = nullptr;
-    auto find = [&](const char* symbol) {
-      void* f = dlsym(cublas, symbol);
-      if (!f) missing = symbol;
-      return f;
-    };
-#define FIND(member, symbol) l->member = reinterpret_cast<decltype(l->member)>(find(symbol))
-    FIND(cublasCreate, "cublasCreate_v2");
-    FIND(cublasDestroy, "cublasDestroy_v2");
-    FIND(cublasSetStream, "cublasSetStream_v2");
-    FIND(cublasSetWorkspace, "cublasSetWorkspace_v2");
-    FIND(cublasGemmStridedBatchedEx, "cublasGemmStridedBatchedEx");
-    FIND(cublasStrsm, "cublasStrsm_v2");
-#undef FIND
-    if (missing) l->error = l->cublas_path + " has no " + missing;
-  });
-  return &libraries;
 }
 
 }  // namespace dc
@@ -149,6 +69,7 @@ struct Staging {
   bool pending[2] = {};
   cudaError_t open() {
     if (memory) return cudaSuccess;
+    std::lock_guard lock(dc::launches());
     cudaError_t code = cudaHostAlloc(reinterpret_cast<void**>(&memory), 2 * half, cudaHostAllocDefault);
     if (code == cudaSuccess) code = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     for (cudaEvent_t& event : done)
@@ -224,13 +145,12 @@ int info_cuda(dc_context* c, char* json, size_t bytes) {
   DC_CUDA(cudaMemGetInfo(&free_bytes, &total));
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
-  std::string tried;
-  for (const std::string& place : c->libraries->tried) tried += (tried.empty() ? "\"" : ",\"") + place + "\"";
+  const std::string nccl = dc::nccl_path().empty() ? "" : ",\"NCCL\":\"" + dc::nccl_path() + "\"";
   snprintf(json, bytes,
            "{\"name\":\"%s\",\"capability\":\"%d.%d\",\"multiprocessors\":%d,\"memory\":{\"total\":%zu,\"free\":%zu},"
-           "\"driver\":%d,\"runtime\":%d,\"cublas\":\"%s\",\"tried\":[%s]}",
-           p.name, p.major, p.minor, p.multiProcessorCount, total, free_bytes, driver, runtime,
-           c->libraries->cublas_path.c_str(), tried.c_str());
+           "\"driver\":%d,\"runtime\":%d,\"libraries\":{\"cuBLAS\":\"%s\"%s}}",
+           p.name, p.major, p.minor, p.multiProcessorCount, total, free_bytes, driver, runtime, c->libraries->cublas_path.c_str(),
+           nccl.c_str());
   return 0;
 }
 
@@ -239,6 +159,7 @@ const char* last_error(dc_context* c) { return c->error.c_str(); }
 void* alloc_cuda(dc_context* c, size_t bytes) {
   cudaSetDevice(c->device);
   void* data = nullptr;
+  std::lock_guard lock(dc::launches());
   if (cudaMalloc(&data, bytes) != cudaSuccess) {
     cudaGetLastError();
     return nullptr;
@@ -247,6 +168,7 @@ void* alloc_cuda(dc_context* c, size_t bytes) {
 }
 void free_cuda(dc_context* c, void* data) {
   cudaSetDevice(c->device);
+  std::lock_guard lock(dc::launches());
   cudaFree(data);
 }
 
@@ -361,7 +283,7 @@ int on_device(dc_context* c, const dc_call* call) {
 extern "C" __attribute__((visibility("default"))) const dc_backend* dc_backend_get(void) {
   static const dc_backend backend = {
       DC_ABI,       "cuda",        open_cuda, close_cuda, info_cuda, last_error, alloc_cuda, free_cuda,
-      upload_cuda,  download_cuda, sync_cuda, fence_cuda, read_cuda, write_cuda,
+      upload_cuda,  download_cuda, sync_cuda, fence_cuda, read_cuda, write_cuda, dc_cuda_join, dc_cuda_part, dc_cuda_collective,
       {
 #define X(name, t, i, f) dc_cuda_##name ? on_device<dc_cuda_##name> : nullptr,
           DC_OPS(X)

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <mutex>
 #include <string>
 
 #include "backend.h"
@@ -17,18 +18,27 @@ struct dc_context {
   size_t shared_limit = 0;  // bytes of shared memory one block may have
   int capability = 0;       // 90 for sm_90
   cudaStream_t stream = nullptr;
-  dc::Libraries* libraries = nullptr;  // cuBLAS, cuSOLVER; found on first need
+  dc::Libraries* libraries = nullptr;  // cuBLAS
   void* blas = nullptr;                // cublasHandle_t
   void* scratch[4] = {};               // grow-only work memory, see scratch()
   size_t scratch_bytes[4] = {};
   std::string error;
 };
 
+// collective.cu
+extern "C" {
+dc_group* dc_cuda_join(dc_context* const* ranks, int n, char* error, size_t error_bytes);
+void dc_cuda_part(dc_group*);
+int dc_cuda_collective(dc_group*, int kind, const dc_tensor* const* x, int tensors, char* error, size_t error_bytes);
+}
+
 namespace dc {
 
 int fail(dc_context* c, const char* format, ...) __attribute__((format(printf, 2, 3)));
 // Work memory that lives until the next call with the same slot; NULL with the error set.
 void* scratch(dc_context* c, int slot, size_t bytes);
+// Held while a collective is launched on all its GPUs, and around what may wait for a GPU within the driver.
+std::mutex& launches();
 // 0 when the last launch was accepted.
 int launched(dc_context* c, const char* what);
 

@@ -4,7 +4,6 @@
 #include <stdint.h>
 
 #include <string>
-#include <vector>
 
 namespace dc {
 
@@ -27,10 +26,30 @@ struct Libraries {
                      const float* a, int lda, float* b, int ldb) = nullptr;
 
   std::string cublas_path, error;
-  std::vector<std::string> tried;
 };
 
-// Finds the libraries once; on failure `error` says what was tried.
+// Finds the library once; on failure `error` says what was tried.
 Libraries* find_libraries();
+
+enum { NCCL_FLOAT32 = 7, NCCL_BFLOAT16 = 9 };  // ncclDataType_t
+enum { NCCL_SUM = 0 };                         // ncclRedOp_t
+
+// NCCL 2: needed for several GPUs only, and looked for when they are joined.
+struct Nccl {
+  const char* (*getErrorString)(int result) = nullptr;
+  int (*commInitAll)(void** comms, int n, const int* devices) = nullptr;
+  int (*commDestroy)(void* comm) = nullptr;
+  int (*groupStart)() = nullptr;
+  int (*groupEnd)() = nullptr;
+  int (*allReduce)(const void* send, void* receive, size_t count, int type, int op, void* comm, cudaStream_t) = nullptr;
+  int (*reduceScatter)(const void* send, void* receive, size_t receive_count, int type, int op, void* comm, cudaStream_t) = nullptr;
+  int (*allGather)(const void* send, void* receive, size_t send_count, int type, void* comm, cudaStream_t) = nullptr;
+  int (*reduce)(const void* send, void* receive, size_t count, int type, int op, int root, void* comm, cudaStream_t) = nullptr;
+  int (*broadcast)(const void* send, void* receive, size_t count, int type, int root, void* comm, cudaStream_t) = nullptr;
+
+  std::string path, error;
+};
+Nccl* find_nccl();
+const std::string& nccl_path();  // empty: not looked for yet, or not found
 
 }  // namespace dc

@@ -18,6 +18,10 @@ export interface FilePlace {
 
 const maxNumbers = 12 * 16 + 32;
 
+/** In the order of native/backend.h, where they are described. */
+const collectives = ['all_reduce', 'reduce_scatter', 'all_gather'] as const;
+export type Collective = (typeof collectives)[number];
+
 /**
  * A CPU or GPU with its queue. Ops are enqueued and return at once; only `download`, `sync` and file transfers are
  * awaited. An op's failure is reported by the next of those.
@@ -89,6 +93,20 @@ export class Device {
     for (const i of ints) numbers[at++] = i;
     for (const f of floats) numbers[at++] = f;
     this.#native.run(index, numbers, tensors.length, ints.length, floats.length);
+  }
+
+  /** Makes `devices` the ranks of a group, in this order. Errors: the native reason, as it is. */
+  static join(native: NativeModule, devices: readonly Device[]): void {
+    native.join(devices.map((device) => device.#native));
+  }
+
+  /** Enqueues this device's part of what its group does together; dense f32 or bf16 tensors. See `Group.run`. */
+  collective(kind: Collective, tensors: readonly TensorView[]): void {
+    const numbers = tensors.flatMap(({ buffer, byteOffset, dtype, shape }) => [
+      ...[buffer, byteOffset, dtypeCode[dtype]],
+      shape.reduce((n, d) => n * d, 1),
+    ]);
+    this.#native.collective(collectives.indexOf(kind), Float64Array.from(numbers));
   }
 
   has(op: string): boolean {

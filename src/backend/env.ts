@@ -1,10 +1,13 @@
 import { ConvertError } from '../base/errors.js';
 import type { Log } from '../base/log.js';
 import type { Device } from './device.js';
+import type { Group } from './group.js';
 
 /** What every long-running job gets. */
 export interface JobEnv {
   readonly device: Device;
+  /** Devices that train side by side, `device` the first of them; absent: one does all. */
+  readonly group?: Group;
   readonly log: Log;
   /** Aborted on Ctrl-C or SIGTERM: finish the block, save, throw `interrupted`. */
   readonly signal: AbortSignal;

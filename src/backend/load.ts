@@ -5,6 +5,7 @@ import { fileURLToPath } from 'node:url';
 import { useNativeHasher } from '../base/digest.js';
 import { noResource } from '../base/errors.js';
 import { Device } from './device.js';
+import { Group } from './group.js';
 import type { DeviceOptions, NativeModule } from './types.js';
 
 const packageRoot = dirname(dirname(dirname(fileURLToPath(import.meta.url))));
@@ -87,3 +88,6 @@ export function openBestDevice(options: Omit<DeviceOptions, 'kind'>): { device: 
     return { device: openDevice({ ...options, kind: 'cpu' }), reason };
   }
 }
+
+/** Joins devices of one kind. Error: no NCCL, with the places where it was looked for. */
+export const joinDevices = (devices: readonly Device[]): Group => new Group(loadNative(), devices);

@@ -14,6 +14,8 @@ export interface NativeModule {
     ioThreads: number,
     poison: boolean,
   ) => NativeDevice;
+  /** Makes devices of one backend the ranks of a group, in this order. */
+  readonly join: (devices: readonly NativeDevice[]) => void;
   /** Learns byte-level BPE: see native/bpe.h. */
   readonly BpeTrainer: new (splits: readonly string[]) => NativeBpeTrainer;
   /** Absent where Node hashes as fast. */
@@ -26,6 +28,8 @@ export interface NativeDevice {
   free(buffer: number): void;
   /** `numbers`: per tensor {buffer or 0, byte offset, dtype, rank, dim[4], stride[4]}, then integers, then floats. */
   run(op: number, numbers: Float64Array, tensors: number, ints: number, floats: number): void;
+  /** Of the group that the device is in; `numbers`: per tensor {buffer, byte offset, dtype, elements}. */
+  collective(kind: number, numbers: Float64Array): void;
   upload(buffer: number, offset: number, data: Uint8Array): void;
   download(buffer: number, offset: number, into: Uint8Array): Promise<Uint8Array>;
   readFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void>;

@@ -4,3 +4,4 @@ export * from './ops/layers.js';
 export * from './ops/experts.js';
 export * from './ops/quant.js';
 export * from './ops/train.js';
+export * from './ops/collective.js';
