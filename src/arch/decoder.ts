@@ -143,14 +143,28 @@ function block(
     ...(mlp.ffn && { ffn: mlp.ffn }),
     ...(mlp.moe && { moe: mlp.moe }),
     ...(window && { window }),
-    *forward(state: Tensor, ctx: ForwardContext): Calls<Tensor> {
-      const middle = yield* through(around.attention, before, attention, state, ctx);
-      const next = yield* through(around.mlp, between, mlp, middle, ctx);
-      drop(ctx.scope, [middle]);
-      return next;
-    },
+    forward: behindNorms({ attention: before, feedForward: between }, attention, mlp, around),
   };
 }
+
+/** A block whose feed-forward part is computed in another way, from the same tensors; ordinary residuals. */
+export const withMlp = (block: Block, mlp: Layer): Block => ({
+  ...block,
+  forward: behindNorms(block.norms, block.attention, mlp, { attention: plainResidual, mlp: plainResidual }),
+});
+
+const behindNorms = (
+  norms: Block['norms'],
+  attention: Layer,
+  mlp: Layer,
+  around: { readonly attention: Residual; readonly mlp: Residual },
+): Block['forward'] =>
+  function* (state, ctx) {
+    const middle = yield* through(around.attention, norms.attention, attention, state, ctx);
+    const next = yield* through(around.mlp, norms.feedForward, mlp, middle, ctx);
+    drop(ctx.scope, [middle]);
+    return next;
+  };
 
 /** The state behind one layer and the norm in front of it. */
 function* through(residual: Residual, norm: NormSpec, layer: Layer, state: Tensor, ctx: ForwardContext): Calls<Tensor> {

@@ -7,7 +7,7 @@ import { add, binary, copyInto, crossEntropy, crossEntropyBackward, gemm, klBack
 import { Tape } from '../tensor/tape.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { Optimizer } from '../tune/parameters.js';
-import type { LearningWeights } from '../tune/weights.js';
+import type { Learning } from '../tune/weights.js';
 
 export interface LossWeights {
   /** Of cross-entropy with the text's next token. */
@@ -33,13 +33,13 @@ export interface Teacher {
 export interface PassOptions {
   readonly device: Device;
   readonly model: Model;
-  readonly outer: LearningWeights;
-  readonly blocks: readonly LearningWeights[];
+  readonly outer: Learning;
+  readonly blocks: readonly Learning[];
   readonly teacher?: Teacher;
   /** hiddenOf[i]: the teacher's block whose output the student's block i is to match; undefined: none. */
   readonly hiddenOf?: readonly (number | undefined)[];
   /** Where the student is narrower: its tensor `hiddenMap` [student's width, teacher's] takes hidden states over. */
-  readonly map?: LearningWeights;
+  readonly map?: Learning;
   readonly loss: LossWeights;
   /** Each block runs again when its turn to go back comes; else the activations of all blocks are kept. */
   readonly recompute: boolean;
@@ -82,7 +82,7 @@ function ask(
 }
 
 /** The first block in which something learns; their number if there is none. */
-function firstOf(blocks: readonly LearningWeights[]): number {
+function firstOf(blocks: readonly Learning[]): number {
   const index = blocks.findIndex(({ parameters }) => parameters.length > 0);
   return index < 0 ? blocks.length : index;
 }
@@ -112,7 +112,7 @@ export async function pass(
   const taught = teacher && ask(scope, teacher, tokens, (i) => i === last || hiddenOf.includes(i));
   const context = (inner: Scope, weights: Weights) => forwardContext(inner, model, weights, rows, length);
   const tapes = new Set<Tape>();
-  const tapeOf = (part: LearningWeights): Tape => {
+  const tapeOf = (part: Learning): Tape => {
     const tape = new Tape(device);
     tapes.add(tape);
     const own = new Set(part.parameters);
@@ -184,15 +184,15 @@ export async function pass(
 /** Relative squared error of hidden states f32 [1, 1], and its gradient for y times `weight`. */
 function compare(
   scope: Scope,
-  map: LearningWeights | undefined,
+  map: Learning | undefined,
   y: Tensor,
   t: Tensor,
   weight: number,
-  tapeOf: ((part: LearningWeights) => Tape) | undefined,
+  tapeOf: ((part: Learning) => Tape) | undefined,
   close: (tape: Tape) => void,
 ): { error: Tensor; d: Tensor } {
   using work = new Scope(scope.device);
-  const over = (s: Scope, by: LearningWeights) => gemm(s, y, by.now(s).get(hiddenMap));
+  const over = (s: Scope, by: Learning) => gemm(s, y, by.now(s).get(hiddenMap));
   const tape = map && tapeOf?.(map);
   tape?.leaf(y);
   const z = !map ? y : tape ? tape.record(() => over(tape.scope, map)) : over(work, map);

@@ -132,8 +132,15 @@ export interface PlainUnit {
   readonly parameter: Parameter;
 }
 
+/** Weights of a block, or outside the blocks, some of which learn. */
+export interface Learning {
+  readonly parameters: readonly Parameter[];
+  /** The weights as they are now; to be called within the recorded pass. */
+  now(scope: Scope): Weights;
+}
+
 /** The weights of a block (or outside the blocks) that learn; what does not is looked up in `rest`. */
-export class LearningWeights {
+export class LearningWeights implements Learning {
   readonly parameters: readonly Parameter[];
 
   constructor(
@@ -145,7 +152,6 @@ export class LearningWeights {
     this.parameters = [...quantized.flatMap((unit) => unit.parameters), ...plain.map(({ parameter }) => parameter)];
   }
 
-  /** The weights as they are now; to be called within the recorded pass. */
   now(scope: Scope): Weights {
     const values = new Overlay(this.rest);
     for (const unit of this.quantized) values.put(unit, unit.value(scope, this.dtype));
