@@ -1,6 +1,8 @@
 // y = x W' for packed 4-bit weights. Few rows of x: a kernel that reads every weight once and multiplies on tensor
 // cores; many: the weights are unpacked once into 16 bits and cuBLAS does the rest.
 #include <algorithm>
+#include <map>
+#include <mutex>
 
 #include "cuda.cuh"
 
@@ -26,31 +28,56 @@ __device__ __forceinline__ void fetch_async(uint32_t to, const void* global, int
   else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(size));
 }
 
+// Programmatic dependent launch: a grid that begins while its predecessor in the stream still runs. Until
+// wait_for_earlier() it may only bring weights into L2, which is right whoever wrote them last.
+__device__ __forceinline__ void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void fetch_into_l2(const void* global, int bytes) {  // both multiples of 16
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes));
+#endif
+}
+
 // A team of SPLIT warps takes tiles of 16 rows of W one after another, K split over its warps in pieces of 128 columns;
 // the teams of a block share M <= 8 rows of x, brought in once. A lane fetches the weights that itself multiplies, AHEAD
 // pieces (also of the next tile) before it needs them, so that nothing waits for another lane. A word gives the pairs
 // (k, k + 4): x is kept in that order in shared memory. Per group: sum (128 + u) x on tensor cores, exact products, from
 // -(128 + zero) sum x on; times the scale.
-constexpr int AHEAD = 4, ROWS = 16, MAX_THREADS = 640;
+// Where launches overlap, the next one's block is to fit beside this one's: it brings EARLY bytes of each row of its first
+// tile into L2.
+constexpr int AHEAD = 4, ROWS = 16, MAX_THREADS = 512, EARLY = 2048;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int RESIDENT = 1;
+#else
+constexpr int RESIDENT = 2;
+#endif
 
 struct Int4Layout {
   int pieces, groups, words, scale_bytes;  // of a row of scales, in shared memory
-  int M, teams, split;
+  int summed, M, teams, split;             // words of x that share a sum: those of a group, at most a piece
   __host__ __device__ Int4Layout(int K, int group, int M, int scale_size, int teams, int split)
-      : pieces((K + 127) / 128), groups((K + group - 1) / group), words(pieces * 16 + 4), scale_bytes((groups * scale_size + 3) / 4 * 4), M(M), teams(teams), split(split) {}
+      : pieces((K + 127) / 128), groups((K + group - 1) / group), words(pieces * 16 + 4), scale_bytes((groups * scale_size + 3) / 4 * 4), summed(group < 128 ? group / 8 : 16), M(M), teams(teams), split(split) {}
   __host__ __device__ size_t x() const { return size_t(teams) * split * AHEAD * 64 * 16; }
-  __host__ __device__ size_t sums() const { return x() + size_t(M) * words * 16; }  // [group][8] -sum of x
-  __host__ __device__ size_t scales() const { return sums() + size_t(groups) * 8 * 4; }
+  __host__ __device__ size_t sums() const { return x() + size_t(M) * words * 16; }  // [sum][8] -sum of x
+  __host__ __device__ size_t scales() const { return sums() + size_t(pieces) * (16 / summed) * 8 * 4; }
   __host__ __device__ size_t partial() const { return scales() + size_t(teams) * 2 * ROWS * scale_bytes; }
-  __host__ __device__ size_t bytes() const { return partial() + size_t(teams) * split * ROWS * 8 * 4; }
+  __host__ __device__ size_t bytes() const { return partial() + size_t(teams) * split * ROWS * M * 4; }
 };
 
 enum { NARROW, ONE, SEVERAL };  // groups of 32 or 64; of 128, a piece each; of several pieces
 
 // KIND: of groups. S: of the scales.
 template <int KIND, int SPLIT, class S>
-__global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, dc_tensor scale, const uint32_t* zero, int64_t zero_row,
-                                                         dc_tensor bias, int64_t N, int K, int group, int m0, int M) {
+__global__ void __launch_bounds__(MAX_THREADS, RESIDENT) int4_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, dc_tensor scale, const uint32_t* zero, int64_t zero_row,
+                                                                   dc_tensor bias, int64_t N, int K, int group, int m0, int M) {
   extern __shared__ __align__(16) unsigned char memory[];
   constexpr bool WIDE = KIND != NARROW;
   constexpr int TEAM = SPLIT * 32;
@@ -63,19 +90,22 @@ __global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor 
   uint4* xp = reinterpret_cast<uint4*>(memory + layout.x());
   float* sums = reinterpret_cast<float*>(memory + layout.sums());
   unsigned char* scales = memory + layout.scales() + team * 2 * ROWS * layout.scale_bytes;
-  float* partial = reinterpret_cast<float*>(memory + layout.partial()) + team * SPLIT * ROWS * 8;
+  float* partial = reinterpret_cast<float*>(memory + layout.partial()) + team * SPLIT * ROWS * M;
   auto team_sync = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM) : "memory"); };
   const int whole = K / 128, word_count = (K + 7) / 8;  // pieces that lie wholly within a row
   const int tiles = int((N + ROWS - 1) / ROWS), first_tile = blockIdx.x * teams + team, tile_step = gridDim.x * teams;
   const int per_group = KIND == SEVERAL ? group >> 7 : 1, shift = KIND == NARROW && group == 64 ? 1 : 0;
   auto row_of = [&](int tile, int r) { return min(int64_t(tile) * ROWS + r, N - 1); };
+  if (member < ROWS && first_tile < tiles && word_count >= 4) fetch_into_l2(words + row_of(first_tile, member) * word_row, min(EARLY, word_count / 4 * 16));
+  wait_for_earlier();
   // The next piece to be fetched; a lane's four words of it: neighbours, or (where they have groups of their own) t,
   // t + 4, t + 8, t + 12.
   int fetch_tile = first_tile, fetch_piece = warp;
-  const uint32_t *wa, *wb;
+  const uint32_t* wa;
+  int wb;  // the row 8 below, from wa
   auto fetch_from = [&] {
     wa = words + row_of(fetch_tile, g) * word_row + warp * 16 + t * (WIDE ? 4 : 1);
-    wb = words + row_of(fetch_tile, g + 8) * word_row + warp * 16 + t * (WIDE ? 4 : 1);
+    wb = int((row_of(fetch_tile, g + 8) - row_of(fetch_tile, g)) * word_row);
   };
   fetch_from();
   auto fetch = [&](uint32_t slot) {
@@ -83,20 +113,21 @@ __global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor 
       const uint32_t a = ring_address + slot * 1024, b = a + 512;
       if (WIDE && fetch_piece < whole) {
         fetch_async(a, wa, 16, true);
-        fetch_async(b, wb, 16, true);
+        fetch_async(b, wa + wb, 16, true);
       } else if (fetch_piece < pieces) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const int back = WIDE ? t * 3 : 0;  // from the wide place to the narrow one
           const bool there = fetch_piece * 16 + j * 4 + t < word_count;
           fetch_async(a + j * 4, there ? wa - back + j * 4 : words, 4, there);
-          fetch_async(b + j * 4, there ? wb - back + j * 4 : words, 4, there);
+          fetch_async(b + j * 4, there ? wa + wb - back + j * 4 : words, 4, there);
         }
       }
-      fetch_piece += SPLIT, wa += 16 * SPLIT, wb += 16 * SPLIT;
+      fetch_piece += SPLIT, wa += 16 * SPLIT;
       if (fetch_piece >= pieces) {
         fetch_piece = warp, fetch_tile += tile_step;
-        fetch_from();
+        if (fetch_tile < tiles) fetch_from();
+        else let_next_begin();
       }
     }
     asm volatile("cp.async.commit_group;");
@@ -117,42 +148,41 @@ __global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor 
 #pragma unroll 1
   for (int i = 0; i < AHEAD; i++) fetch(i);
   auto wait = [] { asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1)); };  // for all but the last AHEAD - 1 fetches
-  // x, pair by pair.
+  // x, pair by pair, and its sums: neighbouring threads hold what belongs to one. Rows that are not there stay unwritten.
   const bool vector = K % 8 == 0 && x.stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
   auto place = [&](int w) { return WIDE && w < whole * 16 ? (w & ~15) + (w & 3) * 4 + (w >> 2 & 3) : w; };  // read by [4 j + t]
+  constexpr int BATCH = 4;  // loads of a thread in flight
+  const int row_words = pieces * 16, summed = WIDE ? 16 : layout.summed;
 #pragma unroll 1
-  for (int m = 0; m < M; m++)
-#pragma unroll 2
-    for (int w = threadIdx.x; w < pieces * 16; w += blockDim.x) {
+  for (int first = threadIdx.x; first - int(threadIdx.x) < M * row_words; first += BATCH * blockDim.x) {
+    uint4 batch[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const int at = first + b * blockDim.x, m = M == 1 ? 0 : at / row_words, w = at - m * row_words;
+      batch[b] = make_uint4(0, 0, 0, 0);
+      if (m >= M || w * 8 >= K) continue;
       const bf16* from = static_cast<const bf16*>(x.data) + (m0 + m) * x.stride[0] + w * 8;
-      uint4 v = make_uint4(0, 0, 0, 0);
       if (vector) {
-        if (w * 8 < K) v = *reinterpret_cast<const uint4*>(from);
+        batch[b] = *reinterpret_cast<const uint4*>(from);
       } else {
-        bf16* each = reinterpret_cast<bf16*>(&v);
+        bf16* each = reinterpret_cast<bf16*>(&batch[b]);
         for (int k = 0; k < 8; k++)
           if (w * 8 + k < K) each[k] = from[k];
       }
-      xp[m * layout.words + place(w)] = make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
     }
-  __syncthreads();
-  // Sums of x by group, eight threads to a group; those of rows that are not there stay unwritten and unseen.
-#pragma unroll 1
-  for (int m = 0; m < M; m++)
-#pragma unroll 1
-    for (int g0 = 0; g0 < groups; g0 += blockDim.x / 8) {
-      const int gi = g0 + threadIdx.x / 8, p8 = threadIdx.x % 8, end = min((gi + 1) * (group / 8), pieces * 16);
-      float sum = 0;
-      for (int w = gi * (group / 8) + p8; w < end; w += 8) {
-        const uint4 v = xp[m * layout.words + place(w)];
 #pragma unroll
-        for (uint32_t pair : {v.x, v.y, v.z, v.w}) sum += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xFFFF0000u);
-      }
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      sum += __shfl_xor_sync(~0u, sum, 4);
-      if (p8 == 0 && gi < groups) sums[gi * 8 + m] = -sum;
+    for (int b = 0; b < BATCH; b++) {
+      const int at = first + b * blockDim.x, m = M == 1 ? 0 : at / row_words, w = at - m * row_words;
+      const uint4 v = batch[b];
+      float sum = 0;
+#pragma unroll
+      for (uint32_t pair : {v.x, v.y, v.z, v.w}) sum += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xFFFF0000u);
+      for (int d = 1; d < summed; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      if (m >= M || w >= row_words) continue;
+      xp[m * layout.words + place(w)] = make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
+      if (w % summed == 0) sums[w / summed * 8 + m] = -sum;
     }
+  }
   __syncthreads();
   auto multiply = [&](float (&c)[4], uint32_t a, uint32_t b, const uint4& v) {
     mma_bf16(c, widen(a, 0), widen(b, 0), widen(a, 4), widen(b, 4), v.x, v.y);
@@ -164,17 +194,18 @@ __global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor 
   int buffer = 0;
 #pragma unroll 1
   for (int tile = first_tile; tile < tiles; tile += tile_step, buffer ^= 1) {
-    // The scales were asked for a tile ago: before the last AHEAD pieces, or everything is waited for.
-    if (tile == first_tile || pieces < SPLIT * AHEAD) asm volatile("cp.async.wait_group 0;");
+    // The scales were asked for with the first piece or a tile ago: before the last AHEAD pieces, or all is waited for.
+    // (wait_all: a warp that has no piece of a short row closes no group.)
+    if (tile != first_tile && pieces < SPLIT * AHEAD) asm volatile("cp.async.wait_all;");
     else wait();
     team_sync();
     fetch_scales(tile + tile_step, buffer ^ 1);  // joins the next group
     const S *sa = reinterpret_cast<const S*>(scales + (buffer * ROWS + g) * layout.scale_bytes), *sb = reinterpret_cast<const S*>(scales + (buffer * ROWS + g + 8) * layout.scale_bytes);
     const int64_t ra = row_of(tile, g), rb = row_of(tile, g + 8);
     float acc[4] = {};
-    // The part of a group that leads brings its offset.
-    auto start = [&](float (&c)[4], int gi, bool leads) {
-      const float2 sum = *reinterpret_cast<const float2*>(sums + gi * 8 + 2 * t);
+    // The part that leads brings the offset of all that is summed with it.
+    auto start = [&](float (&c)[4], int gi, int si, bool leads) {
+      const float2 sum = *reinterpret_cast<const float2*>(sums + si * 8 + 2 * t);
       float za = 136.f, zb = 136.f;
       if (zero) za = 128.f + float(zero[ra / 8 * zero_row + gi] >> (ra % 8 * 4) & 15), zb = 128.f + float(zero[rb / 8 * zero_row + gi] >> (rb % 8 * 4) & 15);
       if (!leads) za = zb = 0;
@@ -194,7 +225,7 @@ __global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor 
       if (WIDE && p < whole) {
         const int gi = KIND == ONE ? p : p / per_group;
         float c[4], d[4] = {};  // two chains: each product waits for the last of its own
-        start(c, gi, KIND == ONE || p % per_group == 0);
+        start(c, gi, p, true);
         multiply(d, a.y, b.y, x4[1]);
         multiply(c, a.x, b.x, x4[0]);
         multiply(d, a.w, b.w, x4[3]);
@@ -208,7 +239,7 @@ __global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor 
           const int at = p * 4 + j, gi = WIDE ? p / per_group : at >> shift;
           if (gi >= groups) break;
           float c[4];
-          start(c, gi, WIDE ? j == 0 && p % per_group == 0 : shift == 0 || (at & 1) == 0);
+          start(c, gi, WIDE ? p : gi, WIDE ? j == 0 : shift == 0 || (at & 1) == 0);
           multiply(c, a4[j], b4[j], x4[j]);
           add(c, nothing, gi);
         }
@@ -216,38 +247,55 @@ __global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor 
       fetch(slot);
       slot = (slot + 1) % AHEAD;
     }
-    float* here = partial + warp * (ROWS * 8);
-    here[g * 8 + 2 * t] = acc[0], here[g * 8 + 2 * t + 1] = acc[1];
-    here[(g + 8) * 8 + 2 * t] = acc[2], here[(g + 8) * 8 + 2 * t + 1] = acc[3];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (2 * t + (i & 1) < M) partial[(warp * ROWS + g + (i >> 1) * 8) * M + 2 * t + (i & 1)] = acc[i];
     team_sync();
     const int64_t row = int64_t(tile) * ROWS + r8;
     if (r8 < ROWS && row < N && part < M) {
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < SPLIT; w++) sum += partial[w * (ROWS * 8) + r8 * 8 + part];
+      for (int w = 0; w < SPLIT; w++) sum += partial[(w * ROWS + r8) * M + part];
       if (bias.data) sum += load(bias.data, bias.dtype, row * bias.stride[0]);
       store(y.data, y.dtype, (m0 + part) * y.stride[0] + row, sum);
     }
   }
 }
 
-// How many teams a block has: the fewest rounds of tiles over all multiprocessors, one block on each; what fewer than 14
-// warps leave idle counts as work.
+// One block on each multiprocessor. Fewest tiles for the busiest of them, then most warps.
 struct Int4Plan {
-  int teams, split, blocks;
-  Int4Plan(int64_t tiles, int multiprocessors) {
-    split = tiles <= 2 * multiprocessors ? 8 : 4;
+  int teams = 1, split = 4, blocks = 1;
+  template <class Fits>
+  Int4Plan(int64_t tiles, int multiprocessors, Fits fits) {
     int64_t best = INT64_MAX;
-    for (int n = 1; n * split * 32 <= MAX_THREADS; n++) {
-      const int64_t cost = ceil_div(tiles, int64_t(multiprocessors) * n) * std::max(n * split, 14);
-      if (cost <= best) best = cost, teams = n;
-    }
+    for (int s : {8, 4})
+      for (int n = MAX_THREADS / (s * 32); n >= 1; n--) {
+        const int64_t cost = ceil_div(tiles, int64_t(multiprocessors) * n) * n * MAX_THREADS - n * s * 32;
+        if (cost < best && fits(n, s)) best = cost, teams = n, split = s;
+      }
     blocks = int(std::min<int64_t>(multiprocessors, ceil_div(tiles, teams)));
   }
 };
 template <int SPLIT, class S>
 auto int4_kernel(int64_t group) {
   return group == 128 ? int4_rows<ONE, SPLIT, S> : group % 128 == 0 ? int4_rows<SEVERAL, SPLIT, S> : int4_rows<NARROW, SPLIT, S>;
+}
+
+// The first time on a device: lets a kernel have all shared memory, and finds whether it may begin before its predecessor
+// has ended, that is, whether it was built with wait_for_earlier().
+int prepare(dc_context* c, const void* kernel, int* begins_early) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> known;
+  std::lock_guard lock(mutex);
+  auto found = known.find({c->device, kernel});
+  if (found == known.end()) {
+    cudaFuncAttributes built;
+    DC_CUDA(cudaFuncGetAttributes(&built, kernel));
+    DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c->shared_limit)));
+    found = known.emplace(std::pair(c->device, kernel), c->capability >= 90 && built.ptxVersion >= 90).first;
+  }
+  *begins_early = found->second;
+  return 0;
 }
 
 template <class T>
@@ -281,8 +329,9 @@ extern "C" int dc_cuda_int4_matmul(dc_context* c, const dc_call* call) {
   const int64_t M = x.dim[0], K = x.dim[1], N = y.dim[1], group = call->i[0];
   if (count(y) == 0) return 0;
   const int64_t word_row = words.stride[0];
-  const Int4Plan plan(ceil_div(N, ROWS), c->multiprocessors);
-  const auto shared = [&](int m) { return Int4Layout(int(K), int(group), m, int(dtype_size(scale.dtype)), plan.teams, plan.split).bytes(); };
+  const auto needs = [&](int m, int teams, int split) { return Int4Layout(int(K), int(group), m, int(dtype_size(scale.dtype)), teams, split).bytes(); };
+  const Int4Plan plan(ceil_div(N, ROWS), c->multiprocessors, [&](int teams, int split) { return needs(1, teams, split) <= c->shared_limit; });
+  const auto shared = [&](int m) { return needs(m, plan.teams, plan.split); };
   const bool few = M <= 16 && x.dtype == DC_BF16 && x.stride[1] == 1 && y.stride[1] == 1 && word_row % 4 == 0 && reinterpret_cast<uintptr_t>(words.data) % 16 == 0 && group % 32 == 0 &&
                    (group % 128 == 0 || 128 % group == 0) && shared(1) <= c->shared_limit;
   if (few) {
@@ -290,11 +339,13 @@ extern "C" int dc_cuda_int4_matmul(dc_context* c, const dc_call* call) {
     while (shared(most) > c->shared_limit) most--;
     auto kernel = int4_kernel<4, float>(group);
     DC_FLOAT(scale.dtype, S, kernel = plan.split == 4 ? int4_kernel<4, S>(group) : int4_kernel<8, S>(group));
-    DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c->shared_limit)));
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    if (prepare(c, reinterpret_cast<const void*>(kernel), &early.val.programmaticStreamSerializationAllowed)) return 1;
     for (int64_t m0 = 0; m0 < M; m0 += most) {
       const int m = int(M - m0 < most ? M - m0 : most);
-      kernel<<<unsigned(plan.blocks), plan.teams * plan.split * 32, shared(m), c->stream>>>(y, x, data<uint32_t>(words), word_row, scale, data<uint32_t>(zero), zero.stride[0], bias, N, int(K), int(group),
-                                                                                            int(m0), m);
+      const cudaLaunchConfig_t launch = {dim3(plan.blocks), dim3(plan.teams * plan.split * 32), shared(m), c->stream, &early, 1};
+      DC_CUDA(cudaLaunchKernelEx(&launch, kernel, y, x, data<uint32_t>(words), word_row, scale, data<uint32_t>(zero), zero.stride[0], bias, N, int(K), int(group), int(m0), m));
     }
     return launched(c, "int4_matmul");
   }

@@ -179,11 +179,12 @@ export function int4Matmul(
   x: Tensor,
   words: Tensor,
   scale: Tensor,
-  { group, zero, bias }: { group: number; zero?: Tensor; bias?: Tensor },
+  { group, zero, bias, out }: { group: number; zero?: Tensor; bias?: Tensor; out?: Tensor },
 ): Tensor {
   ensureContiguous('int4_matmul', words, scale);
   ensure(x.dim(1) <= words.dim(1) * 8, 'int4_matmul', 'inner dimensions', x, words);
-  const y = s.empty(x.dtype, [x.dim(0), words.dim(0)]);
+  const y = out ?? s.empty(x.dtype, [x.dim(0), words.dim(0)]);
+  ensureShape('int4_matmul', 'y', y, x.dim(0), words.dim(0));
   y.device.run('int4_matmul', [y, x, words, scale, zero, bias], [group], []);
   return y;
 }
