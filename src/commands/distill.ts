@@ -3,7 +3,7 @@ import { badUsage } from '../base/errors.js';
 import { byteSize, choice, custom, Expected, integer, list, number, text, flag, type Values } from '../base/options.js';
 import { count, duration, short } from '../base/text.js';
 import type { DistillOptions, DistillResult } from '../train/distill/options.js';
-import { deviceOptions, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
+import { groupOptions, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const { dryRun: _, ...output } = outputOptions;
@@ -59,7 +59,7 @@ const options = {
   ...seedOption,
   trainingReport: text({ value: 'training.html', section: 'Reports:', help: 'Write losses and gradient norms as one self-contained HTML file.' }),
   shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of the output.' }),
-  ...deviceOptions,
+  ...groupOptions,
 } as const; // prettier-ignore
 
 export const command = defineCommand({

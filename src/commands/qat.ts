@@ -4,7 +4,7 @@ import { formatBytes } from '../base/files.js';
 import { duration } from '../base/text.js';
 import type { QatOptions, QatResult } from '../train/options.js';
 import { acceptance, acceptanceOptions } from './acceptance.js';
-import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
+import { groupOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const { dryRun: _, ...output } = outputOptions;
@@ -71,7 +71,7 @@ const options = {
   trainingReport: text({ value: 'training.html', section: 'Reports:', help: 'Write losses and gradient norms as one self-contained HTML file.' }),
   shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of the output.' }),
   ...acceptanceOptions,
-  ...deviceOptions,
+  ...groupOptions,
 } as const; // prettier-ignore
 
 export const command = defineCommand({

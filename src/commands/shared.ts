@@ -1,6 +1,9 @@
 import { existsSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
+import type { Device } from '../backend/device.js';
 import type { DeviceOptions } from '../backend/types.js';
 import type { JobEnv } from '../backend/env.js';
+import { badUsage } from '../base/errors.js';
 import { Expected, byteSize, choice, custom, flag, integer, text, type Values } from '../base/options.js';
 import type { Io } from './types.js';
 
@@ -70,21 +73,45 @@ export const seedOption = {
 
 export type DeviceValues = Values<typeof deviceOptions>;
 
+/** The same for commands whose work several devices of one host can share. */
+export const groupOptions = {
+  ...deviceOptions,
+  devices: custom(
+    { section, help: 'Train on several devices of this host, in place of --device: the windows of a step are divided among them. GPUs need NCCL.' },
+    'cuda:0,cuda:1',
+    readDevices,
+  ),
+} as const; // prettier-ignore
+
+/** Devices of one kind, each GPU once. */
+function readDevices(given: string): readonly DeviceChoice[] {
+  const names = given.split(',').map((name) => name.trim());
+  const gpus = names.every((name) => /^cuda:\d+$/.test(name)) && new Set(names.map(gpuIndex)).size === names.length;
+  if (!gpus && !names.every((name) => name === 'cpu')) {
+    throw new Expected('GPUs, each once: cuda:0,cuda:1 (or cpu,cpu to try it)');
+  }
+  return names as DeviceChoice[];
+}
+
+const gpuIndex = (name: string): number => Number(name.split(':')[1] ?? 0);
+
 /** Devices that this process has closed, and the most bytes that tensors took there at once. */
 export const devicesUsed: { device: string; memory: number }[] = [];
 
-/** A job's surroundings with the device that the options ask for; to be closed by `using`. */
-export async function openEnvironment(given: DeviceValues, io: Io): Promise<JobEnv & Disposable> {
-  const { openBestDevice, openDevice, cudaLibraryPath } = await import('../backend/load.js');
+/** A job's surroundings with the device, or devices, that the options ask for; to be closed by `using`. */
+export async function openEnvironment(
+  given: DeviceValues & Partial<Values<typeof groupOptions>>,
+  io: Io,
+): Promise<JobEnv & Disposable> {
+  const { openBestDevice, openDevice, joinDevices, cudaLibraryPath } = await import('../backend/load.js');
   const common: Omit<DeviceOptions, 'kind'> = given.threads === undefined ? {} : { threads: given.threads };
   const limit = (bytes: number | undefined) => (bytes === undefined ? {} : { memoryLimit: bytes });
   const openCpu = () => openDevice({ ...common, ...limit(given.ram), kind: 'cpu' });
-  const device = (() => {
+  const openGpu = (name: string) =>
+    openDevice({ ...common, ...limit(given.vram), kind: 'cuda', index: gpuIndex(name) });
+  const openOne = (): Device => {
     if (given.device === 'cpu') return openCpu();
-    if (given.device !== 'auto') {
-      const index = Number(given.device.split(':')[1] ?? 0);
-      return openDevice({ ...common, ...limit(given.vram), kind: 'cuda', index });
-    }
+    if (given.device !== 'auto') return openGpu(given.device);
     // Without the module there is nothing to try, and the CPU is what the user has: no need to open twice.
     if (!existsSync(cudaLibraryPath())) {
       io.log.info('Computing on the CPU: the CUDA module is not built (deepseek-convert doctor says what it needs).');
@@ -96,25 +123,48 @@ export async function openEnvironment(given: DeviceValues, io: Io): Promise<JobE
     if (given.ram === undefined) return best.device;
     best.device.close();
     return openCpu();
-  })();
-  if (device.kind === 'cpu' && given.vram !== undefined) {
-    io.log.warn('--vram has no effect on the CPU; --ram is the limit there.');
-  }
-  if (given.trace) device.trace();
-  const close = (): void => {
-    if (given.trace) io.log.info(traceTable(device.trace()));
-    devicesUsed.push({ device: device.kind === 'cpu' ? 'cpu' : `cuda:${device.index}`, memory: device.memory().peak });
-    device.close();
   };
-  return { device, log: io.log, signal: io.signal, [Symbol.dispose]: close };
+  /** Several CPU devices share threads and memory. */
+  const openShare = (name: string, n: number): Device => {
+    if (name !== 'cpu') return openGpu(name);
+    const threads = Math.max(1, Math.floor((given.threads ?? availableParallelism()) / n));
+    return openDevice({ threads, ...limit(given.ram && given.ram / n), kind: 'cpu' });
+  };
+  const devices: Device[] = [];
+  const close = (): void => {
+    for (const device of devices) {
+      const name = device.kind === 'cpu' ? 'cpu' : `cuda:${device.index}`;
+      if (given.trace) io.log.info(traceTable(name, device.trace()));
+      devicesUsed.push({ device: name, memory: device.memory().peak });
+      device.close();
+    }
+  };
+  try {
+    if (given.devices === undefined) devices.push(openOne());
+    else if (given.device === 'auto') {
+      for (const name of given.devices) devices.push(openShare(name, given.devices.length));
+    } else {
+      throw badUsage('--device and --devices both say where to compute', { expected: 'one of them' });
+    }
+    const [device] = devices as [Device, ...Device[]];
+    if (device.kind === 'cpu' && given.vram !== undefined) {
+      io.log.warn('--vram has no effect on the CPU; --ram is the limit there.');
+    }
+    if (given.trace) for (const one of devices) one.trace();
+    const group = devices.length > 1 ? { group: joinDevices(devices) } : {};
+    return { device, ...group, log: io.log, signal: io.signal, [Symbol.dispose]: close };
+  } catch (error) {
+    for (const device of devices) device.close();
+    throw error;
+  }
 }
 
-function traceTable(rows: readonly { op: string; calls: number; seconds: number }[]): string {
+function traceTable(device: string, rows: readonly { op: string; calls: number; seconds: number }[]): string {
   const total = rows.reduce((sum, { seconds }) => sum + seconds, 0);
   const line = (...cells: string[]): string => cells.map((cell, i) => (i === 0 ? cell.padEnd(24) : cell.padStart(10))).join(' '); // prettier-ignore
   const share = (seconds: number): string => `${((100 * seconds) / total).toFixed(1)}%`;
   return [
-    line('operation', 'calls', 'seconds', 'share'),
+    line(`operation on ${device}`, 'calls', 'seconds', 'share'),
     ...rows.map(({ op, calls, seconds }) => line(op, String(calls), seconds.toFixed(3), share(seconds))),
     line('all', '', total.toFixed(3)),
   ].join('\n');

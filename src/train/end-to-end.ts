@@ -5,13 +5,19 @@ import type { JobEnv } from '../backend/env.js';
 import { copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { GradientHealth, type Alarm, type HealthState, type HealthSummary } from '../tune/health.js';
-import { Optimizer, type AdamOptions } from '../tune/parameters.js';
+import type { AdamOptions } from '../tune/parameters.js';
 import { Schedule, shuffled } from '../tune/schedule.js';
+import { ShardedOptimizer } from '../tune/sharded.js';
 import { pass, type Losses, type PassOptions } from './pass.js';
 import { loadTensors, saveTensors } from './state.js';
 
+/** What another device of the group holds: the same weights, teacher and map. */
+export type Replica = Pick<PassOptions, 'device' | 'outer' | 'blocks' | 'teacher' | 'map'>;
+
 export interface EndToEndOptions extends Omit<PassOptions, 'device'> {
   readonly env: JobEnv;
+  /** Of the devices of `env.group` behind the first, in their order. */
+  readonly replicas?: readonly Replica[];
   /** For progress, and the step's name in the journal. */
   readonly stage: string;
   /** [n, length]. */
@@ -25,7 +31,7 @@ export interface EndToEndOptions extends Omit<PassOptions, 'device'> {
   readonly maxSteps?: number;
   /** Ends earlier, in the middle of the schedule. */
   readonly stopAfter?: number;
-  /** Sequences a step, and a pass. */
+  /** Sequences a step, and a pass of one device. */
   readonly batch: number;
   readonly microBatch: number;
   readonly lr: number;
@@ -35,6 +41,8 @@ export interface EndToEndOptions extends Omit<PassOptions, 'device'> {
   readonly seed: number;
   /** Sequences in their own order. */
   readonly inOrder?: boolean;
+  /** The held sequences judge by predictions alone, whatever hidden states count for while training. */
+  readonly byPredictions?: boolean;
   /** How often an epoch the held sequences judge. */
   readonly judgements: number;
   /** Where state is kept to go on from. */
@@ -88,11 +96,12 @@ interface Saved {
  */
 export class EndToEnd implements Disposable {
   readonly #o: EndToEndOptions;
-  readonly #pass: PassOptions;
-  readonly #optimizer: Optimizer;
-  readonly #scope: Scope;
-  /** Values of the best parameters so far. */
-  readonly #best: Tensor[];
+  /** Rank by rank. */
+  readonly #passes: readonly PassOptions[];
+  readonly #optimizer: ShardedOptimizer;
+  readonly #scopes: readonly Scope[];
+  /** The best of the optimizer's values so far. */
+  readonly #best: readonly Tensor[];
   #steps: StepRecord[] = [];
   #judgements: Judgement[] = [];
   #health = new GradientHealth();
@@ -103,13 +112,16 @@ export class EndToEnd implements Disposable {
   #savedAt = performance.now();
 
   constructor(options: EndToEndOptions) {
-    const { env, outer, blocks, map, adam } = options;
+    const { env, adam, replicas = [] } = options;
     this.#o = options;
-    this.#pass = { ...options, device: env.device };
-    const parameters = [outer, ...blocks, ...(map ? [map] : [])].flatMap((part) => part.parameters);
-    this.#optimizer = new Optimizer(env.device, parameters, adam);
-    this.#scope = new Scope(env.device);
-    this.#best = parameters.map(({ value }) => this.#scope.empty('f32', value.shape));
+    this.#passes = [{ ...options, device: env.device }, ...replicas.map((replica) => ({ ...options, ...replica }))];
+    const copies = this.#passes.map(({ device, outer, blocks, map }) => ({
+      device,
+      parameters: [outer, ...blocks, ...(map ? [map] : [])].flatMap((part) => part.parameters),
+    }));
+    this.#optimizer = new ShardedOptimizer(copies, adam, env.group);
+    this.#scopes = copies.map(({ device }) => new Scope(device));
+    this.#best = this.#optimizer.values().map(({ shape }, i) => this.#scopes[i % copies.length]!.empty('f32', shape));
   }
 
   async train(): Promise<EndToEndOutcome> {
@@ -122,6 +134,7 @@ export class EndToEnd implements Disposable {
     const every = Math.max(1, Math.round(perEpoch / o.judgements));
     const report = Math.max(1, Math.ceil(total / 100));
     let step = await this.#restore();
+    this.#optimizer.spread();
     if (step === 0 && this.#judgements.length === 0) await this.#judge(0);
     for (; step < Math.min(total, o.stopAfter ?? total); step++) {
       if (o.env.signal.aborted) await this.#stop(step);
@@ -135,26 +148,46 @@ export class EndToEnd implements Disposable {
       if (done % report === 0 || done === total) this.#progress(done, total);
       if (performance.now() - this.#savedAt > 1000 * (o.saveEvery ?? 120)) await this.#save(done);
     }
-    if (o.held > 0) this.#optimizer.parameters.forEach(({ value }, i) => copyInto(value, this.#best[i]!));
+    if (o.held > 0) {
+      this.#optimizer.values().forEach((value, i) => copyInto(value, this.#best[i]!));
+      this.#optimizer.spread();
+    }
     const best = o.held > 0 ? this.#bestStep : total;
     return { steps: this.#steps, judgements: this.#judgements, best, health: this.#health.summary() };
   }
 
-  /** Mean losses of sequences; with their gradients where `learn`. */
+  /** Mean losses of sequences, which are divided among the ranks; with their gradients where `learn`. */
   async #run(rows: readonly number[], learn: boolean): Promise<Losses> {
-    const { tokens, length, microBatch } = this.#o;
-    const sum = { crossEntropy: 0, kl: 0, hidden: 0 };
+    const share = Math.ceil(rows.length / this.#passes.length);
+    // All at the same time; when one fails the others still end first.
+    const ends = await Promise.allSettled(
+      this.#passes.map((_, rank) =>
+        this.#runOn(rank, rows.slice(rank * share, (rank + 1) * share), rows.length, learn),
+      ),
+    );
+    return total(
+      ends.map((end) => {
+        if (end.status === 'rejected') throw end.reason;
+        return end.value;
+      }),
+    );
+  }
+
+  /** One rank's share of the mean losses of `sequences` sequences. */
+  async #runOn(rank: number, rows: readonly number[], sequences: number, learn: boolean): Promise<Losses> {
+    const { tokens, length, microBatch, byPredictions } = this.#o;
+    const losses: Losses[] = [];
     for (let from = 0; from < rows.length; from += microBatch) {
       const part = rows.slice(from, from + microBatch);
       const ids = new Int32Array(part.length * length);
       part.forEach((row, i) => ids.set(tokens.subarray(row * length, (row + 1) * length), i * length));
       if (learn) this.#tokens += ids.length;
-      const one = await pass(this.#pass, ids, part.length, rows.length, learn ? this.#optimizer : undefined);
-      sum.crossEntropy += one.crossEntropy;
-      sum.kl += one.kl;
-      sum.hidden += one.hidden;
+      const optimizer = learn ? this.#optimizer.ranks[rank] : undefined;
+      const how = this.#passes[rank]!;
+      const { hiddenOf: _, ...predictions } = how;
+      losses.push(await pass(!learn && byPredictions ? predictions : how, ids, part.length, sequences, optimizer));
     }
-    return sum;
+    return total(losses);
   }
 
   #shown({ crossEntropy, kl, hidden }: Losses): Omit<StepRecord, 'norm' | 'lr'> {
@@ -172,7 +205,7 @@ export class EndToEnd implements Disposable {
     const { n, held } = this.#o;
     const keep = () => {
       this.#bestStep = step;
-      this.#optimizer.parameters.forEach(({ value }, i) => copyInto(this.#best[i]!, value));
+      this.#optimizer.values().forEach((value, i) => copyInto(this.#best[i]!, value));
     };
     if (held === 0) return keep();
     const losses = await this.#run(Array.from({ length: held }, (_, i) => n - held + i), false); // prettier-ignore
@@ -237,6 +270,16 @@ export class EndToEnd implements Disposable {
 
   [Symbol.dispose](): void {
     this.#optimizer[Symbol.dispose]();
-    this.#scope[Symbol.dispose]();
+    for (const scope of this.#scopes) scope[Symbol.dispose]();
   }
+}
+
+function total(parts: readonly Losses[]): Losses {
+  const sum = { crossEntropy: 0, kl: 0, hidden: 0 };
+  for (const { crossEntropy, kl, hidden } of parts) {
+    sum.crossEntropy += crossEntropy;
+    sum.kl += kl;
+    sum.hidden += hidden;
+  }
+  return sum;
 }

@@ -14,7 +14,7 @@ export interface LossWeights {
   readonly crossEntropy: number;
   /** Of KL(teacher || student) over the vocabulary. */
   readonly kl: number;
-  /** Of the squared error of hidden states over the teacher's mean square, averaged over the blocks compared. */
+  /** Of a sequence's squared error of hidden states over the teacher's mean square, averaged over the blocks compared. */
   readonly hidden: number;
   /**
    * Both sides' logits are divided by it before KL, which is multiplied by its square, so that gradients keep their size
@@ -153,8 +153,8 @@ export async function pass(
     const share = 1 / sequences;
     const head = lossesOf(o, scope, x, taught?.[last], ids, rows, share, optimizer && (() => tapeOf(outer)), close);
     const hidden = hiddenOf.flatMap((of, i) => (of === undefined || !taught ? [] : [{ i, t: taught[of]! }]));
-    const part = (o.loss.hidden * rows * share) / hidden.length;
-    const compared = hidden.map(({ i, t }) => ({ i, ...compare(scope, o.map, kept[i]!.y, t, part, optimizer && tapeOf, close) })); // prettier-ignore
+    const part = (o.loss.hidden * share) / hidden.length;
+    const compared = hidden.map(({ i, t }) => ({ i, ...compare(scope, o.map, kept[i]!.y, t, rows, part, optimizer && tapeOf, close) })); // prettier-ignore
 
     if (optimizer) {
       let d = head.d;
@@ -172,21 +172,22 @@ export async function pass(
       }
     }
     const [ce, kl] = await head.totals.float32();
-    let mean = 0;
-    for (const { error } of compared) mean += (await error.float32())[0]! / compared.length;
-    return { crossEntropy: ce! * share, kl: kl! * share, hidden: mean * rows * share };
+    let errors = 0;
+    for (const { error } of compared) errors += (await error.float32())[0]! / compared.length;
+    return { crossEntropy: ce! * share, kl: kl! * share, hidden: errors * share };
   } finally {
     // Ops that are still enqueued may use what the tapes hold: memory is freed in the queue's order.
     for (const tape of tapes) tape[Symbol.dispose]();
   }
 }
 
-/** Relative squared error of hidden states f32 [1, 1], and its gradient for y times `weight`. */
+/** The sum f32 [1] over sequences of the relative squared error of hidden states, and its gradient for y times `weight`. */
 function compare(
   scope: Scope,
   map: Learning | undefined,
   y: Tensor,
   t: Tensor,
+  rows: number,
   weight: number,
   tapeOf: ((part: Learning) => Tape) | undefined,
   close: (tape: Tape) => void,
@@ -197,11 +198,12 @@ function compare(
   tape?.leaf(y);
   const z = !map ? y : tape ? tape.record(() => over(tape.scope, map)) : over(work, map);
   const d = binary(scope, 'sub', z, t);
-  const sum = (v: Tensor) => reduce(work, 'sum', reduce(work, 'sumsq', v, 1), 0).view(1, 1);
-  const energy = sum(t);
-  const error = binary(scope, 'div', sum(d), energy);
-  const factor = unary(work, 'reciprocal', energy);
-  binary(scope, 'mul', d, factor, { alpha: 2 * weight, out: d });
+  const sums = (v: Tensor) => reduce(work, 'sum', reduce(work, 'sumsq', v, 1).view(rows, -1), 1);
+  const energies = sums(t);
+  const error = reduce(scope, 'sum', binary(work, 'div', sums(d), energies), 0);
+  const factors = unary(work, 'reciprocal', energies).view(rows, 1);
+  const whole = d.view(rows, -1);
+  binary(scope, 'mul', whole, factors, { alpha: 2 * weight, out: whole });
   if (!tape) return { error, d };
   tape.seed(z, d);
   tape.backward();

@@ -17,7 +17,17 @@ import { trainBlocks, trainedCodes, type BlockRecord } from './blockwise.js';
 import { EndToEnd, type EndToEndOutcome } from './end-to-end.js';
 import type { QatOptions, QatResult } from './options.js';
 import { asJson, sameTensors, storedNames, verifyCodes, writeCodes, writeRest, writeValue } from './output.js';
-import { alarmWatch, heldOf, loadTeacher, mustRecompute, sequencesOf, type AlarmWatch } from './setting.js';
+import {
+  alarmWatch,
+  heldOf,
+  loadTeacher,
+  microBatchOf,
+  mustRecompute,
+  onOthers,
+  requireShares,
+  sequencesOf,
+  type AlarmWatch,
+} from './setting.js';
 import { loadTensors, saveTensors } from './state.js';
 import { StudentReader } from './student.js';
 
@@ -54,7 +64,7 @@ interface Run {
  */
 export async function runQat(options: QatOptions, env: JobEnv): Promise<QatResult> {
   const started = performance.now();
-  check(options);
+  check(options, env);
   const teacher = await openModel(options.input, { config: options.config });
   try {
     requirePlain(teacher, options);
@@ -76,7 +86,7 @@ export async function runQat(options: QatOptions, env: JobEnv): Promise<QatResul
   }
 }
 
-function check(options: QatOptions): void {
+function check(options: QatOptions, env: JobEnv): void {
   const { endToEnd, epochs, fakeQuant, from, out } = options;
   if (isFileOutput(out) && fakeQuant) {
     throw badUsage('A quantized model is a folder', { got: out, expected: 'a folder name for -o' });
@@ -89,6 +99,12 @@ function check(options: QatOptions): void {
   }
   if (!fakeQuant && from !== undefined) throw badUsage('--from does not go together with --no-fake-quant');
   if (epochs === 0 && endToEnd === 'none') throw badUsage('--epochs 0 with --end-to-end none trains nothing');
+  if (env.group && endToEnd === 'none') {
+    throw badUsage('Several devices train the whole model; block by block one device does all', {
+      expected: '--end-to-end, or one device',
+    });
+  }
+  requireShares(env, options.batch);
   if (endToEnd !== 'none' && options.crossEntropy === 0 && options.kl === 0) {
     throw badUsage('The whole model needs a loss', { expected: '--ce-weight or --kl-weight above 0' });
   }
@@ -258,8 +274,29 @@ async function codesNow({ options, job, student }: Run, index: number, scope: Sc
   return options.epochs > 0 ? await trainedCodes({ job, student }, block, scope) : await student.codes(block, scope);
 }
 
+/** What a device needs to train the whole model on it: the same on each. */
+async function weightsOf(run: Run, scope: Scope) {
+  const { options, student } = run;
+  const { device } = scope;
+  const { model } = student.open;
+  const outer = options.fakeQuant ? await student.fixed(model.outer, scope) : await student.plain(undefined, scope);
+  const blocks: LearningWeights[] = [];
+  for (const block of model.blocks) {
+    if (!options.fakeQuant) {
+      blocks.push(await student.plain(block, scope));
+      continue;
+    }
+    using work = new Scope(device);
+    const codes = await codesNow(run, block.index, options.endToEnd === 'scales' ? scope : work);
+    blocks.push(await student.quantized(block, scope, learnedOf(options), rates, codes));
+    await device.sync();
+  }
+  const teacher = options.kl > 0 && (await loadTeacher(run.teacher, { ...run.env, device }, run.dtype, scope));
+  return { device, outer, blocks, ...(teacher && { teacher }) };
+}
+
 async function endToEnd(run: Run, watch: AlarmWatch): Promise<EndToEndOutcome> {
-  const { options, env, job, student, dtype, set, held, microBatch, adam, resumeHint } = run;
+  const { options, env, job, student, dtype, set, held, adam, resumeHint } = run;
   const known = job.data(stage);
   if (known !== undefined) return known as unknown as EndToEndOutcome;
   const { model } = student.open;
@@ -268,21 +305,13 @@ async function endToEnd(run: Run, watch: AlarmWatch): Promise<EndToEndOutcome> {
     Math.ceil((set.n - held) / options.batch) * options.endToEndEpochs,
     options.maxSteps ?? Infinity,
   );
-  const outer = options.fakeQuant ? await student.fixed(model.outer, scope) : await student.plain(undefined, scope);
-  const blocks: LearningWeights[] = [];
-  for (const block of model.blocks) {
-    if (!options.fakeQuant) {
-      blocks.push(await student.plain(block, scope));
-      continue;
-    }
-    using work = new Scope(env.device);
-    const codes = await codesNow(run, block.index, options.endToEnd === 'scales' ? scope : work);
-    blocks.push(await student.quantized(block, scope, learnedOf(options), rates, codes));
-    await env.device.sync();
-  }
+  const first = await weightsOf(run, scope);
+  using others = await onOthers(env, (on, inner) =>
+    weightsOf({ ...run, env: on, student: new StudentReader(student.open, on.device, dtype) }, inner),
+  );
+  const microBatch = microBatchOf(env, set, options.batch);
   using training = new EndToEnd({
-    ...{ env, stage, model, outer, blocks, job, resumeHint, held, microBatch, adam },
-    ...(options.kl > 0 && { teacher: await loadTeacher(run.teacher, env, dtype, scope) }),
+    ...{ env, stage, model, job, resumeHint, held, microBatch, adam, ...first, replicas: others.all },
     loss: { crossEntropy: options.crossEntropy, kl: options.kl, hidden: 0 },
     recompute: mustRecompute(env, model, dtype, microBatch * set.seqLen),
     ...{ tokens: set.tokens, n: set.n, length: set.seqLen },
@@ -294,12 +323,12 @@ async function endToEnd(run: Run, watch: AlarmWatch): Promise<EndToEndOutcome> {
     onAlarm: (alarm) => watch('the whole model', alarm),
   });
   const outcome = await training.train();
-  for (const [i, part] of blocks.entries()) {
+  for (const [i, part] of first.blocks.entries()) {
     using work = new Scope(env.device);
     const trained = part.quantized.map((unit) => unit.result(work));
     await saveTensors(finalPath(job, i), [...codeTensors(trained), ...values(part)]);
   }
-  await saveTensors(finalPath(job, -1), values(outer));
+  await saveTensors(finalPath(job, -1), values(first.outer));
   await job.mark(stage, asJson(outcome));
   return outcome;
 }

@@ -34,6 +34,8 @@ export async function loadTensors(path: string, tensors: readonly Tensor[]): Pro
         hint: 'Begin anew with --restart.',
       });
     }
+    // A read does not wait for what still runs: that could write here after it.
+    for (const device of new Set(tensors.map((tensor) => tensor.device))) await device.sync();
     let at = 0;
     for (const tensor of tensors) {
       if (tensor.bytes > 0) await tensor.device.readFile(tensor.buffer, tensor.byteOffset, file.fd, at, tensor.bytes);

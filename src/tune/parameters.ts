@@ -1,5 +1,5 @@
 import type { Device } from '../backend/device.js';
-import { adamw, fill, normAdd } from '../tensor/ops.js';
+import { adamw, binary, fill, normAdd, unary } from '../tensor/ops.js';
 import type { Tape } from '../tensor/tape.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 
@@ -39,67 +39,48 @@ export interface StepNorms {
   readonly blocks: ReadonlyMap<number, number>;
 }
 
-/** Parameters with their gradients and AdamW's moments, all in fp32 on the device. */
-export class Optimizer implements Disposable {
+/** Parameters, their gradients, and what makes steps of them; all in fp32 on the device. */
+export abstract class Descent implements Disposable {
   readonly parameters: readonly Parameter[];
-  /** Steps made; skipped ones do not count. */
-  steps = 0;
-  readonly #device: Device;
-  readonly #scope: Scope;
-  readonly #grads: Tensor[];
-  readonly #first: Tensor[];
-  readonly #second: Tensor[];
-  readonly #options: AdamOptions;
+  protected readonly device: Device;
+  protected readonly scope: Scope;
+  protected readonly grads: readonly Tensor[];
 
-  constructor(device: Device, parameters: readonly Parameter[], options: AdamOptions) {
-    [this.#device, this.parameters, this.#options] = [device, parameters, options];
-    this.#scope = new Scope(device);
-    const zeros = () => parameters.map(({ value }) => this.#scope.zeros('f32', value.shape));
-    [this.#grads, this.#first, this.#second] = [zeros(), zeros(), zeros()];
+  /** `grads`: where gradients are gathered, of the parameters' shapes; absent: in memory of its own. */
+  constructor(device: Device, parameters: readonly Parameter[], grads?: readonly Tensor[]) {
+    [this.device, this.parameters] = [device, parameters];
+    this.scope = new Scope(device);
+    this.grads = grads ?? this.zeros();
   }
+
+  /** One step with the gradients gathered since the last one, which begin anew. */
+  async step(lr: number): Promise<StepNorms> {
+    const norms = await this.norms();
+    const clipped = norms.nonFinite === 0 && this.apply(lr, norms.norm);
+    for (const grad of this.grads) fill(grad, 0);
+    return { ...norms, clipped };
+  }
+
+  /** Moves the values by finite gradients of the given norm; returns whether these were clipped. */
+  abstract apply(lr: number, norm: number): boolean;
 
   /** Makes `tape` add gradients of all parameters to theirs; `only` those that it is true for. */
   leaves(tape: Tape, only: (parameter: Parameter) => boolean = () => true): void {
     this.parameters.forEach((parameter, i) => {
-      if (only(parameter)) tape.leaf(parameter.value, this.#grads[i]);
+      if (only(parameter)) tape.leaf(parameter.value, this.grads[i]);
     });
   }
 
-  /** Values and moments: what must be saved to go on from here. */
-  state(): Tensor[] {
-    return [...this.parameters.map(({ value }) => value), ...this.#first, ...this.#second];
+  protected zeros(): Tensor[] {
+    return this.parameters.map(({ value }) => this.scope.zeros('f32', value.shape));
   }
 
-  /** One step of AdamW with the gradients gathered since the last one, which begin anew. */
-  async step(lr: number): Promise<StepNorms> {
-    const { clip, beta1, beta2, eps, decay } = this.#options;
-    const norms = await this.#norms();
-    const finite = norms.nonFinite === 0;
-    const clipped = finite && norms.norm > clip;
-    if (finite) {
-      using scope = new Scope(this.#device);
-      // As torch.nn.utils.clip_grad_norm_ computes it.
-      const factor = scope.from('f32', [1], Float32Array.of(Math.min(1, clip / (norms.norm + 1e-6))));
-      this.steps++;
-      this.parameters.forEach(({ value, rate, decay: decays }, i) => {
-        adamw(value, this.#first[i]!, this.#second[i]!, this.#grads[i]!, {
-          step: this.steps,
-          lr: lr * rate,
-          ...{ beta1, beta2, eps },
-          decay: decays ? decay : 0,
-          clip: factor,
-        });
-      });
-    }
-    for (const grad of this.#grads) fill(grad, 0);
-    return { ...norms, clipped };
-  }
-
-  async #norms(): Promise<Omit<StepNorms, 'clipped'>> {
-    using scope = new Scope(this.#device);
+  /** Norms of the gradients gathered so far. */
+  async norms(): Promise<Omit<StepNorms, 'clipped'>> {
+    using scope = new Scope(this.device);
     const indices = [...new Set(this.parameters.map(({ block }) => block))].sort((a, b) => a - b);
     const sums = scope.zeros('f32', [indices.length, 2]);
-    this.parameters.forEach(({ block }, i) => normAdd(sums.at(indices.indexOf(block)), this.#grads[i]!));
+    this.parameters.forEach(({ block }, i) => normAdd(sums.at(indices.indexOf(block)), this.grads[i]!));
     const values = await sums.float32();
     let [total, nonFinite] = [0, 0];
     const blocks = new Map<number, number>();
@@ -114,6 +95,60 @@ export class Optimizer implements Disposable {
   }
 
   [Symbol.dispose](): void {
-    this.#scope[Symbol.dispose]();
+    this.scope[Symbol.dispose]();
+  }
+}
+
+/** AdamW. */
+export class Optimizer extends Descent {
+  /** Steps made; skipped ones do not count. */
+  steps = 0;
+  readonly #first: Tensor[];
+  readonly #second: Tensor[];
+  readonly #options: AdamOptions;
+
+  constructor(device: Device, parameters: readonly Parameter[], options: AdamOptions, grads?: readonly Tensor[]) {
+    super(device, parameters, grads);
+    this.#options = options;
+    [this.#first, this.#second] = [this.zeros(), this.zeros()];
+  }
+
+  /** Values and moments: what must be saved to go on from here. */
+  state(): Tensor[] {
+    return [...this.parameters.map(({ value }) => value), ...this.#first, ...this.#second];
+  }
+
+  apply(lr: number, norm: number): boolean {
+    const { clip, beta1, beta2, eps, decay } = this.#options;
+    using scope = new Scope(this.device);
+    // As torch.nn.utils.clip_grad_norm_ computes it.
+    const factor = scope.from('f32', [1], Float32Array.of(Math.min(1, clip / (norm + 1e-6))));
+    this.steps++;
+    this.parameters.forEach(({ value, rate, decay: decays }, i) => {
+      adamw(value, this.#first[i]!, this.#second[i]!, this.grads[i]!, {
+        step: this.steps,
+        lr: lr * rate,
+        ...{ beta1, beta2, eps },
+        decay: decays ? decay : 0,
+        clip: factor,
+      });
+    });
+    return norm > clip;
+  }
+}
+
+/** Makes any gradient that means something larger than 1. */
+const large = 1e30;
+
+/** Signed gradient descent: every value moves by the learning rate, against its gradient's sign. */
+export class SignDescent extends Descent {
+  apply(lr: number): boolean {
+    this.parameters.forEach(({ value, rate }, i) => {
+      const sign = this.grads[i]!;
+      unary(this.scope, 'affine', sign, large, 0, sign);
+      unary(this.scope, 'clamp', sign, -1, 1, sign);
+      binary(this.scope, 'add', value, sign, { alpha: -lr * rate, out: value });
+    });
+    return false;
   }
 }

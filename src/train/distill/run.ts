@@ -12,7 +12,16 @@ import { Scope } from '../../tensor/tensor.js';
 import { defaultAdam } from '../../tune/parameters.js';
 import { EndToEnd, type EndToEndOutcome } from '../end-to-end.js';
 import { asJson } from '../output.js';
-import { alarmWatch, heldOf, loadTeacher, mustRecompute, sequencesOf } from '../setting.js';
+import {
+  alarmWatch,
+  heldOf,
+  loadTeacher,
+  microBatchOf,
+  mustRecompute,
+  onOthers,
+  requireShares,
+  sequencesOf,
+} from '../setting.js';
 import { loadTensors, saveTensors } from '../state.js';
 import { choose, evenChoice, measureImportance, type Choice } from './importance.js';
 import type { DistillOptions, DistillResult } from './options.js';
@@ -53,6 +62,7 @@ interface Chosen extends Choice {
 export async function runDistill(options: DistillOptions, env: JobEnv): Promise<DistillResult> {
   const started = performance.now();
   check(options);
+  requireShares(env, options.batch);
   const teacher = await openModel(options.input, { config: options.config });
   try {
     requirePrunable(teacher);
@@ -70,7 +80,7 @@ export async function runDistill(options: DistillOptions, env: JobEnv): Promise<
     const { out, overwrite, restart } = options;
     const recipe = fingerprint(options, teacher, shape, set, env, dtype);
     return await Job.run({ out, overwrite, restart, fingerprint: recipe }, async (job) => {
-      const microBatch = Math.min(options.batch, sequencesOf(env, set));
+      const microBatch = microBatchOf(env, set, options.batch);
       const resumeHint = `Go on with: ${options.commandLine}`;
       const run = { options, env, job, set, teacher, shape, dtype, held, microBatch, resumeHint };
       const { chosen, training, perplexity } = await made(run, recipe);
@@ -159,11 +169,7 @@ async function made(run: Run, recipe: Record<string, Json>): Promise<Made> {
   }
   const chosen = await chosenParts(run);
   using scope = new Scope(env.device);
-  const model = studentModel(teacher.model, run.shape, chosen.layers);
-  const student =
-    options.init === 'random'
-      ? await randomStudent(model, options.seed, scope, dtype)
-      : await cutStudent(teacher.model, new WeightReader(teacher, env.device, dtype), model, chosen, scope, dtype);
+  const student = await studentOf(run, chosen, scope);
   const training = await trained(run, student, chosen);
   const judging = {
     tokens: set.tokens.subarray((set.n - held) * set.seqLen),
@@ -177,6 +183,13 @@ async function made(run: Run, recipe: Record<string, Json>): Promise<Made> {
   });
   await job.remove();
   return { chosen, training, ...written };
+}
+
+/** The student as it begins, on the scope's device: the same on each. */
+async function studentOf({ options, teacher, shape, dtype }: Run, chosen: Chosen, scope: Scope): Promise<Student> {
+  const model = studentModel(teacher.model, shape, chosen.layers);
+  if (options.init === 'random') return await randomStudent(model, options.seed, scope, dtype);
+  return await cutStudent(teacher.model, new WeightReader(teacher, scope.device, dtype), model, chosen, scope, dtype);
 }
 
 /** Which parts of the teacher make the student. */
@@ -213,16 +226,21 @@ async function trained(run: Run, student: Student, chosen: Chosen): Promise<EndT
     return known as unknown as EndToEndOutcome;
   }
   using scope = new Scope(env.device);
-  const guide = kl > 0 || hidden > 0 ? await loadTeacher(teacher, env, dtype, scope) : undefined; // prettier-ignore
-  const map = hidden > 0 ? startOfMap(teacher.model, chosen, scope, dtype) : undefined;
+  /** What a device needs to train a student on it. */
+  const around = async ({ outer, blocks }: Student, on: JobEnv, inner: Scope) => {
+    const guide = kl > 0 || hidden > 0 ? await loadTeacher(teacher, on, dtype, inner) : undefined;
+    const map = hidden > 0 ? startOfMap(teacher.model, chosen, inner, dtype) : undefined;
+    return { device: on.device, outer, blocks, ...(guide && { teacher: guide }), ...(map && { map }) };
+  };
+  const first = await around(student, env, scope);
+  using others = await onOthers(env, async (on, inner) => around(await studentOf(run, chosen, inner), on, inner));
   const maxSteps = tokens === undefined ? undefined : Math.ceil(tokens / (batch * set.seqLen));
   const watch = alarmWatch(env, options.failOnAlarm, '--lr');
   using training = new EndToEnd({
-    ...{ env, stage, model, outer, blocks, job, resumeHint, held, microBatch, batch, warmup, lr, seed },
+    ...{ env, stage, model, job, resumeHint, held, microBatch, batch, warmup, lr, seed },
     ...{ tokens: set.tokens, n: set.n, length: set.seqLen },
-    ...(guide && { teacher: guide }),
+    ...{ ...first, replicas: others.all },
     ...(hidden > 0 && { hiddenOf: comparedWith(chosen.layers, teacher.model.blocks.length) }),
-    ...(map && { map }),
     loss: { crossEntropy, kl, hidden, temperature },
     recompute: mustRecompute(env, model, dtype, microBatch * set.seqLen),
     epochs: maxSteps === undefined ? options.epochs : Math.ceil(maxSteps / Math.ceil((set.n - held) / batch)),
