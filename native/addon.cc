@@ -191,7 +191,8 @@ class Device : public Napi::ObjectWrap<Device> {
   std::mutex mutex_;
   std::condition_variable queue_wake_, io_wake_, progress_;
   std::deque<std::function<void()>> queue_;
-  std::deque<std::function<void()>> io_;
+  std::deque<std::function<void()>> io_, io_later_;
+  bool later_runs_ = false;  // one thread at most works on io_later_, when nothing else waits
   uint64_t enqueued_ = 0, launched_ = 0;  // task counts
   bool stop_ = false;
   std::string failure_;  // of the first failed op; later ops are skipped until it has been reported
@@ -218,13 +219,19 @@ class Device : public Napi::ObjectWrap<Device> {
   void io_loop() {
     std::unique_lock lock(mutex_);
     for (;;) {
-      io_wake_.wait(lock, [&] { return stop_ || !io_.empty(); });
+      io_wake_.wait(lock, [&] { return stop_ || !io_.empty() || (!io_later_.empty() && !later_runs_); });
       if (stop_) return;
-      auto work = std::move(io_.front());
-      io_.pop_front();
+      const bool later = io_.empty();
+      auto& tasks = later ? io_later_ : io_;
+      auto work = std::move(tasks.front());
+      tasks.pop_front();
+      later_runs_ = later_runs_ || later;
       lock.unlock();
       work();
       lock.lock();
+      if (!later) continue;
+      later_runs_ = false;
+      if (!io_later_.empty()) io_wake_.notify_one();
     }
   }
   uint64_t enqueue(std::function<void()> work) {
@@ -448,10 +455,11 @@ class Device : public Napi::ObjectWrap<Device> {
     char* data = span(info.Env(), *block, info[1].As<Napi::Number>().DoubleValue(), bytes);
     const int fd = info[2].As<Napi::Number>().Int32Value();
     const uint64_t position = uint64_t(info[3].As<Napi::Number>().DoubleValue());
+    const bool later = !read && info[5].As<Napi::Boolean>();
     auto* settler = new Settler(info.Env());
     std::lock_guard lock(mutex_);
     const uint64_t ticket = read ? (poison_ ? enqueued_ : block->fence) : enqueued_;
-    io_.push_back([this, read, block, data, fd, position, bytes, settler, ticket]() mutable {
+    (later ? io_later_ : io_).push_back([this, read, block, data, fd, position, bytes, settler, ticket]() mutable {
       Outcome outcome;
       int system_error = 0;
       if (!wait_for(ticket)) {
@@ -536,6 +544,7 @@ class Device : public Napi::ObjectWrap<Device> {
       stop_ = true;
       queue_.clear();
       io_.clear();
+      io_later_.clear();
     }
     queue_wake_.notify_all();
     io_wake_.notify_all();

@@ -39,6 +39,9 @@ export class States implements AsyncDisposable {
   #now: Generation | undefined;
   #next: Generation | undefined;
   #committing: Promise<void> = Promise.resolve();
+  /** Until the states before the last ones are out of memory, and until their file is closed. */
+  #freeing: Promise<void> = Promise.resolve();
+  #closing: Promise<void> = Promise.resolve();
   #generations = 0;
   /** Files that `forget` leaves alone: a name is here before the file is, and never used twice. */
   readonly #growing = new Set<string>();
@@ -80,10 +83,11 @@ export class States implements AsyncDisposable {
   }
 
   /** All batches are put: they are the states from now on. */
-  async next(): Promise<void> {
+  next(): Promise<void> {
     const before = this.#now;
     [this.#now, this.#next] = [this.#next, undefined];
-    if (before) await this.#end(before);
+    if (before) this.#end(before);
+    return Promise.resolve();
   }
 
   /**
@@ -150,26 +154,25 @@ export class States implements AsyncDisposable {
   }
 
   async #begin(): Promise<Generation> {
-    await this.#committing.catch(() => undefined); // who asked for it is told
+    await this.#freeing; // never more than two generations in memory
     const path = this.#options.path(`next-${processId}-${this.#generations++}`);
     this.#growing.add(path);
     return { file: await create(path), path, scope: new Scope(this.#device), tensors: [], writes: [] };
   }
 
-  async #end(generation: Generation): Promise<void> {
-    try {
-      await written(generation);
-    } finally {
-      generation.scope[Symbol.dispose]();
-      await this.#committing.catch(() => undefined);
+  /** Memory and descriptor go when the last transfer has ended; what fails there is told who asked for the commit. */
+  #end(generation: Generation): void {
+    if (generation.writes.length === 0) generation.scope[Symbol.dispose]();
+    else this.#freeing = Promise.allSettled(generation.writes).then(() => generation.scope[Symbol.dispose]());
+    this.#closing = Promise.allSettled([this.#closing, this.#freeing, this.#committing]).then(async () => {
       this.#growing.delete(generation.path);
-      await generation.file.close();
-    }
+      await generation.file.close().catch(() => undefined); // its bytes are synced, or nobody wants them
+    });
   }
 
   async #write(generation: Generation, b: number, { buffer, byteOffset, bytes }: Tensor): Promise<void> {
     try {
-      await this.#device.writeFile(buffer, byteOffset, generation.file.fd, this.#offsets[b]!, bytes);
+      await this.#device.writeFile(buffer, byteOffset, generation.file.fd, this.#offsets[b]!, bytes, true);
     } catch (error) {
       throw cannotWrite(error, generation.path);
     }
@@ -187,10 +190,9 @@ export class States implements AsyncDisposable {
 
   /** Transfers hold memory and descriptors: both go when the last one has ended. */
   async [Symbol.asyncDispose](): Promise<void> {
-    for (const generation of [this.#now, this.#next]) {
-      if (generation) await this.#end(generation).catch(() => undefined); // has reported itself, or came second
-    }
+    for (const generation of [this.#now, this.#next]) if (generation) this.#end(generation);
     [this.#now, this.#next] = [undefined, undefined];
+    await this.#closing;
   }
 }
 

@@ -131,7 +131,7 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
       if (!due && i < to - 1) continue;
       await settled;
       settled = settle();
-      settled.catch(() => undefined); // reported where it is awaited
+      settled.catch(() => (busy = false)); // reported where it is awaited, after the block under way
     }
     await settled;
   } finally {

@@ -127,9 +127,18 @@ export class Device {
     await this.#native.readFile(buffer, offset, fd, position, bytes).catch((e: unknown) => this.#raise(e, 'read'));
   }
 
-  /** Device memory -> file, after everything enqueued so far. */
-  async writeFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void> {
-    await this.#native.writeFile(buffer, offset, fd, position, bytes).catch((e: unknown) => this.#raise(e, 'write'));
+  /** Device memory -> file, after everything enqueued so far; `later`: other transfers go first. */
+  async writeFile(
+    buffer: number,
+    offset: number,
+    fd: number,
+    position: number,
+    bytes: number,
+    later = false,
+  ): Promise<void> {
+    await this.#native
+      .writeFile(buffer, offset, fd, position, bytes, later)
+      .catch((e: unknown) => this.#raise(e, 'write'));
   }
 
   /**

@@ -33,7 +33,7 @@ export interface NativeDevice {
   upload(buffer: number, offset: number, data: Uint8Array): void;
   download(buffer: number, offset: number, into: Uint8Array): Promise<Uint8Array>;
   readFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void>;
-  writeFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void>;
+  writeFile(buffer: number, offset: number, fd: number, position: number, bytes: number, later: boolean): Promise<void>;
   /** Gives the values that are infinite or not a number, where `dtype` is the number of f32, bf16 or f16. */
   copyRange(from: number, position: number, to: number, at: number, bytes: number, dtype: number): Promise<number>;
   sync(): Promise<void>;
