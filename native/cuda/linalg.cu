@@ -43,8 +43,28 @@ int triangle_add(dc_context* c, float* H, int64_t row, int64_t K, const dc_tenso
   return 0;
 }
 
-// Batched experts: one block per 64 x 64 tile of an expert's lower triangle, fp32 on CUDA cores for fp32 inputs, else
-// products of 16-bit values in fp32 (exact) summed in fp32.
+// H (lower triangle) += alpha X' diag(weight) X. fp32 accumulators live for one call of at most 8,192 rows, then go to H:
+// long sums do not lose their tails.
+int rows_add(dc_context* c, float* H, int64_t row, const dc_tensor& X, const float* weight, double alpha) {
+  const int64_t K = X.dim[1], rows = X.dim[0];
+  for (int64_t t = 0; t < rows; t += 8192) {
+    dc_tensor x = X;
+    x.dim[0] = rows - t < 8192 ? rows - t : 8192;
+    x.data = static_cast<char*>(X.data) + t * X.stride[0] * dtype_size(X.dtype);
+    dc_tensor a = x;
+    if (weight) {
+      float* weighted = static_cast<float*>(scratch(c, 2, size_t(x.dim[0]) * K * 4));
+      if (!weighted) return 1;
+      weigh_rows<<<grid_for(c, x.dim[0] * K, 256), 256, 0, c->stream>>>(weighted, x, weight + t, x.dim[0] * K);
+      a = matrix(weighted, DC_F32, x.dim[0], K, K);
+    }
+    if (triangle_add(c, H, row, K, a, x, alpha)) return 1;
+  }
+  return 0;
+}
+
+// Few rows a expert, or fp32 inputs: one block per 64 x 64 tile of an expert's lower triangle, on CUDA cores, products and
+// sums in fp32.
 __global__ void __launch_bounds__(256) expert_hessians(float* H, int64_t batch_stride, int64_t row, dc_tensor X, const int32_t* offsets, const float* weight, float alpha) {
   const int e = blockIdx.z;
   const int64_t begin = offsets[e], end = offsets[e + 1], K = X.dim[1];
@@ -409,25 +429,25 @@ extern "C" int dc_cuda_hessian_add(dc_context* c, const dc_call* call) {
   const dc_tensor &H = call->t[0], &X = call->t[1], &offsets = call->t[2], &weight = call->t[3];
   const int64_t K = X.dim[1], rows = X.dim[0];
   if (rows == 0 || K == 0) return 0;
-  if (present(offsets)) {
+  const float* weights = data<float>(weight);
+  if (!present(offsets)) return rows_add(c, data<float>(H), H.stride[0], X, weights, call->f[0]) ? 1 : launched(c, "hessian_add");
+  const int64_t experts = H.dim[0];
+  if (X.dtype == DC_F32 || rows < 32 * experts || K < 128) {
     const int64_t tiles = ceil_div(K, 64);
-    const dim3 grid(unsigned(tiles * (tiles + 1) / 2), 1, unsigned(H.dim[0]));
-    expert_hessians<<<grid, 256, 0, c->stream>>>(data<float>(H), H.stride[0], H.stride[1], X, data<int32_t>(offsets), data<float>(weight), float(call->f[0]));
+    const dim3 grid(unsigned(tiles * (tiles + 1) / 2), 1, unsigned(experts));
+    expert_hessians<<<grid, 256, 0, c->stream>>>(data<float>(H), H.stride[0], H.stride[1], X, data<int32_t>(offsets), weights, float(call->f[0]));
     return launched(c, "hessian_add");
   }
-  // fp32 accumulators live for one call of at most 8,192 rows, then go to H: long sums do not lose their tails.
-  for (int64_t t = 0; t < rows; t += 8192) {
+  // Tensor cores, an expert after the other: the host must know where their rows begin.
+  std::string memory(size_t(experts + 1) * 4, 0);
+  DC_CUDA(cudaMemcpyAsync(&memory[0], data<int32_t>(offsets), memory.size(), cudaMemcpyDeviceToHost, c->stream));
+  DC_CUDA(cudaStreamSynchronize(c->stream));
+  const auto* begins = reinterpret_cast<const int32_t*>(memory.data());
+  for (int64_t e = 0; e < experts; e++) {
     dc_tensor x = X;
-    x.dim[0] = rows - t < 8192 ? rows - t : 8192;
-    x.data = static_cast<char*>(X.data) + t * X.stride[0] * dtype_size(X.dtype);
-    dc_tensor a = x;
-    if (present(weight)) {
-      float* weighted = static_cast<float*>(scratch(c, 2, size_t(x.dim[0]) * K * 4));
-      if (!weighted) return 1;
-      weigh_rows<<<grid_for(c, x.dim[0] * K, 256), 256, 0, c->stream>>>(weighted, x, data<float>(weight) + t, x.dim[0] * K);
-      a = matrix(weighted, DC_F32, x.dim[0], K, K);
-    }
-    if (triangle_add(c, data<float>(H), H.stride[0], K, a, x, call->f[0])) return 1;
+    x.dim[0] = begins[e + 1] - begins[e];
+    x.data = static_cast<char*>(X.data) + begins[e] * X.stride[0] * dtype_size(X.dtype);
+    if (x.dim[0] > 0 && rows_add(c, data<float>(H) + e * H.stride[0], H.stride[1], x, weights ? weights + begins[e] : nullptr, call->f[0])) return 1;
   }
   return launched(c, "hessian_add");
 }
