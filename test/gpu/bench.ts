@@ -61,12 +61,20 @@ let bandwidth = 0;
 {
   using s = new Scope(device);
   const [q, k, v] = [random(s, [4, 2048, 32, 128]), random(s, [4, 2048, 8, 128]), random(s, [4, 2048, 8, 128])];
-  const t = await seconds(10, () => {
+  const scale = 128 ** -0.5;
+  let t = await seconds(10, () => {
     using inner = new Scope(device);
-    ops.attention(inner, q, k, v, { scale: 128 ** -0.5 });
+    ops.attention(inner, q, k, v, { scale });
   });
-  const flop = 4 * 32 * 2 * 2048 ** 2 * 128;
-  row('attention causal 4 x 2048, 32/8 heads of 128', t, `${(flop / t / 1e12).toFixed(0)} TFLOP/s`, percent(flop / t / ceiling));
+  const product = 4 * 32 * 2048 ** 2 * 128; // one of [S, D] by [D, S], the causal half
+  row('attention causal 4 x 2048, 32/8 heads of 128', t, `${((2 * product) / t / 1e12).toFixed(0)} TFLOP/s`, percent((2 * product) / t / ceiling));
+  const lse = s.empty('f32', [4, 32, 2048]);
+  const [o, d] = [ops.attention(s, q, k, v, { scale, lse }), random(s, [4, 2048, 32, 128])];
+  t = await seconds(10, () => {
+    using inner = new Scope(device);
+    ops.attentionBackward(inner, d, { o, q, k, v, lse }, { scale });
+  });
+  row('attention_backward, the same (of its five products)', t, `${((5 * product) / t / 1e12).toFixed(0)} TFLOP/s`, percent((5 * product) / t / ceiling));
 } // prettier-ignore
 
 // --- GPTQ: Hessians, factor, grids, sweep ---

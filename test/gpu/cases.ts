@@ -215,6 +215,42 @@ for (const shape of attentionShapes) {
     return [ops.attentionCompare(in_.s, { q, k, scale, cap: 3 }, { q: near(q), k: near(k), scale, cap: 4 }, { offset, window: 20 })];
   }, 1e3); // prettier-ignore
 }
+// Two models whose heads differ, rows without keys, more than one tile of queries and of keys.
+const comparisons = [
+  { label: 'GQA D64 S257', b: 2, s: 257, t: 257, h: 8, a: { kv: 2, d: 64 }, other: { kv: 2, d: 64 } },
+  { label: 'GQA D128 S257', b: 1, s: 257, t: 257, h: 4, a: { kv: 1, d: 128 }, other: { kv: 1, d: 128 } },
+  { label: 'D192 S257', b: 1, s: 257, t: 257, h: 2, a: { kv: 2, d: 192 }, other: { kv: 2, d: 192 } },
+  { label: 'D128/1 against D64/4', b: 1, s: 257, t: 257, h: 4, a: { kv: 1, d: 128 }, other: { kv: 4, d: 64 } },
+  { label: 'D192/2 against D72/1', b: 2, s: 100, t: 300, h: 2, a: { kv: 2, d: 192 }, other: { kv: 1, d: 72 } },
+];
+for (const { label, b, s, t, h, a, other } of comparisons) {
+  const model = (in_: Inputs, d: FloatDType, { kv, d: width }: typeof a) => ({
+    q: in_.normal(d, [b, s, h, width]),
+    k: in_.normal(d, [b, t, kv, width]),
+    scale: width ** -0.5,
+  });
+  const options = {
+    causal: {},
+    'window 100': { window: 100 },
+    'full, window 20': { causal: false, window: 20 },
+    'offset -50': { offset: -50 - (t - s) },
+  };
+  for (const [kind, extra] of Object.entries(options))
+    forFloats(`attention_compare ${label} ${kind}`, (in_, d) =>
+      [ops.attentionCompare(in_.s, model(in_, d, a), model(in_, d, other), { offset: t - s, ...extra })], 1e3); // prettier-ignore
+  forFloats(`attention_compare ${label} lengths, caps`, (in_, d) => {
+    const lengths = in_.s.from('i32', [b], Int32Array.from({ length: b }, (_, i) => (i === 0 ? t - 37 : 1)));
+    const [x, y] = [model(in_, d, a), model(in_, d, other)];
+    return [ops.attentionCompare(in_.s, { ...x, cap: 3 }, { ...y, cap: 50 }, { offset: t - s, lengths })];
+  }, 1e3); // prettier-ignore
+}
+// Scores with many ties, exact in every order of summation: positions decide who is among the eight greatest.
+for (const dtype of floats)
+  add(`attention_compare ties ${dtype}`, 1e-8, (in_) => {
+    const small = (shape: number[]) => ops.cast(in_.s, in_.integers(shape, -1, 1), dtype);
+    const side = () => ({ q: small([1, 300, 4, 16]), k: small([1, 300, 2, 16]), scale: 0.125 });
+    return [ops.attentionCompare(in_.s, side(), side())];
+  });
 
 // --- experts ---
 for (const scoring of ['softmax', 'sigmoid', 'sqrtsoftplus'] as const)
@@ -262,6 +298,15 @@ add('cholesky batched, one singular', 1e-8, (in_) => {
 add('hessian_add experts', 1e-9, (in_) => {
   const h = in_.s.zeros('f32', [3, 70, 70]);
   ops.hessianAdd(h, in_.normal('bf16', [200, 70]), { offsets: in_.s.from('i32', [4], new Int32Array([0, 90, 90, 200])) }); // prettier-ignore
+  ops.symmetrize(h);
+  return [h];
+});
+add('hessian_add experts, many rows', 1e-9, (in_) => {
+  const h = in_.s.zeros('f32', [3, 200, 200]);
+  const x = in_.normal('bf16', [900, 200]);
+  const offsets = in_.s.from('i32', [4], new Int32Array([0, 300, 300, 893]));
+  ops.hessianAdd(h, x, { offsets, alpha: 0.5 });
+  ops.hessianAdd(h, x, { offsets, rowWeight: ops.unary(in_.s, 'abs', in_.normal('f32', [900])) });
   ops.symmetrize(h);
   return [h];
 });
