@@ -1,8 +1,8 @@
 import { readFileSync } from 'node:fs';
-import { Chalk, supportsColor, supportsColorStderr, type ChalkInstance } from 'chalk';
 import { ConvertError, bug, didYouMean } from './base/errors.js';
 import { errorCode, ioError } from './base/files.js';
 import { environmentName, fromEnvironment, mergeTables, resolveOptions, type Values } from './base/options.js';
+import { createPaint, takesColors, type Paint } from './base/paint.js';
 import type { ProgressLog, ProgressMode } from './base/progress.js';
 import { columns, reflow, shellQuote } from './base/text.js';
 import { usageOf } from './base/usage.js';
@@ -24,8 +24,8 @@ interface Run {
   /** Known before the options are: errors in them are JSON too. */
   json: boolean;
   command: string | undefined;
-  paintOut: ChalkInstance;
-  paintErr: ChalkInstance;
+  paintOut: Paint;
+  paintErr: Paint;
   log: ProgressLog | undefined;
 }
 
@@ -34,8 +34,8 @@ const run: Run = {
   environment: process.env,
   json: process.argv.includes('--json') || /^(true|yes|on|1)$/i.test(process.env.DEEPSEEK_CONVERT_JSON ?? ''),
   command: undefined,
-  paintOut: new Chalk({ level: colorLevel(supportsColor) }),
-  paintErr: new Chalk({ level: colorLevel(supportsColorStderr) }),
+  paintOut: createPaint(takesColors(process.stdout, process.env)),
+  paintErr: createPaint(takesColors(process.stderr, process.env)),
   log: undefined,
 };
 
@@ -80,7 +80,7 @@ async function main(): Promise<number> {
   const { values, from } = resolveOptions(table, sources);
   const common = values as Values<typeof commonOptions>;
   run.json = common.json;
-  if (!common.color) run.paintOut = run.paintErr = new Chalk({ level: 0 });
+  if (!common.color) run.paintOut = run.paintErr = createPaint(false);
   const { createProgress } = await import('./base/progress.js');
   run.log = await createProgress({
     mode: progressMode(common.progress),
@@ -145,7 +145,7 @@ function errorFacts({ kind, exitCode, message, facts }: ConvertError) {
 
 function writeError(error: ConvertError): void {
   const paint = run.paintErr;
-  process.stderr.write(`${reflow(`${paint.red.bold('error:')} ${error.message}`, columnsOf(process.stderr))}\n`);
+  process.stderr.write(`${reflow(`${paint.bold(paint.red('error:'))} ${error.message}`, columnsOf(process.stderr))}\n`);
   const again = ['deepseek-convert', ...run.argv].map(shellQuote).join(' ');
   if (error.kind === 'interrupted' && !error.message.includes(again)) process.stderr.write(`To go on: ${again}\n`);
   if (error.kind !== 'internal') return;
@@ -196,11 +196,6 @@ function watchSignals(): AbortSignal {
 function progressMode(asked: Values<typeof commonOptions>['progress']): ProgressMode {
   if (asked !== 'auto') return asked;
   return process.stderr.isTTY && process.env.TERM !== 'dumb' ? 'tty' : 'plain';
-}
-
-function colorLevel(support: typeof supportsColor) {
-  if ((process.env.NO_COLOR ?? '') !== '') return 0;
-  return support === false ? 0 : support.level;
 }
 
 /** A variable with our prefix that no command knows is a typing error; a job would run with a default unnoticed. */

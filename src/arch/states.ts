@@ -155,7 +155,7 @@ export class States implements AsyncDisposable {
 
   async #begin(): Promise<Generation> {
     await this.#freeing; // never more than two generations in memory
-    const path = this.#options.path(`next-${processId}-${this.#generations++}`);
+    const path = this.#options.path(`next-${processId()}-${this.#generations++}`);
     this.#growing.add(path);
     return { file: await create(path), path, scope: new Scope(this.#device), tensors: [], writes: [] };
   }

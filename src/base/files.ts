@@ -2,12 +2,16 @@ import { lstat, open, readFile, readdir, rename, rm, statfs } from 'node:fs/prom
 import { constants, read as readCallback, write as writeCallback } from 'node:fs';
 import type { FileHandle } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
-import { randomInt } from 'node:crypto';
 import { promisify } from 'node:util';
 import { badInput, ConvertError, noResource } from './errors.js';
 
+let ownDigits: string | undefined;
 /** In names of files that only this process writes: digits that no other process has, be it on another host. */
-export const processId = `${process.pid}${randomInt(1e12)}`;
+export function processId(): string {
+  // Of all that starts with the program, only this would load the module.
+  ownDigits ??= `${process.pid}${process.getBuiltinModule('node:crypto').randomInt(1e12)}`;
+  return ownDigits;
+}
 
 const readFd = promisify(readCallback);
 const writeFd = promisify(writeCallback);
@@ -89,7 +93,7 @@ export async function renameDurable(from: string, to: string): Promise<void> {
 /** Writes a new file and renames it over `path`: after a crash there is the old content or the new, nothing between. */
 export async function writeFileAtomic(path: string, data: string | Uint8Array): Promise<void> {
   const bytes = typeof data === 'string' ? Buffer.from(data) : data;
-  const temporary = join(dirname(path), `.${basename(path)}.${processId}.tmp`);
+  const temporary = join(dirname(path), `.${basename(path)}.${processId()}.tmp`);
   let handle: FileHandle | undefined;
   try {
     handle = await open(temporary, 'w');

@@ -1,3 +1,4 @@
+import type { Paint } from '../base/paint.js';
 import { githubAnnotation, junitXml, type JunitCase } from '../base/reporters.js';
 import { columns, duration } from '../base/text.js';
 import type { BatchReport, JobReport } from './run.js';
@@ -14,13 +15,6 @@ const words: Readonly<Record<JobState, string>> = {
 };
 
 const firstLine = (text: string | null): string => text?.split('\n')[0] ?? '';
-
-export interface Paint {
-  readonly bold: (text: string) => string;
-  readonly green: (text: string) => string;
-  readonly red: (text: string) => string;
-  readonly yellow: (text: string) => string;
-}
 
 /** The table at the end, and one line of sums. */
 export function batchTable(report: BatchReport, paint: Paint): string {

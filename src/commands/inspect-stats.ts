@@ -1,4 +1,4 @@
-import type { ChalkInstance } from 'chalk';
+import type { Paint } from '../base/paint.js';
 import { columns, count } from '../base/text.js';
 import { show } from '../base/html/markup.js';
 import type { ChannelStatistics, Statistics, TensorStatistics } from '../arch/statistics.js';
@@ -74,7 +74,7 @@ function statsRow(of: KindStatistics): string[] {
 }
 
 /** Three parts: what each kind of tensor is like, the worst channels, what is not finite. */
-export function statsText(statistics: Statistics, paint: ChalkInstance, width: number): string {
+export function statsText(statistics: Statistics, paint: Paint, width: number): string {
   const { tensors, skipped } = statistics;
   const kinds = byKind(tensors);
   const shorten = (name: string, most: number) => (name.length > most ? `…${name.slice(1 - most)}` : name);
@@ -95,7 +95,7 @@ export function statsText(statistics: Statistics, paint: ChalkInstance, width: n
   if (broken.length > 0) {
     const lines = broken.slice(0, mostChannels).map((t) => [t.name, `${count(t.nonFinite)} of ${count(t.values)}`]);
     const more = broken.length > lines.length ? ` (the first ${lines.length} of ${broken.length})` : '';
-    parts.push(`${paint.red.bold(`Values that are not finite${more}`)}\n${columns(lines, 'lr')}`);
+    parts.push(`${paint.bold(paint.red(`Values that are not finite${more}`))}\n${columns(lines, 'lr')}`);
   }
   if (skipped.length > 0) {
     const reasons = [...new Set(skipped.map(({ reason }) => reason))].join(', ');

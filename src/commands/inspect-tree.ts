@@ -1,4 +1,4 @@
-import type { ChalkInstance } from 'chalk';
+import type { Paint } from '../base/paint.js';
 import { formatBytes } from '../base/files.js';
 import { columns, displayWidth } from '../base/text.js';
 
@@ -93,7 +93,7 @@ function signatureOf(node: Node): string {
 }
 
 /** The tree with box-drawing lines; sizes are those of all repeats together. */
-export function treeText(branches: readonly Branch[], paint: ChalkInstance, width: number): string {
+export function treeText(branches: readonly Branch[], paint: Paint, width: number): string {
   const total = branches.reduce((n, { bytes }) => n + bytes, 0);
   const rows: string[][] = [];
   const walk = (list: readonly Branch[], indent: string) => {

@@ -1,8 +1,8 @@
-import type { ChalkInstance } from 'chalk';
 import type { ConvertError } from '../base/errors.js';
 import type { Log } from '../base/log.js';
 import type { Json } from '../base/job.js';
 import type { OptionTable, Values } from '../base/options.js';
+import type { Paint } from '../base/paint.js';
 
 /**
  * One subcommand. Its file in src/commands exports `command = defineCommand({...})` and imports nothing heavy at its
@@ -57,7 +57,7 @@ export interface Io {
   /** Aborted by Ctrl-C or SIGTERM. */
   readonly signal: AbortSignal;
   /** Colours for `text`: none where stdout is no terminal, with NO_COLOR, and so on. */
-  readonly paint: ChalkInstance;
+  readonly paint: Paint;
   /** Columns of the terminal; Infinity where stdout is none: what goes to a program is not cut or wrapped. */
   readonly width: number;
   /** What was asked for, after defaults: goes into the output's provenance. */

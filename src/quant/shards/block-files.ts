@@ -88,7 +88,7 @@ export class BlockFiles implements TensorSink {
   async #begin(block: number) {
     const layout = this.layouts.get(block);
     if (!layout) throw bug('A tensor that was not planned', { where: `${this.format}, block ${block}` });
-    const path = join(this.folder, `.${blockFile(this.format, block)}.${processId}.tmp`);
+    const path = join(this.folder, `.${blockFile(this.format, block)}.${processId()}.tmp`);
     try {
       return { block, path, file: await open(path, 'w+'), left: new Set(layout.tensors.keys()) };
     } catch (error) {
