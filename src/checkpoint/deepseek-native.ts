@@ -67,11 +67,11 @@ export function nativeName(hf: string): { name: string; split: 0 | 1 | undefined
 
 /**
  * The tensors of `model{i}-mp{n}.safetensors` under Hugging Face names: split tensors joined again, experts collected,
- * replicated tensors taken from the first shard. `shards` in order of i.
+ * replicated tensors taken from the first shard. `shards` in order of i; they are used up.
  * Errors (kind 'input'): unknown names, shards that disagree in shape or miss a part.
  */
 export function fromNative(
-  shards: readonly ReadonlyMap<string, TensorEntry>[],
+  shards: readonly Map<string, TensorEntry>[],
   config: Readonly<Record<string, unknown>>,
 ): Map<string, TensorEntry> {
   const names = new Set(shards.flatMap((shard) => [...shard.keys()]));

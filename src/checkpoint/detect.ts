@@ -1,7 +1,7 @@
 import { badInput } from '../base/errors.js';
 import { safeU64 } from '../formats/source.js';
 import type { RandomAccess } from '../formats/source.js';
-import { isTorch } from '../formats/torch.js';
+import { torchContainer } from '../formats/torch-magic.js';
 import type { ContainerFormat } from './types.js';
 
 export type FileFormat = Exclude<ContainerFormat, 'deepseek-native'>;
@@ -38,7 +38,7 @@ export function detectFormat(source: RandomAccess): FileFormat {
   for (const [magic, what, hint] of mistakes) {
     if (text.startsWith(magic)) throw badInput(`This is ${what}, not a checkpoint`, { where: path, hint });
   }
-  if (isTorch(source)) return 'torch';
+  if (torchContainer(source) !== undefined) return 'torch';
   // A real header begins within a few spaces of byte 8; a length that is impossible is reported by the reader.
   const header = text.slice(8).trimStart();
   if (size >= 8 && (header.startsWith('{') || (header === '' && size < 64 && safeU64(head, 0) === size - 8))) {

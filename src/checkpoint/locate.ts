@@ -1,8 +1,9 @@
+import { realpathSync } from 'node:fs';
 import { readdir, realpath, stat } from 'node:fs/promises';
 import { basename, dirname, join, sep } from 'node:path';
 import { badInput } from '../base/errors.js';
 import { ioError } from '../base/files.js';
-import { readIndex } from './shard-index.js';
+import { readIndex, type ShardIndex } from './shard-index.js';
 
 /** Files with weights, and which of them must hold which tensor. */
 export interface Located {
@@ -11,8 +12,8 @@ export interface Located {
   /** The lone file, when the path named one. */
   readonly file: string | undefined;
   readonly files: readonly string[];
-  /** From an index: tensor name -> file. */
-  readonly weightMap: ReadonlyMap<string, string> | undefined;
+  /** The index, where there is one, and its path. */
+  readonly index: { readonly path: string; readonly shards: ShardIndex } | undefined;
   readonly notes: readonly string[];
 }
 
@@ -38,7 +39,7 @@ export async function locate(path: string): Promise<Located> {
   if (isFolder) return locateFolder(path);
   const name = basename(path);
   if (name.endsWith('.index.json')) return locateIndex(dirname(path), name);
-  const base = { folder: dirname(path), file: path, weightMap: undefined, notes: [] };
+  const base = { folder: dirname(path), file: path, index: undefined, notes: [] };
   if (nativeShard.test(name)) {
     const all = (await readdir(dirname(path))).filter((other) => nativeShard.test(other));
     return { ...base, file: undefined, files: nativeFiles(dirname(path), all) };
@@ -57,7 +58,7 @@ async function locateFolder(folder: string): Promise<Located> {
   } catch (error) {
     throw ioError(error, 'list', folder);
   }
-  const base = { folder, file: undefined, weightMap: undefined, notes: [] };
+  const base = { folder, file: undefined, index: undefined, notes: [] };
   for (const index of indexNames) {
     if (names.includes(index)) return locateIndex(folder, index);
     const single = singleNames[indexNames.indexOf(index)]!;
@@ -122,14 +123,14 @@ async function numberedFiles(folder: string, shard: RegExpExecArray): Promise<st
 
 async function locateIndex(folder: string, indexName: string): Promise<Located> {
   const path = join(folder, indexName);
-  const weightMap = readIndex(path);
-  const files = new Map<string, string>();
+  const shards = readIndex(path);
+  const files: string[] = [];
   const inside = await allowedRoots(folder);
-  for (const name of new Set(weightMap.values())) {
+  for (const name of shards.keys()) {
     const file = join(folder, name);
     let real: string;
     try {
-      real = await realpath(file);
+      real = realpathSync.native(file);
     } catch (cause) {
       throw badInput('A shard that the index names is missing', {
         where: path,
@@ -141,9 +142,9 @@ async function locateIndex(folder: string, indexName: string): Promise<Located> 
     if (!inside.some((root) => real.startsWith(root + sep))) {
       throw badInput('A shard is a link out of the folder', { where: file, got: real, expected: `inside ${folder}` });
     }
-    files.set(name, file);
+    files.push(file);
   }
-  return { folder, file: undefined, files: [...files.values()].sort(), weightMap, notes: [] };
+  return { folder, file: undefined, files: files.sort(), index: { path, shards }, notes: [] };
 }
 
 /** Files of a model that are copied as they are must not be links to other files of this machine: outputs are published. */

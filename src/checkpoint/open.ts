@@ -6,9 +6,6 @@ import { ioError } from '../base/files.js';
 import { closeFiles } from '../base/io.js';
 import type { TensorEntry } from '../formats/types.js';
 import { companionName, findCompanions, findConfig, missingConfig } from './config.js';
-import { fromNative } from './deepseek-native.js';
-import { fromGguf } from './gguf-model.js';
-import { fromOnnx } from './onnx-model.js';
 import { isNativeShard, locate, refuseLinksOut } from './locate.js';
 import { collectTensors, parseFiles } from './parse.js';
 import type { OpenedFile } from './parse.js';
@@ -30,7 +27,7 @@ export interface OpenOptions {
  */
 export async function openCheckpoint(path: string, options: OpenOptions = {}): Promise<Checkpoint> {
   const located = await locate(path);
-  const files = parseFiles(located.files, path);
+  const files = await parseFiles(located.files, path);
   const isGguf = files[0]!.format === 'gguf';
   const isNative = isNativeShard(located.files[0]!);
   const { found, tried } = await findConfig(located.folder, located.file, options.config, isGguf);
@@ -43,16 +40,19 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
   let tensors: Map<string, TensorEntry>;
   let widened: Checkpoint['widened'] = new Map();
   if (isNative) {
+    const { fromNative } = await import('./deepseek-native.js');
     tensors = fromNative(files.map((file) => new Map(file.tensors.map((tensor) => [tensor.name, tensor]))), config); // prettier-ignore
   } else {
     tensors = collectTensors(files, located);
     if (isGguf) {
+      const { fromGguf } = await import('./gguf-model.js');
       const model = await fromGguf(files[0]!.gguf!, tensors, path, found?.config);
       ({ config, tensors, extraFiles, widened } = model);
       notes.push(...model.notes);
       // The file's own tokenizer, not one that happens to lie in the same folder.
       companions = companions.filter((file) => !extraFiles.has(companionName(file)));
     } else if (files[0]!.onnx !== undefined) {
+      const { fromOnnx } = await import('./onnx-model.js');
       ({ config, tensors } = fromOnnx(tensors, files[0]!.onnx.nodes, config));
     } else if (!options.keepScales) tensors = joinScales(tensors, config);
   }

@@ -13,20 +13,18 @@ type Scaled = Extract<Encoding, { kind: 'scaled' }>;
 /**
  * Joins block-scaled weights with their scales, wherever those lie: FP8 E4M3 with one scale per block (128 x 128 unless
  * the config says otherwise), and FP4 experts, two values a byte in I8, with an E8M0 scale per row and 32 columns.
- * The weight then has its logical shape; the scale is no tensor of its own any more.
+ * The weight then has its logical shape; the scale is no tensor of its own any more. Changes `tensors`, and returns it.
  * Errors (kind 'input'): a scale of another shape than the blocks ask for, a scale or weight without its partner.
  */
 export function joinScales(
-  tensors: ReadonlyMap<string, TensorEntry>,
+  tensors: Map<string, TensorEntry>,
   config: Readonly<Record<string, unknown>>,
 ): Map<string, TensorEntry> {
   const block = configBlock(config);
   const listed = [...tensors.values()].filter(({ name }) => name.endsWith(suffix));
-  const [joined, native] = [new Map<string, TensorEntry>(), new Set<string>()];
   let used = 0;
-  for (const [name, entry] of tensors) {
-    if (name.endsWith(suffix)) continue;
-    joined.set(name, entry);
+  for (const entry of tensors.values()) {
+    const { name } = entry;
     if (entry.shape.length !== 2) continue;
     const isFp8 = entry.encoding.kind === 'plain' && entry.encoding.dtype === 'f8_e4m3';
     if ((!isFp8 && !mayBeFp4(entry)) || !name.endsWith('.weight')) continue;
@@ -40,16 +38,13 @@ export function joinScales(
     }
     const encoding = isFp8 ? fp8(entry, scale, block ?? [128, 128]) : fp4(entry, scale);
     if (encoding === undefined) continue;
-    joined.set(name, { ...entry, encoding, shape: logicalShape(entry, encoding) });
+    tensors.set(name, { ...entry, encoding, shape: logicalShape(entry, encoding) });
+    tensors.delete(scale.name);
     if (scale.name.endsWith(suffix)) used++;
-    else native.add(scale.name);
   }
-  if (used < listed.length) {
-    const alone = listed.find(({ name }) => joined.get(name.replace(/_scale_inv$/, ''))?.encoding.kind !== 'scaled')!;
-    throw missing(alone, 'weight', alone.name.replace(/_scale_inv$/, ''));
-  }
-  for (const name of native) joined.delete(name);
-  return joined;
+  if (used === listed.length) return tensors;
+  const alone = listed.find(({ name }) => tensors.has(name))!;
+  throw missing(alone, 'weight', alone.name.replace(/_scale_inv$/, ''));
 }
 
 function missing(entry: TensorEntry, what: string, expected: string): Error {

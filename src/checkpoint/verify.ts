@@ -18,7 +18,7 @@ export async function verifyOutput(
   const planned = new Map(tensors.map((tensor) => [planKey(tensor), tensor]));
   const parsedFiles = new Map<string, OpenedFile>();
   for (const { name, readThrough } of layout.files) {
-    if (readThrough === undefined) parsedFiles.set(name, parseFile(join(folder, name)));
+    if (readThrough === undefined) parsedFiles.set(name, await parseFile(join(folder, name)));
   }
   const files = layout.files.map((file) => ({ file, parsed: parsedFiles.get(file.readThrough ?? file.name)! }));
   for (const { file, parsed } of files) {

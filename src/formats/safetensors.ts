@@ -92,21 +92,46 @@ function readUsual(bytes: Buffer, path: string, dataStart: number): Listing | un
   if (listed === undefined) return undefined;
   const tensors: TensorEntry[] = [];
   const names = new Set<string>(['__metadata__']);
+  const forms = new Map<string, Form>();
   const cursor = new Cursor(text, metadataPattern.lastIndex);
   for (;;) {
     const name = cursor.string();
-    if (name === undefined || names.has(name)) return undefined;
-    names.add(name);
-    const type = cursor.pass(':{"dtype":') ? cursor.string() : undefined;
-    const dtype = type === undefined ? undefined : dtypes.get(type);
-    const shape = dtype && cursor.pass(',"shape":[') ? cursor.counts() : undefined;
-    const offsets = shape && cursor.pass(',"data_offsets":[') ? cursor.counts() : undefined;
-    if (offsets?.length !== 2 || shape!.length > 64 || !cursor.pass('}')) return undefined;
-    tensors.push(place(name, type!, dtype!, shape!, offsets[0]!, offsets[1]!, path, dataStart));
+    const before = names.size;
+    if (name === undefined || names.add(name).size === before) return undefined;
+    const written = cursor.before(',"data_offsets":[');
+    if (written === undefined) return undefined;
+    let form = forms.get(written);
+    if (form === undefined) {
+      form = readForm(written);
+      if (form === undefined) return undefined;
+      forms.set(written, form);
+    }
+    const begin = cursor.count(',');
+    const end = cursor.count(']}');
+    if (begin === undefined || end === undefined) return undefined;
+    tensors.push(place(name, form, begin, end, path, dataStart));
     if (cursor.pass(',')) continue;
     const whole = cursor.pass('}') && /^ *$/.test(text.slice(cursor.at));
     return whole ? { tensors, metadata: readMetadata(listed, path) } : undefined;
   }
+}
+
+/** What tensors of a file have in common: there are few forms, and many tensors share one. */
+interface Form {
+  readonly type: string;
+  readonly dtype: { readonly encoding: Encoding; readonly bits: number };
+  readonly shape: readonly number[];
+}
+
+/** 15 digits are exact; a leading zero is no JSON. */
+const formPattern = /^:\{"dtype":"(\w+)","shape":\[((?:0|[1-9]\d{0,14})(?:,(?:0|[1-9]\d{0,14}))*)?\]$/;
+
+/** `:{"dtype":"BF16","shape":[4096,7168]` */
+function readForm(written: string): Form | undefined {
+  const [, type, sizes] = formPattern.exec(written) ?? [];
+  const dtype = type === undefined ? undefined : dtypes.get(type);
+  const shape = sizes === undefined ? [] : sizes.split(',').map(Number);
+  return dtype && shape.length <= 64 ? { type: type!, dtype, shape } : undefined;
 }
 
 function readAny(bytes: Buffer, path: string, dataStart: number): Listing {
@@ -139,41 +164,34 @@ function readTensor(name: string, value: JsonValue, path: string, dataStart: num
   if (offsets.length !== 2 || begin! > end!) {
     throw badInput('Bad data_offsets', { where, expected: '[begin, end]', got: JSON.stringify(offsets) });
   }
-  return place(name, value['dtype'] as string, dtype, shape, begin!, end!, path, dataStart);
+  return place(name, { type: value['dtype'] as string, dtype, shape }, begin!, end!, path, dataStart);
 }
 
 /** Checks a tensor's shape against its bytes. */
 function place(
   name: string,
-  type: string,
-  dtype: { encoding: Encoding; bits: number },
-  shape: readonly number[],
+  { type, dtype, shape }: Form,
   begin: number,
   end: number,
   path: string,
   dataStart: number,
 ): TensorEntry {
-  const where = (): string => `${path}, tensor ${JSON.stringify(name)}`;
-  if (begin > end) throw badInput('Bad data_offsets', { where: where(), expected: '[begin, end]', got: `[${begin},${end}]` }); // prettier-ignore
-  let { bits } = dtype;
-  for (const dim of shape) bits = times(bits, dim, shape, where);
+  const bytes = end - begin;
+  const bits = shape.reduce((product, dim) => (Number.isSafeInteger(product) ? product * dim : product), dtype.bits);
+  if (bytes >= 0 && bits === 8 * bytes && Number.isSafeInteger(bits)) {
+    return { name, shape, encoding: dtype.encoding, span: { path, offset: dataStart + begin, bytes } };
+  }
+  const where = `${path}, tensor ${JSON.stringify(name)}`;
+  if (bytes < 0) throw badInput('Bad data_offsets', { where, expected: '[begin, end]', got: `[${begin},${end}]` });
+  if (!Number.isSafeInteger(bits)) throw badInput('Shape overflows', { where, got: `[${shape.join(', ')}]` });
   if (bits % 8 !== 0) {
-    throw badInput('The tensor ends inside a byte', {
-      where: where(),
-      got: `${bits} bits`,
-      expected: 'a multiple of 8 bits',
-    });
+    throw badInput('The tensor ends inside a byte', { where, got: `${bits} bits`, expected: 'a multiple of 8 bits' });
   }
-  if (bits / 8 !== end - begin) {
-    const expected = `${bits / 8} bytes for ${type} [${shape.join(', ')}]`;
-    throw badInput('Size of a tensor disagrees with its offsets', {
-      where: where(),
-      expected,
-      got: `${end - begin} bytes`,
-    });
-  }
-  const span = { path, offset: dataStart + begin, bytes: end - begin };
-  return { name, shape, encoding: dtype.encoding, span };
+  throw badInput('Size of a tensor disagrees with its offsets', {
+    where,
+    expected: `${bits / 8} bytes for ${type} [${shape.join(', ')}]`,
+    got: `${bytes} bytes`,
+  });
 }
 
 function readDtype(value: JsonObject, where: string): { encoding: Encoding; bits: number } {
@@ -199,13 +217,6 @@ function readIntegers(value: JsonObject, key: string, where: string): number[] {
   }
   const got = list === undefined ? 'none' : JSON.stringify(list).slice(0, 80);
   throw badInput(`Bad ${key}`, { where, expected: 'non-negative integers', got });
-}
-
-function times(product: number, dim: number, shape: readonly number[], where: () => string): number {
-  const result = product * dim;
-  if (!Number.isSafeInteger(result))
-    throw badInput('Shape overflows', { where: where(), got: `[${shape.join(', ')}]` });
-  return result;
 }
 
 /** The data section must be covered exactly: no hole to hide bytes in, no byte with two meanings. */

@@ -5,25 +5,15 @@ import { PyGlobal, PyTuple } from './pickle-values.js';
 import type { PyValue, RefusedGlobal } from './pickle-values.js';
 import { slice } from './source.js';
 import type { RandomAccess } from './source.js';
+import { streamMagic, tarNames, tarText, torchContainer } from './torch-magic.js';
 import { elementBytes, maxPickle } from './torch-state.js';
 import type { StoredAt, TorchContents } from './torch-state.js';
 import { describe, storageElement, torchAllows, torchConstruct, torchPersistent, TorchStorage, TorchTensor } from './torch-values.js'; // prettier-ignore
 
-/** A legacy stream begins with this number, pickled. */
-const magic = 0x1950a86a20f9469cfc6cn;
-/** It as LONG1 (protocols 2 and up, perhaps behind PROTO and FRAME) and as LONG. */
-const magicBytes = [Buffer.from('8a0a6cfc9c46f9206aa85019', 'hex'), Buffer.from(`L${magic}L\n`)];
-
-/** torch.save(..., _use_new_zipfile_serialization=False), and everything before PyTorch 1.6. */
-export function isStream(source: RandomAccess): boolean {
-  if (source.size < 32) return false;
-  const head = source.read(0, 32, 'magic');
-  return magicBytes.some((bytes) => head.includes(bytes));
-}
-
 /**
- * Legacy stream: pickles of the magic number, 1001, system info, the object and the list of storage keys; then the
- * storages in the order of the keys, each as a 64-bit count of elements and the data.
+ * Legacy stream, of torch.save(..., _use_new_zipfile_serialization=False) and everything before PyTorch 1.6: pickles of
+ * the magic number, 1001, system info, the object and the list of storage keys; then the storages in the order of the
+ * keys, each as a 64-bit count of elements and the data.
  */
 export function readStream(source: RandomAccess, refused: RefusedGlobal[]): TorchContents {
   const { path } = source;
@@ -44,7 +34,7 @@ export function readStream(source: RandomAccess, refused: RefusedGlobal[]): Torc
     cursor.position = limited.position;
     return value;
   };
-  if (!isStream(source) || next() !== magic) {
+  if (torchContainer(source) !== 'stream' || next() !== streamMagic) {
     const got = source.read(0, Math.min(16, source.size), 'magic').toString('hex');
     throw badInput('Not a PyTorch file', { where: `${path}, byte 0`, got });
   }
@@ -90,17 +80,8 @@ function readStored(cursor: Cursor, size: number): StoredAt {
   return { offset, bytes };
 }
 
-/** The first PyTorch releases wrote an uncompressed tar of `storages`, `tensors` and `pickle`. */
-export function isTar(source: RandomAccess): boolean {
-  if (source.size < 1024 || source.read(257, 5, 'magic').toString('latin1') !== 'ustar') return false;
-  return ['storages', 'tensors', 'pickle', 'sys_info'].includes(tarText(source.read(0, 100, 'tar header')));
-}
-
-const tarText = (field: Buffer): string => field.toString('latin1').replace(/\0.*$/s, '');
-
 function tarMembers(source: RandomAccess): Map<string, { start: number; size: number }> {
   const members = new Map<string, { start: number; size: number }>();
-  const wanted = ['storages', 'tensors', 'pickle', 'sys_info'];
   let at = 0;
   while (at + 512 <= source.size) {
     const header = source.read(at, 512, 'tar header');
@@ -115,7 +96,7 @@ function tarMembers(source: RandomAccess): Map<string, { start: number; size: nu
     }
     if (!/^[0-7]{1,12}$/.test(octal)) throw badInput('Bad tar archive: malformed size', { where, got: octal });
     const kind = header[156]!;
-    if ((kind !== 0 && kind !== 0x30) || !wanted.includes(name) || members.has(name)) {
+    if ((kind !== 0 && kind !== 0x30) || !tarNames.includes(name) || members.has(name)) {
       throw badInput('Bad tar archive: a member that PyTorch does not write', { where, got: JSON.stringify(name) });
     }
     const size = Number.parseInt(octal, 8);
@@ -126,7 +107,7 @@ function tarMembers(source: RandomAccess): Map<string, { start: number; size: nu
   return members;
 }
 
-/** Tar: storages and tensors are numbered; the object's pickle refers to them by number. */
+/** Tar, as the first PyTorch releases wrote it, uncompressed: storages and tensors are numbered; the object's pickle refers to them by number. */
 export function readTar(source: RandomAccess, refused: RefusedGlobal[]): TorchContents {
   const { path } = source;
   const members = tarMembers(source);

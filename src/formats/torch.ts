@@ -7,16 +7,15 @@ import { hashHeaders } from './source.js';
 import type { RandomAccess } from './source.js';
 import { maxPickle, stateEntries } from './torch-state.js';
 import type { StoredAt, TorchContents } from './torch-state.js';
-import { isTar, readTar, readStream, isStream } from './torch-legacy.js';
+import { readStream, readTar } from './torch-legacy.js';
+import { torchContainer, type TorchContainer } from './torch-magic.js';
 import { torchAllows, torchConstruct, torchPersistent } from './torch-values.js';
 import type { ParsedFile } from './types.js';
-import { isZip, readZip } from './zip.js';
+import { readZip } from './zip.js';
 
 export interface TorchFile extends ParsedFile {
-  readonly container: 'zip' | 'stream' | 'tar';
+  readonly container: TorchContainer;
 }
-
-export const isTorch = (source: RandomAccess): boolean => isZip(source) || isTar(source) || isStream(source);
 
 /**
  * Reads what torch.save wrote: the zip form, the legacy stream, or the oldest tar. Finds the state dict (also inside
@@ -38,13 +37,10 @@ export function torchRefusals(source: RandomAccess): RefusedGlobal[] {
   return refused;
 }
 
-function readContents(
-  source: RandomAccess,
-  refused: RefusedGlobal[],
-): TorchContents & { container: TorchFile['container'] } {
-  if (isZip(source)) return { container: 'zip', ...readZipForm(source, refused) };
-  if (isTar(source)) return { container: 'tar', ...readTar(source, refused) };
-  return { container: 'stream', ...readStream(source, refused) };
+function readContents(source: RandomAccess, refused: RefusedGlobal[]): TorchContents & { container: TorchContainer } {
+  const container = torchContainer(source) ?? 'stream'; // whose reader says what is wrong
+  const read = { zip: readZipForm, tar: readTar, stream: readStream }[container];
+  return { container, ...read(source, refused) };
 }
 
 function readZipForm(source: RandomAccess, refused: RefusedGlobal[]): TorchContents {

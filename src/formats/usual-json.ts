@@ -1,4 +1,4 @@
-const [bracket, comma, zero, space] = [']', ',', '0', ' '].map((c) => c.charCodeAt(0)) as [number, number, number, number]; // prettier-ignore
+const [zero, space] = ['0', ' '].map((c) => c.charCodeAt(0)) as [number, number];
 
 /**
  * Reads JSON of the form that libraries write piece by piece, without building objects of it. What returns undefined
@@ -33,22 +33,23 @@ export class Cursor {
     return value;
   }
 
-  /** The rest of a list of counts up to its `]`, which is passed. */
-  counts(): number[] | undefined {
-    const values: number[] = [];
-    const { text } = this;
-    if (this.pass(']')) return values;
-    for (;;) {
-      const start = this.at;
-      let value = 0;
-      for (let digit; (digit = text.charCodeAt(this.at) - zero) >= 0 && digit <= 9; this.at++) value = 10 * value + digit; // prettier-ignore
-      const digits = this.at - start;
-      // 15 digits are exact; a leading zero is no JSON.
-      if (digits === 0 || digits > 15 || (digits > 1 && text.charCodeAt(start) === zero)) return undefined;
-      values.push(value);
-      const next = text.charCodeAt(this.at++);
-      if (next === bracket) return values;
-      if (next !== comma) return undefined;
-    }
+  /** The text before `literal`, which is passed with it. */
+  before(literal: string): string | undefined {
+    const end = this.text.indexOf(literal, this.at);
+    if (end < 0) return undefined;
+    const found = this.text.slice(this.at, end);
+    this.at = end + literal.length;
+    return found;
+  }
+
+  /** A count and `literal` behind it, which is passed. */
+  count(literal: string): number | undefined {
+    const { text, at: start } = this;
+    let value = 0;
+    for (let digit; (digit = text.charCodeAt(this.at) - zero) >= 0 && digit <= 9; this.at++) value = 10 * value + digit;
+    const digits = this.at - start;
+    // 15 digits are exact; a leading zero is no JSON.
+    if (digits === 0 || digits > 15 || (digits > 1 && text.charCodeAt(start) === zero)) return undefined;
+    return this.pass(literal) ? value : undefined;
   }
 }

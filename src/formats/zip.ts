@@ -20,10 +20,6 @@ const signatures = { local: 0x04034b50, central: 0x02014b50, end: 0x06054b50, en
 const [max16, max32] = [0xffff, 0xffffffff];
 const maxDirectory = 256 * 2 ** 20;
 
-export function isZip(source: RandomAccess): boolean {
-  return source.size >= 22 && source.read(0, 4, 'magic').readUInt32LE() === signatures.local;
-}
-
 /**
  * Lists the entries of a zip archive as PyTorch writes it: stored, not compressed. Local headers must agree with the
  * central directory, and entries may not overlap, so that no other reader can see other contents than we do.

@@ -31,7 +31,7 @@ export async function readImatrix(path: string): Promise<Imatrix> {
 }
 
 async function fromGguf(path: string): Promise<Imatrix> {
-  const file = parseFile(path);
+  const file = await parseFile(path);
   const type = file.gguf?.get('general.type')?.value;
   if (type !== 'imatrix') {
     throw badInput('This GGUF file is no importance matrix', { where: path, expected: 'general.type imatrix', got: JSON.stringify(type) ?? 'none' }); // prettier-ignore

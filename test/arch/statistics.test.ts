@@ -26,7 +26,7 @@ async function statisticsOf(path: string, atOnce?: number): Promise<Statistics> 
 
 async function tensorsOf(path: string): Promise<ReadonlyMap<string, TensorEntry>> {
   // The GGUF file of all types is no model.
-  if (path.endsWith('.gguf')) return new Map(parseFile(path).tensors.map((entry) => [entry.name, entry]));
+  if (path.endsWith('.gguf')) return new Map((await parseFile(path)).tensors.map((entry) => [entry.name, entry]));
   const checkpoint = await openCheckpoint(path, { configOptional: true });
   await checkpoint.close();
   return checkpoint.tensors;

@@ -202,10 +202,29 @@ describe('bad checkpoints', () => {
     expect(await message(folder)).toContain('in two files');
     put('model.safetensors.index.json', '{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}');
     expect(await message(folder)).toContain('Duplicate key');
+    weights('y.safetensors', 'b');
+    // Both that disagree with the shards and those that would not.
+    for (const twice of ['"a":"y.safetensors","a":"x.safetensors"', '"a":"x.safetensors","\\u0061":"x.safetensors"']) {
+      put('model.safetensors.index.json', `{"weight_map":{${twice},"b":"y.safetensors"}}`);
+      expect(await message(folder)).toContain('Duplicate key "a"');
+    }
     put('model.safetensors.index.json', { weights: {} });
     expect(await message(folder)).toContain('no weight_map');
     put('model.safetensors.index.json', { weight_map: {} });
     expect(await message(folder)).toContain('no tensors');
+  });
+
+  it('an index may list tensors in any order', async () => {
+    put('config.json', llama);
+    weights('x.safetensors', 'a', 'b', 'c');
+    weights('y.safetensors', 'd');
+    const file = 'x.safetensors';
+    put('model.safetensors.index.json', { weight_map: { c: file, d: 'y.safetensors', b: file, a: file } });
+    const checkpoint = await openCheckpoint(folder);
+    expect([...checkpoint.tensors.keys()]).toEqual(['a', 'b', 'c', 'd']);
+    await checkpoint.close();
+    put('model.safetensors.index.json', { weight_map: { a: file, b: file, d: file } });
+    expect(await message(folder)).toContain('tensor "d"');
   });
 
   it('missing shards of a series', async () => {
