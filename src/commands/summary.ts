@@ -36,8 +36,7 @@ const quantizable = ({ role }: LinearSpec): boolean => role !== 'router' && role
 
 /** `stored`: what the checkpoint holds, by the names that architectures use. */
 export function summarize(model: Model, stored: ReadonlyMap<string, StoredWeight>): ModelSummary {
-  const specs = [...model.outer, ...model.blocks.flatMap((block) => block.tensors)];
-  const { total, others, problems } = compare(specs, stored);
+  const { total, others, problems } = compare([model.outer, ...model.blocks.map((block) => block.tensors)], stored);
   const [carried, unknown] = [others.filter((name) => isCarried(model, name)), others.filter((name) => !isCarried(model, name))]; // prettier-ignore
   tell(problems, unknown, 'Tensors that the architecture does not know');
   const cached = 2 * sum(model.blocks.map(({ attention }) => attention.cached?.(model.context) ?? 0));
@@ -45,10 +44,12 @@ export function summarize(model: Model, stored: ReadonlyMap<string, StoredWeight
   let int4 = 2 * total;
   for (const { moe, linears } of model.blocks) {
     const idle = moe ? 1 - moe.active / moe.experts : 0;
-    for (const linear of linears.flat()) {
-      const weights = linear.inFeatures * linear.outFeatures;
-      if (linear.role === 'expert') sleeping += weights * idle;
-      if (quantizable(linear)) int4 += linear.outFeatures * Math.ceil(linear.inFeatures / 128) * (64 + 2) - 2 * weights;
+    for (const together of linears) {
+      for (const linear of together) {
+        const weights = linear.inFeatures * linear.outFeatures;
+        if (linear.role === 'expert') sleeping += weights * idle;
+        if (quantizable(linear)) int4 += linear.outFeatures * Math.ceil(linear.inFeatures / 128) * (64 + 2) - 2 * weights; // prettier-ignore
+      }
     }
   }
   const first = model.blocks.find((block) => block.moe)?.moe;
@@ -78,33 +79,34 @@ interface Comparison {
 }
 
 /** In one pass: there may be 100,000 tensors. */
-function compare(specs: readonly TensorSpec[], stored: ReadonlyMap<string, StoredWeight>): Comparison {
+function compare(parts: readonly (readonly TensorSpec[])[], stored: ReadonlyMap<string, StoredWeight>): Comparison {
   const [missing, otherShape]: string[][] = [[], []];
   let [total, found] = [0, 0];
-  for (const { name, shape, optional, below } of specs) {
-    const own = stored.get(name);
-    if (own !== undefined || optional !== true) total += below === undefined ? elementCount(shape) : 0;
-    if (own === undefined) {
-      if (optional !== true) missing!.push(name);
-      continue;
-    }
-    found++;
-    // Quantized layouts round widths up.
-    if (
-      own.linear === undefined &&
-      !(own.shape.length === shape.length && shape.every((size, i) => size === own.shape[i]))
-    ) {
-      // prettier-ignore
-      otherShape!.push(`${name} [${own.shape.join(', ')}], expected [${shape.join(', ')}]`);
+  for (const specs of parts) {
+    for (const { name, shape, optional, below } of specs) {
+      const own = stored.get(name);
+      if (own !== undefined || optional !== true) total += below === undefined ? elementCount(shape) : 0;
+      if (own === undefined) {
+        if (optional !== true) missing!.push(name);
+        continue;
+      }
+      found++;
+      // Quantized layouts round widths up.
+      if (own.linear === undefined && !sameShape(own.shape, shape)) {
+        otherShape!.push(`${name} [${own.shape.join(', ')}], expected [${shape.join(', ')}]`);
+      }
     }
   }
-  const known = new Set(found === stored.size ? [] : specs.map(({ name }) => name));
+  const known = new Set(found === stored.size ? [] : parts.flatMap((specs) => specs.map(({ name }) => name)));
   const others = found === stored.size ? [] : [...stored.keys()].filter((name) => !known.has(name));
   const problems: string[] = [];
   tell(problems, missing!, 'The architecture expects tensors that are not there');
   tell(problems, otherShape!, 'Shapes differ from the config');
   return { total, others, problems };
 }
+
+const sameShape = (a: readonly number[], b: readonly number[]): boolean =>
+  a.length === b.length && a.every((size, i) => size === b[i]);
 
 function tell(problems: string[], names: readonly string[], what: string): void {
   if (names.length === 0) return;
@@ -120,7 +122,7 @@ export function encodingName({ encoding }: TensorEntry): string {
     case 'ggml':
       return encoding.type;
     case 'scaled':
-      return `${encoding.element}/${encoding.block.join('x')}`;
+      return `${encoding.element}/${encoding.block[0]}x${encoding.block[1]}`;
     case 'assembled':
       return encodingName(encoding.parts[0]!.entry);
     case 'product':

@@ -35,11 +35,14 @@ export function linearSpec(
 }
 
 /** The tensors of linears: weight [N, K], bias [N]. */
-export const linearTensors = (linears: readonly LinearSpec[]): TensorSpec[] =>
-  linears.flatMap(({ name, inFeatures, outFeatures, bias }) => {
-    const weight = { name: `${name}.weight`, shape: [outFeatures, inFeatures] };
-    return bias ? [weight, { name: `${name}.bias`, shape: [outFeatures] }] : [weight];
-  });
+export function linearTensors(linears: readonly LinearSpec[]): TensorSpec[] {
+  const tensors: TensorSpec[] = [];
+  for (const { name, inFeatures, outFeatures, bias } of linears) {
+    tensors.push({ name: `${name}.weight`, shape: [outFeatures, inFeatures] });
+    if (bias) tensors.push({ name: `${name}.bias`, shape: [outFeatures] });
+  }
+  return tensors;
+}
 
 /**
  * Frees intermediates of `scope` as soon as they are used up; what belongs to somebody else, or shares its memory with
