@@ -42,7 +42,8 @@ export const defaultCalibrationFolder = fileURLToPath(new URL('../../calibration
  * length of each. A source that is too short gives what it has and leaves the rest to the others; when all together
  * are too short there are fewer windows, and a notice says so. Each window starts as the tokenizer starts a text
  * (BOS where it adds one).
- * Errors: files that do not exist, hold no text, or are no valid .jsonl; a length beyond the model's context.
+ * Errors: files that do not exist, hold no text, or are no valid .jsonl; a length beyond the model's context; a tokenizer
+ * of another model.
  */
 export async function calibrationTokens(
   open: OpenModel,
@@ -71,7 +72,21 @@ export async function calibrationTokens(
   if (files.length === 0) throw badUsage('No calibration file given', { hint: 'Name one: --calibration text.txt' });
   const texts = await openSources(files);
   const packer = await Packer.make(await open.tokenizer(), seqLen, seed, bpeDropout);
-  return await gather(texts, packer, samples, seqLen);
+  const set = await gather(texts, packer, samples, seqLen);
+  requireIds(set.tokens, open);
+  return set;
+}
+
+/** Errors: input, an id without a row in the embedding. A GPU would read what lies behind it. */
+function requireIds(tokens: Int32Array, { model, checkpoint }: OpenModel): void {
+  const odd = tokens.find((id) => id >= model.vocab);
+  if (odd === undefined) return;
+  throw badInput('The tokenizer makes a token that the model does not have', {
+    where: checkpoint.path,
+    got: `id ${odd}`,
+    expected: `0 to ${model.vocab - 1}`,
+    hint: 'The tokenizer files belong to another model.',
+  });
 }
 
 async function defaultFiles(): Promise<string[]> {

@@ -48,6 +48,14 @@ describe('calibration windows', () => {
     expect([...set.tokens]).toEqual([...expected.subarray(0, 64)]);
   });
 
+  it('are refused with ids that the model has no row for', async () => {
+    const ids = new Int32Array([...(await take({})).tokens]);
+    const vocab = Math.max(...ids);
+    const smaller = { ...open, model: { ...open.model, vocab }, tokenizer: open.tokenizer.bind(open) };
+    const job = calibrationTokens(smaller, { source: [long], samples: 8, seqLen: 32, seed: 0 }, env);
+    await expect(job).rejects.toThrow(`id ${vocab}`);
+  });
+
   it('with BPE-dropout spell the same text otherwise, the same way for the same seed', async () => {
     const [plain, dropped] = [await take({ samples: 1 }), await take({ samples: 1, bpeDropout: 0.3 })];
     expect(dropped.tokens).not.toEqual(plain.tokens);
