@@ -109,15 +109,18 @@ export function blend(h: Tensor, other: Tensor, share: number): void {
   binary(scope, 'add', h, other, { alpha: share, out: h });
 }
 
-/** sum over rows of (d H d') for D f32 [N, K]: the output error of each row; f32 [N] on the host. */
-export async function rowErrors(d: Tensor, h: Tensor): Promise<Float32Array> {
+/**
+ * d H d' for each row d of D f32 [N, K]: its output error; f32 [N] on the host. `roughly`: to three digits, for D that no
+ * one has fitted to H, whose terms do not cancel.
+ */
+export async function rowErrors(d: Tensor, h: Tensor, roughly = false): Promise<Float32Array> {
   const [n, k] = [d.dim(0), d.dim(1)];
   const out = new Float32Array(n);
   const step = Math.max(1, Math.min(n, Math.floor(2 ** 24 / k)));
   for (let at = 0; at < n; at += step) {
     using scope = new Scope(d.device);
     const part = d.slice(0, at, Math.min(n, at + step));
-    const dh = gemm(scope, part, h, { fast: 'split' });
+    const dh = gemm(scope, part, h, { fast: roughly || 'split' });
     binary(scope, 'mul', dh, part, { out: dh });
     out.set(await reduce(scope, 'sum', dh, 1).float32(), at);
   }
