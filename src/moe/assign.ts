@@ -1,23 +1,36 @@
 import { bug } from '../base/errors.js';
 
+export interface AssignOptions {
+  /** In units of the scores; absent: `precision`. */
+  readonly epsilon?: number;
+  /** Epsilon in standard deviations of the scores, default 1/1000. */
+  readonly precision?: number;
+  /** Of each place, from an assignment with like scores (zeros: from none): this one starts there and leaves its own. */
+  readonly prices?: Float64Array;
+}
+
 /**
  * Assigns n items to E places with capacities (their sum is n) so that the sum of scores is largest: an auction with
  * epsilon-scaling in which the seats of one place are alike (Bertsekas & Castanon 1989). The result is within
  * n epsilon of the optimum; with integer scores and epsilon < 1/n it is optimal.
  *
- * `scores` [n, E]; `epsilon` is in units of the scores, default 1/1000 of their standard deviation.
- * Returns the place of each item.
+ * `scores` [n, E]. Returns the place of each item.
  */
-export function assignBalanced(scores: Float32Array, capacities: Int32Array, epsilon?: number): Int32Array {
+export function assignBalanced(
+  scores: Float32Array,
+  capacities: Int32Array,
+  { epsilon, precision = 1e-3, prices }: AssignOptions = {},
+): Int32Array {
   const places = capacities.length;
   const n = scores.length / places;
   if (capacities.reduce((a, b) => a + b, 0) !== n) {
     throw bug('assignment of items to places', { got: `${n} items, capacities ${capacities.join(', ')}` });
   }
   const spread = deviation(scores);
-  const last = epsilon ?? (spread > 0 ? spread * 1e-3 : 1);
-  const auction = new Auction(scores, capacities);
-  let step = Math.max(spread, last);
+  const last = epsilon ?? (spread > 0 ? spread * precision : 1);
+  const auction = new Auction(scores, capacities, prices);
+  const warm = prices?.some((price) => price !== 0) === true;
+  let step = Math.max(warm ? spread / 25 : spread, last);
   for (;;) {
     auction.round(step);
     if (step <= last) return auction.placeOf;
@@ -27,7 +40,8 @@ export function assignBalanced(scores: Float32Array, capacities: Int32Array, eps
 
 function deviation(values: Float32Array): number {
   let [sum, squares] = [0, 0];
-  for (const v of values) {
+  for (let i = 0; i < values.length; i++) {
+    const v = values[i]!;
     sum += v;
     squares += v * v;
   }
@@ -45,14 +59,16 @@ class Auction {
   constructor(
     readonly scores: Float32Array,
     readonly capacities: Int32Array,
+    prices: Float64Array = new Float64Array(capacities.length),
   ) {
     this.placeOf = new Int32Array(scores.length / capacities.length);
-    this.#prices = new Float64Array(capacities.length);
+    this.#prices = prices;
     this.#seats = Array.from(capacities, (size) => new Seats(size));
   }
 
   round(epsilon: number): void {
-    const places = this.capacities.length;
+    const { scores, capacities, placeOf } = this;
+    const places = capacities.length;
     const prices = this.#prices;
     this.#seats.forEach((seats) => (seats.taken = 0));
     const waiting = Int32Array.from(this.placeOf, (_, i) => i);
@@ -60,18 +76,23 @@ class Auction {
     while (left > 0) {
       const item = waiting[--left]!;
       const row = item * places;
-      let [best, place, second] = [-Infinity, -1, -Infinity];
+      let best = -Infinity;
+      let place = -1;
+      let second = -Infinity;
       for (let e = 0; e < places; e++) {
-        if (this.capacities[e] === 0) continue;
-        const value = this.scores[row + e]! - prices[e]!;
-        if (value > best) [second, best, place] = [best, value, e];
-        else if (value > second) second = value;
+        const value = scores[row + e]! - prices[e]!;
+        if (value <= second || capacities[e] === 0) continue;
+        if (value > best) {
+          second = best;
+          best = value;
+          place = e;
+        } else second = value;
       }
       // A single place has no rival: any bid wins.
       const bid = prices[place]! + (second === -Infinity ? 0 : best - second) + epsilon;
       const seats = this.#seats[place]!;
       const evicted = seats.take(bid, item);
-      this.placeOf[item] = place;
+      placeOf[item] = place;
       if (evicted >= 0) waiting[left++] = evicted;
       if (seats.full) prices[place] = seats.lowest;
     }

@@ -1,11 +1,12 @@
 import { Random } from '../base/rng.js';
-import { gather, gemm, reduce, unary } from '../tensor/ops.js';
+import { fill, gather, gemm, reduce, scatterAdd, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
-import { clusterNeurons, oneHot } from './cluster.js';
+import { clusterNeurons } from './cluster.js';
+import { membership } from './masks.js';
+import type { Measured } from './measured.js';
 import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
-import { RouterFitter } from './router.js';
-import type { FfnWeights, Sample } from './sample.js';
-import { columnNorms, contributions, energies } from './score.js';
+import { columnMeans, energies } from './score.js';
+import { largest } from './largest.js';
 import { chooseShared, evenCapacities } from './shared.js';
 import { layOut, sharedNeurons } from './split.js';
 
@@ -24,15 +25,12 @@ const [activeNeurons, markerTokens] = [10, 4096] as const;
 export async function baselineSplit(
   kind: Exclude<SplitKind, 'fitted'>,
   scope: Scope,
-  sample: Sample,
-  w: FfnWeights,
+  measured: Measured,
   options: SplitOptions,
 ): Promise<Restructured> {
-  const { shape, seed, intercept, lambda } = options;
+  const { shape, seed } = options;
+  const { h, scores, fitter } = measured;
   using work = new Scope(scope.device);
-  const fit = { x: sample.x.slice(0, 0, sample.fit), h: sample.h.slice(0, 0, sample.fit) };
-  const all = energies(work, fit.h, columnNorms(work, w.down));
-  const scores = await contributions(work, all);
   const room = sharedNeurons(shape);
   const finish = (shared: Int32Array, rest: Int32Array, expertOf: Int32Array, router: Restructured['router']) => ({
     split: layOut(shape, shared, rest, expertOf),
@@ -45,31 +43,30 @@ export async function baselineSplit(
     const expertOf = inTurn(evenCapacities(rest.length, shape.routed));
     const bias = Float32Array.from({ length: shape.routed }, (_, e) => shape.routed - e);
     const router = {
-      weight: scope.zeros('f32', [shape.routed, sample.x.dim(1)]),
+      weight: scope.zeros('f32', [shape.routed, measured.x.dim(1)]),
       bias: scope.from('f32', [shape.routed], bias),
     };
     return finish(shared, strongest, expertOf, router);
   }
 
-  const fitter = await RouterFitter.make(work, fit.x, { intercept, lambda, active: shape.active, seed });
   if (kind === 'random') {
     const order = shuffled(shape.ffn, new Random(seed, 3));
     const [shared, rest] = [order.slice(0, room).sort(), order.slice(room)];
     const expertOf = inTurn(evenCapacities(rest.length, shape.routed));
+    const all = energies(work, h, measured.norms);
     const z = gather(work, all, work.from('i32', [rest.length], rest), 1);
-    const energy = gemm(work, z, work.from('f32', [rest.length, shape.routed], oneHot(expertOf, shape.routed)));
+    const energy = gemm(work, z, membership(work, expertOf, shape.routed));
     return finish(shared, rest, expertOf, await fitter.ridge(scope, unary(work, 'sqrt', energy)));
   }
 
-  const rows = Math.min(sample.fit, markerTokens);
-  const marked = await markers(work, fit.h, rows);
-  const rates = await reduce(work, 'mean', marked, 0).float32();
+  const marked = await markers(work, h, Math.min(h.dim(0), markerTokens));
+  const rates = await columnMeans(work, marked).float32();
   const { shared, rest } = chooseShared(rates, room);
   const part = gather(work, marked, work.from('i32', [rest.length], rest), 1);
   const expertOf = await clusterNeurons(scope.device, part, evenCapacities(rest.length, shape.routed), seed);
   const chosen = await representatives(work, part, expertOf, shape.routed);
   const idx = work.from('i32', [shape.routed], chosen.map((i) => rest[i]!)); // prettier-ignore
-  const size = unary(work, 'sqrt', unary(work, 'square', gather(work, fit.h, idx, 1)));
+  const size = unary(work, 'sqrt', unary(work, 'square', gather(work, h, idx, 1)));
   return finish(shared, rest, expertOf, await fitter.ridge(scope, size));
 }
 
@@ -88,23 +85,28 @@ function shuffled(n: number, random: Random): Int32Array {
 
 /** f32 [rows, I]: 1 where a neuron is among the largest of its token; tokens evenly spread. */
 async function markers(s: Scope, h: Tensor, rows: number): Promise<Tensor> {
+  using work = new Scope(s.device);
   const n = h.dim(1);
   const step = h.dim(0) / rows;
   const picked = Int32Array.from({ length: rows }, (_, i) => Math.floor(i * step));
-  const values = await gather(s, h, s.from('i32', [rows], picked)).float32();
-  const marks = new Float32Array(values.length);
-  for (let t = 0; t < rows; t++) {
-    const sizes = values.subarray(t * n, (t + 1) * n).map(Math.abs);
-    const bound = sizes.slice().sort()[Math.max(0, n - activeNeurons)]!;
-    sizes.forEach((size, i) => size >= bound && (marks[t * n + i] = 1));
-  }
-  return s.from('f32', [rows, n], marks);
+  const sizes = gather(work, h, work.from('i32', [rows], picked));
+  const idx = largest(await unary(work, 'abs', sizes, 0, 0, sizes).float32(), n, activeNeurons);
+  const active = idx.length / rows;
+  const marks = s.zeros('f32', [rows * n, 1]);
+  const places = work.from(
+    'i32',
+    [idx.length],
+    idx.map((neuron, i) => Math.floor(i / active) * n + neuron),
+  );
+  const ones = work.empty('f32', [idx.length, 1]);
+  fill(ones, 1);
+  scatterAdd(marks, ones, places);
+  return marks.view(rows, n);
 }
 
 /** Of each cluster the neuron whose markers are most like the cluster's mean (cosine). */
 async function representatives(s: Scope, marked: Tensor, expertOf: Int32Array, experts: number): Promise<Int32Array> {
-  const n = expertOf.length;
-  const sums = gemm(s, marked, s.from('f32', [n, experts], oneHot(expertOf, experts)));
+  const sums = gemm(s, marked, membership(s, expertOf, experts));
   const like = await gemm(s, marked.transpose(), sums).float32();
   const counts = await reduce(s, 'sum', marked, 0).float32();
   const chosen = new Int32Array(experts).fill(-1);

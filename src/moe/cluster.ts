@@ -2,10 +2,13 @@ import { Random } from '../base/rng.js';
 import { binary, copyInto, gather, gemm, matmulT, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { assignBalanced } from './assign.js';
+import { membership } from './masks.js';
 
 const iterations = 8;
 /** Tokens whose energies describe a neuron to the clustering. */
 const featureTokens = 4096;
+/** Of the assignments, which are not the last ones. */
+const precision = 1e-2;
 
 /**
  * Balanced k-means of neurons by when they fire: features are the square roots of a neuron's energies on sampled
@@ -25,9 +28,11 @@ export async function clusterNeurons(
   const features = neuronFeatures(scope, z, Math.min(tokens, featureTokens));
   let centres = await firstCentres(scope, features, experts, new Random(seed, 1));
   let assigned: Int32Array = new Int32Array(n).fill(-1);
+  const prices = new Float64Array(experts);
   for (let i = 0; i < iterations; i++) {
-    const next = assignBalanced(await affinity(features, centres), capacities);
-    const moved = next.reduce((sum, expert, neuron) => sum + (expert === assigned[neuron] ? 0 : 1), 0);
+    const next = assignBalanced(await affinity(features, centres), capacities, { precision, prices });
+    let moved = 0;
+    for (let neuron = 0; neuron < n; neuron++) if (next[neuron] !== assigned[neuron]) moved++;
     assigned = next;
     if (moved <= n / 200) break;
     scope.free(centres);
@@ -95,15 +100,7 @@ async function affinity(features: Tensor, centres: Tensor): Promise<Float32Array
 /** Centre of each expert's neurons: [experts, tokens]. */
 function means(scope: Scope, features: Tensor, assigned: Int32Array, capacities: Int32Array): Tensor {
   using work = new Scope(scope.device);
-  const weights = oneHot(assigned, capacities.length);
-  for (let i = 0; i < weights.length; i++) weights[i]! /= Math.max(1, capacities[i % capacities.length]!);
-  const membership = work.from('f32', [assigned.length, capacities.length], weights);
-  return gemm(scope, membership.transpose(), features);
-}
-
-/** [n, experts] with a 1 where neuron n belongs. */
-export function oneHot(assigned: Int32Array, experts: number): Float32Array {
-  const values = new Float32Array(assigned.length * experts);
-  assigned.forEach((expert, i) => (values[i * experts + expert] = 1));
-  return values;
+  const sums = gemm(scope, membership(work, assigned, capacities.length).transpose(), features);
+  const parts = Float32Array.from(capacities, (size) => 1 / Math.max(1, size));
+  return binary(scope, 'mul', sums, work.from('f32', [parts.length, 1], parts), { out: sums });
 }

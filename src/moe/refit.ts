@@ -1,11 +1,23 @@
 import type { Site } from '../arch/stream.js';
 import type { FfnSpec } from '../nn/mlp.js';
-import { binary, cast, cholesky, choleskySolve, copyInto, gemm, hessianAdd, matmulT, swiglu } from '../tensor/ops.js';
+import {
+  binary,
+  cast,
+  cholesky,
+  choleskySolve,
+  copyInto,
+  gather,
+  gemm,
+  hessianAdd,
+  matmulT,
+  swiglu,
+} from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { relativeError } from './judge.js';
+import { maskOf } from './masks.js';
 import { choose, scoresOf, type Router } from './router.js';
 import type { FfnWeights } from './sample.js';
-import { capacity, pieces, type MoeShape } from './shape.js';
+import { capacity, type MoeShape } from './shape.js';
 
 /** Ridge penalties that are tried, relative to the mean of the diagonal; the one that judges best is taken. */
 const penalties = [1e-3, 1e-2, 1e-1, 1];
@@ -47,12 +59,13 @@ export async function refitDown(
   let from = 0;
   await site.each(async (call) => {
     using step = new Scope(scope.device);
-    const { x } = call;
-    const start = from;
-    from += x.dim(0);
+    const rows: number[] = [];
+    for (let row = 0; row < call.x.dim(0); row++) if (!isHeld(from + row)) rows.push(row);
+    from += call.x.dim(0);
+    if (rows.length === 0) return;
+    const x = gather(step, call.x, step.from('i32', [rows.length], Int32Array.from(rows)));
     const h = swiglu(step, matmulT(step, x, w.gate), matmulT(step, x, w.up), ffn.activation);
-    const mask = await routingMask(step, x, router, shape, (row) => !isHeld(start + row));
-    const masked = applyMask(step, h, mask, shape);
+    const masked = applyMask(step, h, routingMask(step, x, router, shape), shape);
     const off = binary(step, 'sub', h, masked, { out: h });
     hessianAdd(gram, masked, { alpha: 1 / site.tokens });
     const missing = matmulT(step, off, w.down);
@@ -60,15 +73,16 @@ export async function refitDown(
   });
   const plain = work.empty('f32', [hidden, total]);
   copyInto(plain, w.down);
-  const target = matmulT(work, held.whole, plain);
+  const outputs = (h: Tensor, down: Tensor) => matmulT(work, h, down, { fast: 'split' });
+  const target = outputs(held.whole, plain);
   let best: { error: number; lambda: number; down: Tensor } | undefined;
-  let least = await relativeError(matmulT(work, held.masked, plain), target);
+  let least = await relativeError(outputs(held.masked, plain), target);
   for (const lambda of penalties) {
     const { factor, info } = cholesky(work, gram, lambda);
     if ((await info.int32())[0] === 0) {
       const change = choleskySolve(work, factor, cross);
       const down = binary(work, 'add', plain, change.transpose());
-      const error = await relativeError(matmulT(work, held.masked, down), target);
+      const error = await relativeError(outputs(held.masked, down), target);
       if (error < least) [least, best] = [error, { error, lambda, down }];
       work.free(change);
     }
@@ -78,35 +92,9 @@ export async function refitDown(
   return { down: cast(scope, best.down, 'f32'), lambda: best.lambda };
 }
 
-/** [T, pieces]: 1 where a token uses an expert (shared ones: always), all 0 for tokens that are not `wanted`. */
-export async function routingMask(
-  s: Scope,
-  x: Tensor,
-  router: Router,
-  shape: MoeShape,
-  wanted: (row: number) => boolean = () => true,
-): Promise<Tensor> {
-  return pieceMask(s, await choose(s, scoresOf(s, x, router), shape.active).int32(), shape, wanted);
-}
-
-/** The same for choices [T, K] that are known. */
-export function pieceMask(
-  s: Scope,
-  idx: Int32Array,
-  shape: MoeShape,
-  wanted: (row: number) => boolean = () => true,
-): Tensor {
-  const { routed, active } = shape;
-  const count = pieces(shape);
-  const tokens = idx.length / active;
-  const mask = new Float32Array(tokens * count);
-  for (let t = 0; t < tokens; t++) {
-    if (!wanted(t)) continue;
-    for (let k = 0; k < active; k++) mask[t * count + idx[t * active + k]!] = 1;
-    mask.fill(1, t * count + routed, (t + 1) * count);
-  }
-  return s.from('f32', [tokens, count], mask);
-}
+/** f32 [T, pieces]: 1 where a token uses an expert (shared ones: always). */
+export const routingMask = (s: Scope, x: Tensor, router: Router, { routed, active, shared }: MoeShape): Tensor =>
+  maskOf(s, choose(s, scoresOf(s, x, router), active), routed, shared);
 
 /** h [T, capacity], in the order of the split, with the experts that are off set to zero. */
 export function applyMask(s: Scope, h: Tensor, mask: Tensor, shape: MoeShape): Tensor {

@@ -1,6 +1,6 @@
 import type { Json } from '../base/job.js';
 import type { Exactness } from './exactness.js';
-import type { Baselines, RouterJudgement } from './judge.js';
+import type { RouterJudgement, StaticErrors } from './judge.js';
 import type { MoePlan } from './plan.js';
 
 /** What became of one layer. Errors are |y' - y|^2 / |y|^2 of the feed-forward output on held-out tokens. */
@@ -17,9 +17,11 @@ export interface LayerReport {
     readonly refit?: number;
     /** If the best experts were chosen for each token. */
     readonly oracle: number;
+    /** Experts drawn at random, the ridge router. */
+    readonly randomSplit: number;
     /** A split after CMoE, without refit. */
     readonly cmoe: number;
-  } & Baselines;
+  } & StaticErrors;
   readonly refitLambda?: number;
   readonly seconds: Readonly<Record<string, number>>;
 }

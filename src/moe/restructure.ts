@@ -2,10 +2,11 @@ import { gather, gemm, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { assignBalanced } from './assign.js';
 import { baselineSplit } from './baseline.js';
-import { clusterNeurons, oneHot } from './cluster.js';
-import { choose, maskOf, RouterFitter, scoresOf, type Router } from './router.js';
-import type { FfnWeights, Sample } from './sample.js';
-import { columnNorms, contributions, energies } from './score.js';
+import { clusterNeurons } from './cluster.js';
+import { maskOf, membership } from './masks.js';
+import type { Measured } from './measured.js';
+import { choose, scoresOf, type Router, type RouterFitter } from './router.js';
+import { energies } from './score.js';
 import type { Restructured, SplitOptions } from './restructured.js';
 import { chooseShared, evenCapacities } from './shared.js';
 import { layOut, sharedNeurons } from './split.js';
@@ -16,26 +17,19 @@ import { layOut, sharedNeurons } from './split.js';
  * neuron goes where the router's choices keep most of its energy (a balanced assignment of sum_t z_tn m_te). Each half
  * step raises the energy that survives routing, and experts end up being what a linear router can predict.
  */
-export async function restructure(
-  scope: Scope,
-  sample: Sample,
-  w: FfnWeights,
-  options: SplitOptions,
-): Promise<Restructured> {
+export async function restructure(scope: Scope, measured: Measured, options: SplitOptions): Promise<Restructured> {
   const { shape, seed, kind = 'fitted' } = options;
-  if (kind !== 'fitted') return await baselineSplit(kind, scope, sample, w, options);
+  if (kind !== 'fitted') return await baselineSplit(kind, scope, measured, options);
   using work = new Scope(scope.device);
-  const fit = { x: sample.x.slice(0, 0, sample.fit), h: sample.h.slice(0, 0, sample.fit) };
-  const all = energies(work, fit.h, columnNorms(work, w.down));
-  const scores = await contributions(work, all);
+  const { x, scores, fitter } = measured;
+  const all = energies(work, measured.h, measured.norms);
   const { shared, rest } = chooseShared(scores, sharedNeurons(shape));
   const z = gather(work, all, work.from('i32', [rest.length], rest), 1);
   work.free(all);
 
   const capacities = evenCapacities(rest.length, shape.routed);
   let expertOf = await clusterNeurons(scope.device, z, capacities, seed);
-  const { intercept, lambda } = options;
-  const fitter = await RouterFitter.make(work, fit.x, { intercept, lambda, active: shape.active, seed });
+  const prices = new Float64Array(shape.routed);
   const rounds = shape.active < shape.routed ? options.rounds : 0;
   for (let round = 0; ; round++) {
     using step = new Scope(scope.device);
@@ -43,13 +37,13 @@ export async function restructure(
     const last = round === rounds;
     const router = await fitRouter(last ? scope : step, fitter, energy, last ? options.finalSteps : options.steps);
     if (last) return { split: layOut(shape, shared, rest, expertOf), router, scores, expertOf, rest };
-    expertOf = await reassign(step, z, fit.x, router, capacities, shape.active);
+    expertOf = await reassign(step, z, x, router, capacities, shape.active, prices);
   }
 }
 
 /** Energy of each expert on each token, f32 [T, R]. */
 function expertEnergies(s: Scope, z: Tensor, expertOf: Int32Array, experts: number): Tensor {
-  return gemm(s, z, s.from('f32', [expertOf.length, experts], oneHot(expertOf, experts)));
+  return gemm(s, z, membership(s, expertOf, experts));
 }
 
 async function fitRouter(scope: Scope, fitter: RouterFitter, energy: Tensor, steps: number): Promise<Router> {
@@ -66,10 +60,10 @@ async function reassign(
   router: Router,
   capacities: Int32Array,
   active: number,
+  prices: Float64Array,
 ): Promise<Int32Array> {
   const experts = capacities.length;
-  const idx = await choose(s, scoresOf(s, x, router), active).int32();
-  const mask = s.from('f32', [x.dim(0), experts], maskOf(idx, active, experts));
+  const mask = maskOf(s, choose(s, scoresOf(s, x, router), active), experts);
   const kept = await gemm(s, z.transpose(), mask).float32();
-  return assignBalanced(kept, capacities);
+  return assignBalanced(kept, capacities, { prices });
 }

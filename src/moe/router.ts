@@ -1,7 +1,8 @@
 import { Random } from '../base/rng.js';
-import { binary, cast, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT, reduce, route, unary } from '../tensor/ops.js'; // prettier-ignore
+import { adamw, binary, cast, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT, reduce, route, unary } from '../tensor/ops.js'; // prettier-ignore
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { ConvertError } from '../base/errors.js';
+import { columnMeans } from './score.js';
 
 /** Scores of experts: x W' + b, with a deviation of about 1. */
 export interface Router {
@@ -45,7 +46,7 @@ export class RouterFitter {
   /** `x` f32 [T, C]. What the fitter keeps lives in `scope`. */
   static async make(scope: Scope, x: Tensor, options: RouterOptions): Promise<RouterFitter> {
     const c = x.dim(1);
-    const mean = options.intercept ? reduce(scope, 'mean', x, 0) : scope.zeros('f32', [c]);
+    const mean = options.intercept ? columnMeans(scope, x) : scope.zeros('f32', [c]);
     const centred = binary(scope, 'sub', x, mean.view(1, c));
     using work = new Scope(scope.device);
     const h = work.zeros('f32', [c, c]);
@@ -68,7 +69,7 @@ export class RouterFitter {
   async ridge(scope: Scope, t: Tensor): Promise<Router> {
     using work = new Scope(scope.device);
     const { intercept } = this.#options;
-    const mean = reduce(work, 'mean', t, intercept ? 0 : 1);
+    const mean = intercept ? columnMeans(work, t) : reduce(work, 'mean', t, 1);
     const centred = binary(work, 'sub', t, intercept ? mean.view(1, -1) : mean.view(-1, 1));
     const right = gemm(work, this.#x.transpose(), centred, { alpha: 1 / t.dim(0) });
     const solution = choleskySolve(work, this.#factor, right);
@@ -98,24 +99,22 @@ export class RouterFitter {
     using state = new Scope(scope.device);
     const x = this.#x;
     const { weight, bias, unit } = await this.#centred(scope, state, start);
-    const moments = [weight, bias].map((p) => [state.zeros('f32', p.shape), state.zeros('f32', p.shape)] as const);
+    const adam = [weight, bias].map((p) => new Adam(state, p));
     const random = new Random(seed, 2);
     const batch = Math.min(batchTokens, tokens);
-    const gain = 1 / Math.max((await reduce(state, 'mean', reduce(state, 'sum', c, 1), 0).float32())[0]!, 1e-30);
+    const gain = 1 / Math.max((await total(state, 'sum', c)) / tokens, 1e-30);
+    const draws = Int32Array.from({ length: steps * batch }, () => random.below(tokens));
+    const batches = state.from('i32', [steps, batch], draws);
     for (let step = 1; step <= steps; step++) {
       using work = new Scope(scope.device);
       const progress = (step - 1) / steps;
       const temperature = warm * (cool / warm) ** progress;
       const rate = learningRate * 0.5 * (1 + Math.cos(Math.PI * progress));
-      const idx = work.from(
-        'i32',
-        [batch],
-        Int32Array.from({ length: batch }, () => random.below(tokens)),
-      );
+      const idx = batches.at(step - 1);
       const xb = gather(work, x, idx);
       const gradient = lossGradient(work, matmulT(work, xb, weight, { bias }), gather(work, c, idx), active, temperature, gain); // prettier-ignore
-      adam(work, weight, moments[0]!, gemm(work, gradient.transpose(), xb), step, rate * unit);
-      if (intercept) adam(work, bias, moments[1]!, reduce(work, 'sum', gradient, 0), step, rate);
+      adam[0]!.step(gemm(work, gradient.transpose(), xb), step, rate * unit);
+      if (intercept) adam[1]!.step(reduce(work, 'sum', gradient, 0), step, rate);
     }
     return this.#uncentre(scope, weight, bias);
   }
@@ -129,13 +128,14 @@ export class RouterFitter {
   }
 }
 
-type Moments = readonly [Tensor, Tensor];
+/** Of all values of a matrix, or of their squares. */
+async function total(s: Scope, kind: 'sum' | 'sumsq', x: Tensor): Promise<number> {
+  return (await reduce(s, 'sum', reduce(s, kind, x, 1).view(1, -1), 1).float32())[0]!;
+}
 
 /** Standard deviation of all values. */
 async function deviation(s: Scope, x: Tensor): Promise<number> {
-  const rows = x.view(1, -1);
-  const mean = (await reduce(s, 'mean', rows, 1).float32())[0]!;
-  const square = (await reduce(s, 'sumsq', rows, 1).float32())[0]! / x.count;
+  const [mean, square] = [(await total(s, 'sum', x)) / x.count, (await total(s, 'sumsq', x)) / x.count];
   return Math.sqrt(Math.max(square - mean * mean, 0));
 }
 
@@ -199,14 +199,22 @@ export function normalQuantile(p: number): number {
   return (low + high) / 2;
 }
 
-/** One step of Adam (Kingma & Ba 2015) without decay; the betas are those of a short run. In place. */
-function adam(s: Scope, p: Tensor, [m, v]: Moments, g: Tensor, step: number, rate: number): void {
-  const [beta1, beta2] = [0.9, 0.98];
-  binary(s, 'add', unary(s, 'affine', m, beta1, 0, m), g, { alpha: 1 - beta1, out: m });
-  binary(s, 'add', unary(s, 'affine', v, beta2, 0, v), unary(s, 'square', g), { alpha: 1 - beta2, out: v });
-  const size = unary(s, 'sqrt', unary(s, 'affine', v, 1 / (1 - beta2 ** step), 0));
-  const direction = binary(s, 'div', m, unary(s, 'affine', size, 1, 1e-10, size));
-  binary(s, 'add', p, direction, { alpha: -rate / (1 - beta1 ** step), out: p });
+/** Adam (Kingma & Ba 2015) without decay, in place; the betas are those of a short run. */
+class Adam {
+  readonly #m: Tensor;
+  readonly #v: Tensor;
+
+  constructor(
+    s: Scope,
+    readonly p: Tensor,
+  ) {
+    this.#m = s.zeros('f32', p.shape);
+    this.#v = s.zeros('f32', p.shape);
+  }
+
+  step(g: Tensor, step: number, lr: number): void {
+    adamw(this.p, this.#m, this.#v, g, { step, lr, beta1: 0.9, beta2: 0.98, eps: 1e-10 });
+  }
 }
 
 /** Scores of the sample's tokens: f32 [T, R]. */
@@ -218,11 +226,4 @@ export function choose(s: Scope, scores: Tensor, active: number): Tensor {
   const { w, idx } = route(s, scores, { topK: active, scoring: 'softmax' });
   s.free(w);
   return idx;
-}
-
-/** [T, R] with 1 at the chosen experts. */
-export function maskOf(idx: Int32Array, active: number, experts: number): Float32Array {
-  const mask = new Float32Array((idx.length / active) * experts);
-  idx.forEach((expert, i) => (mask[Math.floor(i / active) * experts + expert] = 1));
-  return mask;
 }

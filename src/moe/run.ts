@@ -26,6 +26,8 @@ const tuning = { rounds: 10, steps: 30, lambda: 1e-3 } as const;
 const finalFactor = 5;
 /** A router has one weight a channel and expert: fewer tokens than this many times the channels cannot hold them. */
 const [leastTokens, goodTokens] = [2, 16] as const;
+/** More tokens than this, and than the routers want, make clusters and routers slower but no better; the refit sees all. */
+const sampleEnough = 65_536;
 /** Larger than this the standing test has failed: something is wrong with the split itself. */
 const exactnessLimit = 1e-3;
 
@@ -202,7 +204,7 @@ async function convertBlocks(context: Context, writer: CheckpointWriter): Promis
     await job.mark('outer');
   }
   if (job.done('checked')) return;
-  const blocks = open.model.blocks;
+  const { blocks, hidden } = open.model;
   const tokens = set?.tokens.subarray(0, set.seqLen) ?? randomTokens(open, options.seed ?? 0);
   using check = new StandingTest(env, job, open, plan, refits(options) || plan.method === 'drop', tokens);
   const done = blocks.filter(({ index }) => job.done(blockStep(stage, index))).at(-1);
@@ -219,10 +221,9 @@ async function convertBlocks(context: Context, writer: CheckpointWriter): Promis
       refit: refits(options),
       writer,
       reader,
-      sampleTokens: tokensThatFit(
-        sampleBytes(plan.source.model.hidden, plan.shape.ffn, plan.shape.routed),
-        env,
-        options.budget,
+      sampleTokens: Math.min(
+        tokensThatFit(sampleBytes(hidden, plan.shape.ffn, plan.shape.routed), env, options.budget),
+        Math.max(sampleEnough, goodTokens * hidden),
       ),
       check,
     });

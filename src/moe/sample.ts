@@ -20,6 +20,11 @@ const stretch = 64;
 /** Whether a calibration token is kept for judging: one stretch in eight is. */
 export const heldOut = (token: number): boolean => Math.floor(token / stretch) % 8 === 7;
 
+/** The rows for judging only. */
+export function heldPart({ x, h, fit, held }: Sample): { readonly x: Tensor; readonly h: Tensor } {
+  return { x: x.slice(0, fit, fit + held), h: h.slice(0, fit, fit + held) };
+}
+
 /** Bytes of device memory that `captureSample` and what is computed from it take for each token. */
 export const sampleBytes = (hidden: number, ffn: number, experts: number): number =>
   4 * (2 * hidden + 3 * ffn + 8 * experts);

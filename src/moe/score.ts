@@ -1,5 +1,5 @@
-import { binary, reduce, unary } from '../tensor/ops.js';
-import type { Scope, Tensor } from '../tensor/tensor.js';
+import { binary, fill, gemm, reduce, unary } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
 
 /** Euclidean length of each column of down_proj [C, I]: what one unit of a neuron adds to the output. f32 [I]. */
 export function columnNorms(s: Scope, down: Tensor): Tensor {
@@ -15,10 +15,16 @@ export function energies(s: Scope, h: Tensor, norms: Tensor): Tensor {
 
 /** Contribution of each neuron: E[h^2] |w_down|^2 over the rows of `z` [T, I]. */
 export async function contributions(s: Scope, z: Tensor): Promise<Float32Array> {
-  const mean = reduce(s, 'mean', z, 0);
-  const values = await mean.float32();
-  s.free(mean);
-  return values;
+  using work = new Scope(s.device);
+  return await columnMeans(work, z).float32();
+}
+
+/** Means of the columns of x f32 [T, N]: f32 [N]. A product, for long columns a whole device and not one thread each. */
+export function columnMeans(s: Scope, x: Tensor): Tensor {
+  using work = new Scope(s.device);
+  const weights = work.empty('f32', [1, x.dim(0)]);
+  fill(weights, 1 / x.dim(0));
+  return gemm(s, weights, x).view(-1);
 }
 
 function contiguous(s: Scope, x: Tensor): Tensor {

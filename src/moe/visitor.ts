@@ -5,21 +5,24 @@ import type { Call, ExpertsCall, ForwardContext, LinearCall, Weights } from '../
 import type { BlockVisitor, Site } from '../arch/stream.js';
 import type { Block, FfnSpec } from '../arch/types.js';
 import type { WeightReader } from '../arch/weights.js';
-import { cast, matmulT } from '../tensor/ops.js';
+import { cast, gather, matmulT } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { StandingTest } from './standing-test.js';
 import { baselineSplit } from './baseline.js';
-import { baselines, heldEnergies, judgeRouter, largest, relativeError } from './judge.js';
+import { heldEnergies, judgeRouter, relativeError, staticErrors } from './judge.js';
+import { largest } from './largest.js';
+import { maskOf } from './masks.js';
+import { measure, type Measured } from './measured.js';
 import { mixtureOutput } from './mixture.js';
 import { writeThrough } from './output.js';
 import { ffnOf, type MoePlan } from './plan.js';
-import { applyMask, pieceMask, refitDown, routingMask, type Refit } from './refit.js';
+import { applyMask, refitDown, routingMask, type Refit } from './refit.js';
 import { detailOf, toJson, type LayerReport } from './report.js';
 import { restructure } from './restructure.js';
-import type { Restructured, SplitOptions } from './restructured.js';
+import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
 import type { Router } from './router.js';
-import { captureSample, heldOut, neurons, type FfnWeights, type Sample } from './sample.js';
-import { arrange, cut, cutDowns, type Experts } from './split.js';
+import { captureSample, heldOut, heldPart, type FfnWeights, type Sample } from './sample.js';
+import { arrange, cut, cutDowns, type Experts, type Split } from './split.js';
 import { storeRouter } from './store-router.js';
 import { LayerStore } from './store.js';
 import { Timer } from './timer.js';
@@ -76,12 +79,13 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     const w = ffnWeights(site.weights, ffn);
     const sample = await captureSample(site, w, ffn, sampleTokens, work);
     await timer.mark('sample', env);
-    const intercept = container.selectionBias;
-    const made = await restructure(scope, sample, w, { ...split, shape, intercept });
+    const options = { ...split, shape, intercept: container.selectionBias };
+    const measured = await measure(work, sample, w, options);
+    const made = await restructure(scope, measured, options);
     await timer.mark('split', env);
 
     const arranged = arrange(work, made.split, w);
-    const held = await this.#hold(work, sample, arranged, ffn, made.router);
+    const held = this.#hold(work, sample, made);
     const refitted = refit ? await refitDown(work, site, arranged, ffn, made.router, shape, held, heldOut) : undefined;
     await timer.mark('refit', env);
 
@@ -97,7 +101,7 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     const experts = cut(scope, shape, plain, { routedDown: 1, sharedDown: 1, normalized: false }, dtype);
     this.#converted = { ffn, router: made.router, experts };
     await timer.mark('cut', env);
-    this.#report = await this.#judge(site, sample, w, ffn, made, arranged, held, refitted, timer);
+    this.#report = await this.#judge(site, measured, w, options, made, arranged, held, refitted, timer);
   }
 
   /** The same networks with down_proj as it was. */
@@ -116,68 +120,58 @@ export class SplitVisitor implements BlockVisitor, Disposable {
   }
 
   /** Held-out tokens' neurons in the order of the split, all of them and as routed. */
-  async #hold(s: Scope, sample: Sample, arranged: FfnWeights, ffn: FfnSpec, router: Router) {
-    const { shape } = this.#options.plan;
-    const x = sample.x.slice(0, sample.fit, sample.fit + sample.held);
-    const whole = neurons(s, x, arranged, ffn);
-    return { whole, masked: applyMask(s, whole, await routingMask(s, x, router, shape), shape) };
+  #hold(s: Scope, sample: Sample, { split: { order, shape }, router }: { split: Split; router: Router }) {
+    const { x, h } = heldPart(sample);
+    const whole = gather(s, h, s.from('i32', [order.length], order), 1);
+    return { whole, masked: applyMask(s, whole, routingMask(s, x, router, shape), shape) };
   }
 
   async #judge(
     site: Site,
-    sample: Sample,
+    measured: Measured,
     w: FfnWeights,
-    ffn: FfnSpec,
+    options: SplitOptions,
     made: Restructured,
     arranged: FfnWeights,
     held: { readonly whole: Tensor; readonly masked: Tensor },
     refitted: Refit | undefined,
     timer: Timer,
   ): Promise<LayerReport> {
-    const { env, plan, split } = this.#options;
-    const { shape, container } = plan;
-    const { routed, active } = shape;
+    const { env } = this.#options;
+    const { shape } = options;
+    const { routed, active, shared } = shape;
+    const { sample } = measured;
     using s = new Scope(env.device);
-    const x = sample.x.slice(0, sample.fit, sample.fit + sample.held);
     const down = cast(s, arranged.down, 'f32');
-    const target = matmulT(s, held.whole, down);
-    const energy = heldEnergies(s, sample, w, made.rest, made.expertOf, routed);
-    const oracle = applyMask(
-      s,
-      held.whole,
-      pieceMask(s, largest(await energy.float32(), routed, active), shape),
-      shape,
-    );
-    const same = await baselines(sample, w, shape, made.scores, { intercept: container.selectionBias, lambda: split.lambda }, split.seed); // prettier-ignore
-    const cmoe = await this.#cmoeError(sample, w, ffn, target);
+    const outputs = (h: Tensor, columns: Tensor) => matmulT(s, h, columns, { fast: 'split' });
+    const target = outputs(held.whole, down);
+    const error = (h: Tensor, columns: Tensor) => relativeError(outputs(h, columns), target);
+    const energy = heldEnergies(s, measured, made.rest, made.expertOf, routed);
+    const best = s.from('i32', [sample.held, active], largest(await energy.float32(), routed, active));
+    const oracle = applyMask(s, held.whole, maskOf(s, best, routed, shared), shape);
+    const baseline = async (kind: Exclude<SplitKind, 'fitted'>): Promise<number> => {
+      using work = new Scope(env.device);
+      const other = await baselineSplit(kind, work, measured, options);
+      return await error(this.#hold(work, sample, other).masked, cast(work, arrange(work, other.split, w).down, 'f32'));
+    };
     const report: LayerReport = {
       block: site.block.index,
       tokens: sample.fit,
       held: sample.held,
-      router: await judgeRouter(x, energy, made.router, active),
+      router: await judgeRouter(heldPart(sample).x, energy, made.router, active),
       errors: {
-        routed: await relativeError(matmulT(s, held.masked, down), target),
-        ...(refitted && { refit: await relativeError(matmulT(s, held.masked, refitted.down), target) }),
-        oracle: await relativeError(matmulT(s, oracle, down), target),
-        ...same,
-        cmoe,
+        routed: await error(held.masked, down),
+        ...(refitted && { refit: await error(held.masked, refitted.down) }),
+        oracle: await error(oracle, down),
+        ...(await staticErrors(measured, w, shape, target)),
+        randomSplit: await baseline('random'),
+        cmoe: await baseline('cmoe'),
       },
       ...(refitted && { refitLambda: refitted.lambda }),
       seconds: timer.seconds,
     };
     await timer.mark('judge', env);
     return report;
-  }
-
-  /** Of a split after CMoE at the same shape. */
-  async #cmoeError(sample: Sample, w: FfnWeights, ffn: FfnSpec, target: Tensor): Promise<number> {
-    const { env, plan, split } = this.#options;
-    const { shape, container } = plan;
-    using s = new Scope(env.device);
-    const made = await baselineSplit('cmoe', s, sample, w, { ...split, shape, intercept: container.selectionBias });
-    const arranged = arrange(s, made.split, w);
-    const { masked } = await this.#hold(s, sample, arranged, ffn, made.router);
-    return await relativeError(matmulT(s, masked, arranged.down, { dtype: 'f32' }), target);
   }
 
   answer(call: Call, ctx: ForwardContext, block: Block): unknown {

@@ -16,7 +16,7 @@ const countsOf = (places: Int32Array, n: number): number[] =>
 describe('balanced assignment', () => {
   it.each(assignments)('reaches the best total of the network simplex, $best', ({ scores, capacities, best }) => {
     const n = scores.length / capacities.length;
-    const places = assignBalanced(Float32Array.from(scores), Int32Array.from(capacities), 0.9 / n);
+    const places = assignBalanced(Float32Array.from(scores), Int32Array.from(capacities), { epsilon: 0.9 / n });
     expect(countsOf(places, capacities.length)).toEqual(capacities);
     expect(places.reduce((sum, place, i) => sum + scores[i * capacities.length + place]!, 0)).toBe(best);
   });

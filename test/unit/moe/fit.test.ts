@@ -123,7 +123,7 @@ describe('refit of down_proj', () => {
     const held = s.empty('f32', [rows.dim(0), 5]);
     env.device.run('gather', [held, x, rows], [0], []);
     const whole = neurons(s, held, w, ffn);
-    const masked = applyMask(s, whole, await routingMask(s, held, router, shape), shape);
+    const masked = applyMask(s, whole, routingMask(s, held, router, shape), shape);
     const refit = await refitDown(s, site, w, ffn, router, shape, { whole, masked }, heldOut);
     expect(refit?.lambda).toBe(r.lambda);
     expect(worst(await refit!.down.float32(), r.refit.flat())).toBeLessThan(1e-4);

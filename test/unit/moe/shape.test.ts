@@ -2,7 +2,8 @@ import { describe, expect, it } from 'vitest';
 import { expertWidth, type Padding } from '../../../src/moe/shape.js';
 import { chooseShared, evenCapacities } from '../../../src/moe/shared.js';
 import { layOut, sharedNeurons } from '../../../src/moe/split.js';
-import { loadOf, largest } from '../../../src/moe/judge.js';
+import { loadOf } from '../../../src/moe/judge.js';
+import { largest } from '../../../src/moe/largest.js';
 import { normalQuantile } from '../../../src/moe/router.js';
 
 describe('widths of experts', () => {

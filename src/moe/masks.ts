@@ -1,0 +1,22 @@
+import { expertCombine, fill } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+
+/** f32 [T, experts + always]: 1 at the experts idx i32 [T, K] that a row names, and in all columns behind the experts. */
+export function maskOf(s: Scope, idx: Tensor, experts: number, always = 0): Tensor {
+  using work = new Scope(s.device);
+  const columns = experts + always;
+  const units = new Float32Array(experts * columns);
+  for (let e = 0; e < experts; e++) units[e * columns + e] = 1;
+  const ones = work.empty('f32', idx.shape);
+  fill(ones, 1);
+  const behind = new Float32Array(columns).fill(1, experts);
+  const base = always > 0 ? work.from('f32', [1, columns], behind).expand(idx.dim(0), columns) : undefined;
+  // A sum of rows of the unit matrix: no mask passes through the host.
+  return expertCombine(s, work.from('f32', [experts, columns], units), idx, ones, base);
+}
+
+/** f32 [n, experts] with a 1 where item n belongs. */
+export function membership(s: Scope, assigned: Int32Array, experts: number): Tensor {
+  using work = new Scope(s.device);
+  return maskOf(s, work.from('i32', [assigned.length, 1], assigned), experts);
+}
