@@ -1,4 +1,4 @@
-// Attention: flash forward on tensor cores for 16-bit inputs, a plain kernel for fp32 and unusual widths, backward.
+// Attention: flash forward on tensor cores for 16-bit inputs, a plain kernel for fp32 and unusual widths.
 #include "attention.cuh"
 
 namespace dc {
@@ -202,100 +202,6 @@ int choose_flash(dc_context* c, const View4& o, const View4& q, const View4& k, 
   return launch_flash<T, 256, 256, 4>(c, o, q, k, v, p);
 }
 
-// --- backward -----------------------------------------------------------------------------------------------------------
-// With P = exp(score - lse): dV = P' dO, dS = P (dO V' - delta), delta = rowsum(dO O), dQ = scale dS K, dK = scale dS' Q.
-
-__global__ void row_dots(float* delta, dc_tensor a, dc_tensor b, int64_t rows, int S, int H, int DV) {
-  const int lane = threadIdx.x & 31;
-  const int64_t item = blockIdx.x * int64_t(blockDim.x / 32) + (threadIdx.x >> 5);
-  if (item >= rows) return;
-  const int64_t s = item % S, h = item / S % H, n = item / S / H;
-  float sum = 0;
-  for (int d = lane; d < DV; d += 32)
-    sum += load(a.data, a.dtype, n * a.stride[0] + s * a.stride[1] + h * a.stride[2] + d) * load(b.data, b.dtype, n * b.stride[0] + s * b.stride[1] + h * b.stride[2] + d);
-  sum = warp_sum(sum);
-  if (lane == 0) delta[item] = sum;
-}
-
-template <int DMAX>
-__global__ void __launch_bounds__(128) backward_queries(dc_tensor dq, dc_tensor dO, dc_tensor q, dc_tensor k, dc_tensor v, const float* lse, const float* delta, Problem p) {
-  __shared__ float qs[4][DMAX], gs[4][DMAX];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int64_t item = blockIdx.x * 4ll + warp;
-  if (item >= int64_t(p.B) * p.H * p.S) return;
-  const int s = int(item % p.S), h = int(item / p.S % p.H), b = int(item / p.S / p.H), kh = h / p.G;
-  for (int d = lane; d < p.D; d += 32) qs[warp][d] = load(q.data, q.dtype, b * q.stride[0] + s * q.stride[1] + h * q.stride[2] + d);
-  for (int d = lane; d < p.DV; d += 32) gs[warp][d] = load(dO.data, dO.dtype, b * dO.stride[0] + s * dO.stride[1] + h * dO.stride[2] + d);
-  __syncwarp();
-  float acc[DMAX / 32] = {};
-  const int last = p.last(b, s);
-  for (int t0 = p.first(s); t0 < last; t0 += 32) {
-    const int t = t0 + lane;
-    float ds = 0;
-    if (t < last) {
-      const int64_t ki = b * k.stride[0] + t * k.stride[1] + kh * k.stride[2], vi = b * v.stride[0] + t * v.stride[1] + kh * v.stride[2];
-      float dot = 0, dp = 0;
-      for (int d = 0; d < p.D; d++) dot = fmaf(qs[warp][d], load(k.data, k.dtype, ki + d), dot);
-      for (int d = 0; d < p.DV; d++) dp = fmaf(gs[warp][d], load(v.data, v.dtype, vi + d), dp);
-      ds = expf(p.scale * dot - lse[item]) * (dp - delta[item]) * p.scale;
-    }
-    const int n = min(32, last - t0);
-    for (int j = 0; j < n; j++) {
-      const float w = __shfl_sync(~0u, ds, j);
-      const int64_t ki = b * k.stride[0] + (t0 + j) * k.stride[1] + kh * k.stride[2];
-#pragma unroll
-      for (int i = 0; i < DMAX / 32; i++)
-        if (lane + i * 32 < p.D) acc[i] = fmaf(w, load(k.data, k.dtype, ki + lane + i * 32), acc[i]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < DMAX / 32; i++)
-    if (lane + i * 32 < p.D) store(dq.data, dq.dtype, b * dq.stride[0] + s * dq.stride[1] + h * dq.stride[2] + lane + i * 32, acc[i]);
-}
-
-// A warp per key of one key head walks all queries of its group.
-template <int DMAX>
-__global__ void __launch_bounds__(128) backward_keys(dc_tensor dk, dc_tensor dv, dc_tensor dO, dc_tensor q, dc_tensor k, dc_tensor v, const float* lse, const float* delta, Problem p) {
-  __shared__ float ks[4][DMAX], vs[4][DMAX];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, heads = p.H / p.G;
-  const int64_t item = blockIdx.x * 4ll + warp;
-  if (item >= int64_t(p.B) * heads * p.T) return;
-  const int t = int(item % p.T), kh = int(item / p.T % heads), b = int(item / p.T / heads);
-  for (int d = lane; d < p.D; d += 32) ks[warp][d] = load(k.data, k.dtype, b * k.stride[0] + t * k.stride[1] + kh * k.stride[2] + d);
-  for (int d = lane; d < p.DV; d += 32) vs[warp][d] = load(v.data, v.dtype, b * v.stride[0] + t * v.stride[1] + kh * v.stride[2] + d);
-  __syncwarp();
-  float gk[DMAX / 32] = {}, gv[DMAX / 32] = {};
-  for (int h = kh * p.G; h < (kh + 1) * p.G; h++)
-    for (int s0 = 0; s0 < p.S; s0 += 32) {
-      const int s = s0 + lane;
-      float w = 0, ds = 0;
-      if (s < p.S && t < p.last(b, s) && t >= p.first(s)) {
-        const int64_t qi = b * q.stride[0] + s * q.stride[1] + h * q.stride[2], gi = b * dO.stride[0] + s * dO.stride[1] + h * dO.stride[2];
-        const int64_t row = (int64_t(b) * p.H + h) * p.S + s;
-        float dot = 0, dp = 0;
-        for (int d = 0; d < p.D; d++) dot = fmaf(ks[warp][d], load(q.data, q.dtype, qi + d), dot);
-        for (int d = 0; d < p.DV; d++) dp = fmaf(vs[warp][d], load(dO.data, dO.dtype, gi + d), dp);
-        w = expf(p.scale * dot - lse[row]);
-        ds = w * (dp - delta[row]) * p.scale;
-      }
-      for (unsigned some = __ballot_sync(~0u, w != 0 || ds != 0); some; some &= some - 1) {
-        const int j = __ffs(some) - 1;
-        const float wj = __shfl_sync(~0u, w, j), dj = __shfl_sync(~0u, ds, j);
-        const int64_t qi = b * q.stride[0] + (s0 + j) * q.stride[1] + h * q.stride[2], gi = b * dO.stride[0] + (s0 + j) * dO.stride[1] + h * dO.stride[2];
-#pragma unroll
-        for (int i = 0; i < DMAX / 32; i++) {
-          if (lane + i * 32 < p.D) gk[i] = fmaf(dj, load(q.data, q.dtype, qi + lane + i * 32), gk[i]);
-          if (lane + i * 32 < p.DV) gv[i] = fmaf(wj, load(dO.data, dO.dtype, gi + lane + i * 32), gv[i]);
-        }
-      }
-    }
-#pragma unroll
-  for (int i = 0; i < DMAX / 32; i++) {
-    if (lane + i * 32 < p.D) store(dk.data, dk.dtype, b * dk.stride[0] + t * dk.stride[1] + kh * dk.stride[2] + lane + i * 32, gk[i]);
-    if (lane + i * 32 < p.DV) store(dv.data, dv.dtype, b * dv.stride[0] + t * dv.stride[1] + kh * dv.stride[2] + lane + i * 32, gv[i]);
-  }
-}
-
 }  // namespace
 }  // namespace dc
 
@@ -316,23 +222,4 @@ extern "C" int dc_cuda_attention(dc_context* c, const dc_call* call) {
   else if (p.D <= 640 && p.DV <= 640) plain_attention<640><<<grid, 128, 0, c->stream>>>(o, q, k, v, p);
   else return fail(c, "attention: head width %d / %d is beyond 640", p.D, p.DV);
   return launched(c, "attention");
-}
-
-extern "C" int dc_cuda_attention_backward(dc_context* c, const dc_call* call) {
-  const dc_tensor *t = call->t, &dq = t[0], &dk = t[1], &dv = t[2], &dO = t[3], &o = t[4], &q = t[5], &k = t[6], &v = t[7], &lse = t[8];
-  if (count(q) == 0) return 0;
-  const Problem p = problem_of(call, q, k, int(v.dim[3]), t[9]);
-  if (p.D > 256 || p.DV > 256) return fail(c, "attention_backward: head width %d / %d is beyond 256", p.D, p.DV);
-  const int64_t rows = int64_t(p.B) * p.H * p.S, keys = int64_t(p.B) * (p.H / p.G) * p.T;
-  float* delta = static_cast<float*>(scratch(c, 0, size_t(rows) * 4));
-  if (!delta) return 1;
-  row_dots<<<unsigned(ceil_div(rows, 4)), 128, 0, c->stream>>>(delta, dO, o, rows, p.S, p.H, p.DV);
-  if (p.D <= 128 && p.DV <= 128) {
-    backward_queries<128><<<unsigned(ceil_div(rows, 4)), 128, 0, c->stream>>>(dq, dO, q, k, v, data<float>(lse), delta, p);
-    backward_keys<128><<<unsigned(ceil_div(keys, 4)), 128, 0, c->stream>>>(dk, dv, dO, q, k, v, data<float>(lse), delta, p);
-  } else {
-    backward_queries<256><<<unsigned(ceil_div(rows, 4)), 128, 0, c->stream>>>(dq, dO, q, k, v, data<float>(lse), delta, p);
-    backward_keys<256><<<unsigned(ceil_div(keys, 4)), 128, 0, c->stream>>>(dk, dv, dO, q, k, v, data<float>(lse), delta, p);
-  }
-  return launched(c, "attention_backward");
 }

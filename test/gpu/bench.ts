@@ -76,6 +76,17 @@ let bandwidth = 0;
   });
   row('attention_backward, the same (of its five products)', t, `${((5 * product) / t / 1e12).toFixed(0)} TFLOP/s`, percent((5 * product) / t / ceiling));
 } // prettier-ignore
+{
+  using s = new Scope(device);
+  const [q, k] = [random(s, [8, 2048, 32, 128]), random(s, [8, 2048, 8, 128])]; // two unrelated models
+  const [x, y] = [0, 4].map((i) => ({ q: q.slice(0, i, i + 4), k: k.slice(0, i, i + 4), scale: 128 ** -0.5 }));
+  const t = await seconds(10, () => {
+    using inner = new Scope(device);
+    ops.attentionCompare(inner, x!, y!);
+  });
+  const flop = 2 * 2 * 2 * 128 * 32 * 2 * 2048 ** 2; // two models, two sweeps
+  row('attention_compare 4 x 2048, 32/8 heads of 128', t, `${(flop / t / 1e12).toFixed(0)} TFLOP/s`, percent(flop / t / ceiling));
+} // prettier-ignore
 
 // --- GPTQ: Hessians, factor, grids, sweep ---
 const groups = [

@@ -9,6 +9,35 @@ type ForFloats = (
   loose?: number,
 ) => void;
 
+interface BackwardShape {
+  readonly b?: number;
+  readonly s: number;
+  /** Keys; as many as queries when absent. */
+  readonly t?: number;
+  readonly h: number;
+  readonly kv: number;
+  readonly d: number;
+  readonly dv: number;
+  readonly causal?: boolean;
+  readonly window?: number;
+  readonly offset?: number;
+  readonly lengths?: number[];
+}
+const backwardShapes: BackwardShape[] = [
+  { b: 2, s: 70, h: 4, kv: 2, d: 64, dv: 64 },
+  { s: 130, h: 2, kv: 2, d: 192, dv: 128 },
+  { s: 40, h: 2, kv: 1, d: 48, dv: 32, window: 16 },
+  { s: 257, h: 8, kv: 2, d: 128, dv: 128 },
+  { s: 257, h: 4, kv: 1, d: 128, dv: 128, causal: false },
+  { b: 2, s: 257, h: 2, kv: 1, d: 192, dv: 128, window: 48, lengths: [200, 257] },
+  { b: 3, s: 129, h: 4, kv: 1, d: 128, dv: 128, lengths: [129, 0, 33] },
+  { b: 2, s: 90, t: 190, h: 4, kv: 1, d: 128, dv: 128, offset: 100, lengths: [190, 95] },
+  { s: 90, t: 70, h: 2, kv: 1, d: 64, dv: 64, offset: -20 },
+  { s: 150, h: 2, kv: 1, d: 128, dv: 128, causal: false, window: 33 },
+  { s: 140, h: 2, kv: 1, d: 256, dv: 256 },
+  { s: 17, h: 2, kv: 2, d: 20, dv: 12 },
+];
+
 /** The backward ops and the optimizer, each on both devices. */
 export function gradientCases(forFloats: ForFloats): void {
   for (const c of [5, 65, 4096]) {
@@ -38,19 +67,22 @@ export function gradientCases(forFloats: ForFloats): void {
   forFloats('kl_backward', (in_, d) => [
     ops.klBackward(in_.s, in_.normal(d, [23, 3001], 4), in_.normal(d, [23, 3001], 4), 0.25, 'f32'),
   ], 4); // prettier-ignore
-  for (const { b, s, h, kv, d: width, dv } of [
-    { b: 2, s: 70, h: 4, kv: 2, d: 64, dv: 64 },
-    { b: 1, s: 130, h: 2, kv: 2, d: 192, dv: 128 },
-    { b: 1, s: 40, h: 2, kv: 1, d: 48, dv: 32 },
-  ])
-    forFloats(`attention_backward S${s} H${h}/${kv} D${width}/${dv}`, (in_, d) => {
-      const [q, k, v] = [in_.normal(d, [b, s, h, width]), in_.normal(d, [b, s, kv, width]), in_.normal(d, [b, s, kv, dv])]; // prettier-ignore
+  for (const shape of backwardShapes) {
+    const { b = 1, s, t = s, h, kv, d: width, dv, lengths, ...mask } = shape;
+    const label = Object.entries({ ...mask, ...(lengths && { lengths }) }).map(([k, v]) => ` ${k} ${String(v)}`);
+    forFloats(`attention_backward B${b} S${s} T${t} H${h}/${kv} D${width}/${dv}${label.join('')}`, (in_, d) => {
+      const [q, k, v] = [in_.normal(d, [b, s, h, width]), in_.normal(d, [b, t, kv, width]), in_.normal(d, [b, t, kv, dv])]; // prettier-ignore
       const lse = in_.s.empty('f32', [b, h, s]);
-      const options = { scale: width ** -0.5, window: s === 40 ? 16 : 0 };
+      const options = {
+        scale: width ** -0.5,
+        ...mask,
+        ...(lengths && { lengths: in_.s.from('i32', [b], Int32Array.from(lengths)) }),
+      };
       const o = ops.attention(in_.s, q, k, v, { ...options, lse });
       const { dq, dk, dv: values } = ops.attentionBackward(in_.s, in_.normal(d, [b, s, h, dv]), { o, q, k, v, lse }, options); // prettier-ignore
       return [dq, dk, values];
     }, 8); // prettier-ignore
+  }
   for (const scoring of ['softmax', 'sigmoid', 'sqrtsoftplus'] as const)
     for (const normalize of [false, true])
       forFloats(`route_backward ${scoring}${normalize ? ' normalised' : ''}`, (in_, d) => {
