@@ -110,11 +110,11 @@ function requireShape(
   block: readonly [number, number],
 ): void {
   const [rows, columns] = scale.shape;
-  const expected = [Math.ceil(shape[0]! / block[0]), Math.ceil(shape[1]! / block[1])];
-  if (scale.shape.length === 2 && rows === expected[0] && columns === expected[1]) return;
+  const [wantRows, wantColumns] = [Math.ceil(shape[0]! / block[0]), Math.ceil(shape[1]! / block[1])];
+  if (scale.shape.length === 2 && rows === wantRows && columns === wantColumns) return;
   throw badInput('A scale does not fit its weight', {
     where: `${scale.span.path}, tensor ${JSON.stringify(scale.name)}`,
-    expected: `[${expected.join(', ')}] for ${weight.name} [${shape.join(', ')}] in blocks of ${block.join(' x ')}`,
+    expected: `[${wantRows}, ${wantColumns}] for ${weight.name} [${shape.join(', ')}] in blocks of ${block.join(' x ')}`,
     got: `[${scale.shape.join(', ')}]`,
   });
 }

@@ -1,10 +1,11 @@
-import onnxProto from 'onnx-proto';
+import { createRequire } from 'node:module';
+import type onnxProto from 'onnx-proto';
 import type { DType } from '../base/dtype.js';
 import { badInput } from '../base/errors.js';
 import { encodedBytes } from './ggml.js';
 import type { Encoding } from './types.js';
 
-const { onnx } = onnxProto;
+const require = createRequire(import.meta.url);
 
 /** A small constant that lies in the graph itself: shapes, indices, limits. */
 export interface OnnxConstant {
@@ -108,6 +109,8 @@ function initializer({ name, shape, encoding, location, offset }: OnnxExternal):
  * Errors: element types that ONNX does not know; a graph of 2 GiB.
  */
 export function encodeOnnx(graph: OnnxGraph, weights: readonly OnnxExternal[]): Buffer {
+  // Here, not at the top: it takes longer to load than the rest of a command that writes no ONNX.
+  const { onnx } = require('onnx-proto') as typeof onnxProto;
   const message = onnx.ModelProto.fromObject({
     irVersion,
     opsetImport: Object.entries(graph.opsets).map(([domain, version]) => ({ domain, version })),

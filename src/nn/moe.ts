@@ -62,7 +62,7 @@ export function moeLayer(m: MoeLayerSpec, mix: Mix = sparse): Layer & { readonly
       ...linearTensors([m.router, ...gate]),
       ...(m.routeBias ? [{ name: m.routeBias, shape: [m.experts.length], f32: true }] : []),
       ...(m.byToken ? [{ name: m.byToken.name, shape: [m.byToken.vocab, m.route.topK], below: m.experts.length }] : []),
-      ...m.experts.flatMap((e) => linearTensors([e.gate, e.up, e.down])),
+      ...linearTensors(m.experts.flatMap((e) => [e.gate, e.up, e.down])),
       ...(shared?.tensors ?? []),
     ],
     linears: [

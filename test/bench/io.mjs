@@ -120,6 +120,10 @@ async function benchConvert() {
   return result;
 }
 
+/** The order in which safetensors' own writer lists tensors. */
+const asWritten = ([name, a], [other, b]) => dtypeOrder.indexOf(a.dtype) - dtypeOrder.indexOf(b.dtype) || (name < other ? -1 : 1); // prettier-ignore
+const dtypeOrder = ['F32', 'BF16', 'F8_E4M3'];
+
 /** Headers of DeepSeek-V3: 61 layers of 256 experts in FP8 with scales. The weights are holes in the files. */
 function makeHeaders(path) {
   mkdirSync(path);
@@ -173,7 +177,7 @@ function makeHeaders(path) {
     const name = `model-${String(s + 1).padStart(5, '0')}-of-00${shards}.safetensors`;
     const tensors = all.slice(Math.floor((s * all.length) / shards), Math.floor(((s + 1) * all.length) / shards));
     for (const [tensor] of tensors) map[tensor] = name;
-    const { start, size } = header(tensors);
+    const { start, size } = header(tensors.sort(asWritten));
     const fd = openSync(join(path, name), 'w');
     writeSync(fd, start);
     ftruncateSync(fd, size);

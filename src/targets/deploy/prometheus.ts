@@ -1,4 +1,7 @@
-import { stringify } from 'yaml';
+import { createRequire } from 'node:module';
+import type yaml from 'yaml';
+
+const require = createRequire(import.meta.url);
 
 /** What an engine calls the things to watch. `undefined`: it does not say. */
 interface Metrics {
@@ -68,6 +71,8 @@ const gpuMemory = 'sum by (gpu) (DCGM_FI_DEV_FB_USED) * 1048576';
 
 /** prometheus.yml, recording rules and a Grafana dashboard for the engines that are emitted (all, where none is). */
 export function prometheus(engines: readonly string[]): Map<string, string> {
+  // Here, not at the top: quantize starts in half the time.
+  const { stringify } = require('yaml') as typeof yaml;
   const chosen = Object.keys(known).filter((name) => engines.length === 0 || engines.includes(name));
   const scrape = {
     global: { scrape_interval: '15s', evaluation_interval: '15s' },
