@@ -2,7 +2,7 @@ import { spawnSync } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { constrainedMemory } from 'node:process';
 import { totalmem, freemem, cpus } from 'node:os';
-import { noResource } from '../base/errors.js';
+import { noResource, type ConvertError } from '../base/errors.js';
 import { formatBytes, freeBytes } from '../base/files.js';
 import { columns, factRows } from '../base/text.js';
 import { defineCommand } from './types.js';
@@ -110,7 +110,7 @@ async function checkNative(): Promise<Check[]> {
 }
 
 async function checkCuda(): Promise<Check[]> {
-  const { cudaLibraryPath, openDevice } = await import('../backend/load.js');
+  const { cudaLibraryPath, joinDevices, openDevice } = await import('../backend/load.js');
   const path = cudaLibraryPath();
   if (!existsSync(path)) {
     return [
@@ -125,20 +125,23 @@ async function checkCuda(): Promise<Check[]> {
   }
   try {
     const device = openDevice({ kind: 'cuda' });
-    const info = device.info();
-    device.close();
-    const { name, memory, libraries } = info as {
-      name?: string;
-      memory?: { total: number; free: number };
-      libraries?: Record<string, { path: string | null; tried: string[] }>;
-    };
+    const { name, memory } = device.info() as { name?: string; memory?: { total: number; free: number } };
     const size = memory === undefined ? '' : `, ${formatBytes(memory.total)}, ${formatBytes(memory.free)} free`;
-    const checks: Check[] = [{ name: 'CUDA', state: 'ok', found: `${name ?? 'GPU'}${size}` }];
-    for (const [library, { path: found, tried }] of Object.entries(libraries ?? {})) {
-      const fix = 'Install the CUDA toolkit, set CUDA_HOME, or pip install the nvidia-* packages.';
-      checks.push({ name: library, state: found === null ? 'missing' : 'ok', found: found ?? 'not found', fix, tried });
+    let nccl: Check = { name: 'NCCL', state: 'ok', found: '' };
+    try {
+      joinDevices([device]);
+    } catch (error) {
+      const { facts } = error as ConvertError;
+      const fix = `Only for training on several GPUs (--devices). ${facts.hint}`;
+      nccl = { name: 'NCCL', state: 'missing', found: facts.got ?? 'not found', fix };
     }
-    return checks;
+    const { libraries } = device.info() as { libraries: Record<'cuBLAS' | 'NCCL', string> };
+    device.close();
+    return [
+      { name: 'CUDA', state: 'ok', found: `${name ?? 'GPU'}${size}` },
+      { name: 'cuBLAS', state: 'ok', found: libraries.cuBLAS },
+      nccl.state === 'ok' ? { ...nccl, found: libraries.NCCL } : nccl,
+    ];
   } catch (error) {
     const { message, facts } = error as Error & { facts?: { got?: string } };
     return [

@@ -1,4 +1,4 @@
-import { afterAll, describe, expect, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { Device } from '../../src/backend/device.js';
 import type { Group } from '../../src/backend/group.js';
 import { joinDevices, openDevice } from '../../src/backend/load.js';
@@ -25,7 +25,8 @@ function gpus(): Device[] {
 function suite(kind: DeviceKind, devices: readonly Device[]): void {
   describe(`collectives of ${devices.length} devices on ${kind}`, () => {
     const random = new Random();
-    const group = joinDevices(devices);
+    let group: Group;
+    beforeAll(() => void (group = joinDevices(devices)));
     const scopes = devices.map((device) => new Scope(device));
     afterAll(() => {
       for (const scope of scopes) scope[Symbol.dispose]();
