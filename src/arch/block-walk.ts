@@ -19,10 +19,12 @@ export interface BlockVisitor {
   /** Answers a call of one batch in place of the weights; undefined leaves it to them. */
   answer?(call: Call, ctx: ForwardContext, block: Block): unknown;
   /**
-   * All batches are through the block. Whatever the visitor wrote must be durable when this resolves; what it returns
-   * goes into the journal with the block.
+   * All batches are through the block. What it returns goes into the journal with the block, once whatever the visitor
+   * wrote is durable: when this resolves, or, where there is `flush`, when that resolves.
    */
   finish(block: Block, weights: Weights): Promise<{ readonly data: Json; readonly detail?: string }>;
+  /** Makes durable what finished blocks have written; the next block may be under way. */
+  flush?(): Promise<void>;
 }
 
 /** One call at which all batches of a block stand. */

@@ -93,6 +93,7 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
     const last = done.at(-1)!.i;
     const behind = needed(last) ? blocks[last]!.index : undefined;
     if (behind !== undefined) await states.commit(behind);
+    await visitor.flush?.();
     for (const { i, seconds, data } of done) {
       await job.mark(blockStep(stage, blocks[i]!.index), { seconds: round(seconds), result: data });
     }

@@ -68,6 +68,8 @@ export interface TensorSink {
   write(name: string, data: ByteSource): Promise<void>;
   /** Forces everything written so far to disk. After a crash, what was flushed is there. */
   flush(): Promise<void>;
+  /** A block's tensors must be flushed before the next one's are written. */
+  readonly blockByBlock?: boolean;
 }
 
 /** Writes planned tensors into temporary files; nothing has its final name before `finish`. */

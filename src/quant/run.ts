@@ -76,7 +76,9 @@ export async function solveBlocks(
   if (set === undefined) {
     await eachBlock(common, async (block, weights) => {
       for (const linears of block.linears) await visitor.quantize(linears, weights, { statistics: undefined });
-      return await visitor.finish(block);
+      const finished = await visitor.finish(block);
+      await visitor.flush();
+      return finished;
     });
     return;
   }

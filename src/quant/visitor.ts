@@ -223,7 +223,7 @@ export class QuantVisitor implements BlockVisitor {
     const started = performance.now();
     for (const { target, writer } of this.#options.targets) {
       await target.writeThrough(block.index, writer, this.#folded);
-      await writer.flush();
+      if (writer.blockByBlock) await writer.flush();
     }
     this.#time('write', started);
     const stages = Object.fromEntries(Object.entries(this.#stages).map(([name, ms]) => [name, Math.round(ms) / 1000]));
@@ -234,6 +234,10 @@ export class QuantVisitor implements BlockVisitor {
     this.#folded.clear();
     [this.#linears, this.#coverage, this.#experts, this.#stages] = [[], undefined, undefined, {}];
     return { data: toJson(report), detail };
+  }
+
+  async flush(): Promise<void> {
+    for (const { writer } of this.#options.targets) if (!writer.blockByBlock) await writer.flush();
   }
 
   #detail(): string {

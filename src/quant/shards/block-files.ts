@@ -36,6 +36,7 @@ export const blockFile = (format: string, block: number): string => `${format}-$
 
 /** Takes the tensors of one output, block after block, each block into a file that has its name when it is complete. */
 export class BlockFiles implements TensorSink {
+  readonly blockByBlock = true;
   readonly #blockOf = new Map<string, number>();
   #growing: { block: number; path: string; file: FileHandle; left: Set<string> } | undefined;
 
