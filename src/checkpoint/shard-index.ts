@@ -6,6 +6,9 @@ import { OpenFile } from '../formats/source.js';
 /** Shards, and the tensors that each must hold. */
 export type ShardIndex = ReadonlyMap<string, ReadonlySet<string>>;
 
+/** Names of shards have five digits. */
+const mostShards = 100_000;
+
 const isPlainName = (name: string): boolean => name !== '' && name !== '.' && name !== '..' && !/[/\\\0]/.test(name);
 
 /**
@@ -44,6 +47,7 @@ function readAny(bytes: Buffer, path: string): ShardIndex {
     const tensors = result.get(name);
     if (tensors === undefined) result.set(name, new Set([tensor]));
     else tensors.add(tensor);
+    if (result.size > mostShards) throw badInput('The index names too many files', { where: path, expected: `at most ${mostShards}` }); // prettier-ignore
   }
   if (result.size === 0) throw badInput('The index names no tensors', { where: path });
   return result;
@@ -79,6 +83,7 @@ function readUsual(bytes: Buffer, path: string): ShardIndex | undefined {
       quoted = `"${name}"`;
       tensors = index.get(name) ?? new Set();
       index.set(name, tensors);
+      if (index.size > mostShards) return undefined;
     }
     const before = tensors.size;
     if (tensors.add(tensor).size === before) return undefined;

@@ -208,6 +208,9 @@ describe('bad checkpoints', () => {
       put('model.safetensors.index.json', `{"weight_map":{${twice},"b":"y.safetensors"}}`);
       expect(await message(folder)).toContain('Duplicate key "a"');
     }
+    const many = Object.fromEntries(Array.from({ length: 100_001 }, (_, i) => [i, `${i}.safetensors`]));
+    put('model.safetensors.index.json', { weight_map: many });
+    expect(await message(folder)).toContain('too many files');
     put('model.safetensors.index.json', { weights: {} });
     expect(await message(folder)).toContain('no weight_map');
     put('model.safetensors.index.json', { weight_map: {} });
