@@ -69,6 +69,27 @@ __global__ void unary_any(dc_tensor y, dc_tensor x, int kind, float a, float b, 
   }
 }
 
+// Four neighbours, from element `at`: what memory gives at once. See fours().
+__device__ __forceinline__ float4 load4(const void* p, int dtype, int64_t at) {
+  if (dtype == DC_F32) return *reinterpret_cast<const float4*>(static_cast<const float*>(p) + at);
+  const uint2 u = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + at);
+  if (dtype == DC_BF16) return {__uint_as_float(u.x << 16), __uint_as_float(u.x & 0xFFFF0000u), __uint_as_float(u.y << 16), __uint_as_float(u.y & 0xFFFF0000u)};
+  const float2 a = __half22float2(reinterpret_cast<const __half2&>(u.x)), b = __half22float2(reinterpret_cast<const __half2&>(u.y));
+  return {a.x, a.y, b.x, b.y};
+}
+template <class T>
+__device__ __forceinline__ void store4_as(void* p, int64_t at, float4 x) {
+  struct alignas(4 * sizeof(T)) Four {
+    T x, y, z, w;
+  };
+  *reinterpret_cast<Four*>(static_cast<T*>(p) + at) = {from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z), from_float<T>(x.w)};
+}
+__device__ __forceinline__ void store4(void* p, int dtype, int64_t at, float4 x) {
+  if (dtype == DC_F32) store4_as<float>(p, at, x);
+  else if (dtype == DC_BF16) store4_as<bf16>(p, at, x);
+  else store4_as<f16>(p, at, x);
+}
+
 template <class T>
 __device__ T binary_value(int kind, T p, T q) {
   switch (kind) {
@@ -86,6 +107,15 @@ __global__ void binary_any(dc_tensor y, dc_tensor a, dc_tensor b, int kind, doub
     const int64_t ai = dense ? i : offset_of(a, i), bi = dense ? i : offset_of(b, i), yi = dense ? i : offset_of(y, i);
     if (floats) store(y.data, y.dtype, yi, binary_value(kind, load(a.data, a.dtype, ai), __fmul_rn(float(alpha), load(b.data, b.dtype, bi))));
     else write_number(y.data, y.dtype, yi, binary_value(kind, read_number(a.data, a.dtype, ai), __dmul_rn(alpha, read_number(b.data, b.dtype, bi))));
+  }
+}
+
+__global__ void binary_fours(dc_tensor y, dc_tensor a, dc_tensor b, int kind, float alpha, int64_t n, bool dense) {
+  GRID_STRIDE(i, n / 4) {
+    const int64_t ai = dense ? 4 * i : offset_of(a, 4 * i), bi = dense ? 4 * i : offset_of(b, 4 * i), yi = dense ? 4 * i : offset_of(y, 4 * i);
+    const float4 p = load4(a.data, a.dtype, ai), q = load4(b.data, b.dtype, bi);
+    const auto f = [&](float u, float v) { return binary_value(kind, u, __fmul_rn(alpha, v)); };
+    store4(y.data, y.dtype, yi, {f(p.x, q.x), f(p.y, q.y), f(p.z, q.z), f(p.w, q.w)});
   }
 }
 
@@ -239,11 +269,21 @@ __global__ void layernorm_rows(dc_tensor y, dc_tensor x, dc_tensor w, dc_tensor 
 
 // --- gated activations ------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ float swiglu_value(int kind, float limit, float g, float u) {
+  if (limit > 0) g = fminf(g, limit), u = fminf(fmaxf(u, -limit), limit);
+  return unary_value(kind, g, 0, 0) * u;
+}
 __global__ void swiglu_any(dc_tensor y, dc_tensor gate, dc_tensor up, int kind, float limit, int64_t n, bool dense) {
   GRID_STRIDE(i, n) {
-    float g = load(gate.data, gate.dtype, dense ? i : offset_of(gate, i)), u = load(up.data, up.dtype, dense ? i : offset_of(up, i));
-    if (limit > 0) g = fminf(g, limit), u = fminf(fmaxf(u, -limit), limit);
-    store(y.data, y.dtype, dense ? i : offset_of(y, i), unary_value(kind, g, 0, 0) * u);
+    const float g = load(gate.data, gate.dtype, dense ? i : offset_of(gate, i)), u = load(up.data, up.dtype, dense ? i : offset_of(up, i));
+    store(y.data, y.dtype, dense ? i : offset_of(y, i), swiglu_value(kind, limit, g, u));
+  }
+}
+__global__ void swiglu_fours(dc_tensor y, dc_tensor gate, dc_tensor up, int kind, float limit, int64_t n, bool dense) {
+  GRID_STRIDE(i, n / 4) {
+    const float4 g = load4(gate.data, gate.dtype, dense ? 4 * i : offset_of(gate, 4 * i)), u = load4(up.data, up.dtype, dense ? 4 * i : offset_of(up, 4 * i));
+    const auto f = [&](float a, float b) { return swiglu_value(kind, limit, a, b); };
+    store4(y.data, y.dtype, dense ? 4 * i : offset_of(y, 4 * i), {f(g.x, u.x), f(g.y, u.y), f(g.z, u.z), f(g.w, u.w)});
   }
 }
 __global__ void swiglu_grad(dc_tensor dgate, dc_tensor dup, dc_tensor dy, dc_tensor gate, dc_tensor up, int kind, float limit, int64_t n) {
@@ -406,35 +446,55 @@ __global__ void rope_any(dc_tensor y, dc_tensor x, const float* cos, const float
   }
 }
 
-__global__ void norm_add_any(float* out, dc_tensor x, int64_t n, double* parts) {
-  __shared__ double shared[256];
-  __shared__ unsigned long long bad_shared;
-  if (threadIdx.x == 0) bad_shared = 0;
+// The block's sum, in its first thread.
+__device__ double sum_of_block(double x, double* shared) {
   __syncthreads();
-  double sum = 0;
-  unsigned long long bad = 0;
-  GRID_STRIDE(i, n) {
-    const float v = load(x.data, x.dtype, offset_of(x, i));
-    if (isfinite(v)) sum += double(v) * v;
-    else bad++;
-  }
-  shared[threadIdx.x] = sum;
-  if (bad) atomicAdd(&bad_shared, bad);
+  shared[threadIdx.x] = x;
   for (int d = 128; d; d >>= 1) {
     __syncthreads();
     if (threadIdx.x < d) shared[threadIdx.x] += shared[threadIdx.x + d];
   }
-  __syncthreads();
-  if (threadIdx.x == 0) parts[2 * blockIdx.x] = shared[0], parts[2 * blockIdx.x + 1] = double(bad_shared);
+  return shared[0];
 }
-__global__ void norm_add_finish(float* out, const double* parts, int n) {
+__global__ void __launch_bounds__(256) norm_add_any(dc_tensor x, int64_t n, bool four, bool dense, double* parts) {
+  __shared__ double shared[256];
   double sum = 0, bad = 0;
-  for (int i = 0; i < n; i++) sum += parts[2 * i], bad += parts[2 * i + 1];
-  out[0] += float(sum);
-  out[1] += float(bad);
+  const auto add = [&](float v) {
+    if (isfinite(v)) sum += double(v) * v;
+    else bad++;
+  };
+  if (four) {
+    GRID_STRIDE(i, n / 4) {
+      const float4 v = load4(x.data, x.dtype, dense ? 4 * i : offset_of(x, 4 * i));
+      add(v.x), add(v.y), add(v.z), add(v.w);
+    }
+  } else {
+    GRID_STRIDE(i, n) add(load(x.data, x.dtype, dense ? i : offset_of(x, i)));
+  }
+  sum = sum_of_block(sum, shared);
+  bad = sum_of_block(bad, shared);
+  if (threadIdx.x == 0) parts[2 * blockIdx.x] = sum, parts[2 * blockIdx.x + 1] = bad;
+}
+__global__ void __launch_bounds__(256) norm_add_finish(float* out, const double* parts, int n) {
+  __shared__ double shared[256];
+  double sum = 0, bad = 0;
+  for (int i = threadIdx.x; i < n; i += 256) sum += parts[2 * i], bad += parts[2 * i + 1];
+  sum = sum_of_block(sum, shared);
+  bad = sum_of_block(bad, shared);
+  if (threadIdx.x == 0) out[0] += float(sum), out[1] += float(bad);
 }
 
 bool is_float(const dc_tensor& t) { return t.dtype == DC_F32 || t.dtype == DC_BF16 || t.dtype == DC_F16; }
+// Whether four neighbours of the innermost dimension lie together, on their own size, all through the tensor.
+bool fours(const dc_tensor& t) {
+  if (!is_float(t) || reinterpret_cast<uintptr_t>(t.data) % (4 * dtype_size(t.dtype))) return false;
+  int inner = 3;
+  while (inner > 0 && t.dim[inner] == 1) inner--;
+  if (t.dim[inner] % 4 || t.stride[inner] != 1) return false;
+  for (int d = 0; d < inner; d++)
+    if (t.dim[d] != 1 && t.stride[d] % 4) return false;
+  return true;
+}
 unsigned row_threads(int64_t columns) { return columns >= 4096 ? 512 : columns >= 512 ? 256 : 128; }
 
 }  // namespace
@@ -454,7 +514,9 @@ OP(unary) {
 OP(binary) {
   const int64_t n = count(T(0));
   if (n == 0) return 0;
-  binary_any<<<grid_for(c, n, 256), 256, 0, c->stream>>>(T(0), T(1), T(2), int(call->i[0]), call->f[0], n, contiguous(T(0)) && contiguous(T(1)) && contiguous(T(2)), is_float(T(0)) && is_float(T(1)) && is_float(T(2)));
+  const bool dense = contiguous(T(0)) && contiguous(T(1)) && contiguous(T(2));
+  if (fours(T(0)) && fours(T(1)) && fours(T(2))) binary_fours<<<grid_for(c, n / 4, 256), 256, 0, c->stream>>>(T(0), T(1), T(2), int(call->i[0]), float(call->f[0]), n, dense);
+  else binary_any<<<grid_for(c, n, 256), 256, 0, c->stream>>>(T(0), T(1), T(2), int(call->i[0]), call->f[0], n, dense, is_float(T(0)) && is_float(T(1)) && is_float(T(2)));
   return launched(c, "binary");
 }
 OP(reduce) {
@@ -485,7 +547,9 @@ OP(layernorm) {
 OP(swiglu) {
   const int64_t n = count(T(0));
   if (n == 0) return 0;
-  swiglu_any<<<grid_for(c, n, 256), 256, 0, c->stream>>>(T(0), T(1), T(2), int(call->i[0]), float(call->f[0]), n, contiguous(T(0)) && contiguous(T(1)) && contiguous(T(2)));
+  const bool dense = contiguous(T(0)) && contiguous(T(1)) && contiguous(T(2)), four = fours(T(0)) && fours(T(1)) && fours(T(2));
+  const auto kernel = four ? swiglu_fours : swiglu_any;
+  kernel<<<grid_for(c, four ? n / 4 : n, 256), 256, 0, c->stream>>>(T(0), T(1), T(2), int(call->i[0]), float(call->f[0]), n, dense);
   return launched(c, "swiglu");
 }
 OP(swiglu_backward) {
@@ -539,7 +603,7 @@ OP(norm_add) {
   const unsigned grid = grid_for(c, n, 1024);
   double* parts = static_cast<double*>(scratch(c, 0, grid * 16));
   if (!parts) return 1;
-  norm_add_any<<<grid, 256, 0, c->stream>>>(data<float>(T(0)), T(1), n, parts);
-  norm_add_finish<<<1, 1, 0, c->stream>>>(data<float>(T(0)), parts, int(grid));
+  norm_add_any<<<grid, 256, 0, c->stream>>>(T(1), n, fours(T(1)), contiguous(T(1)), parts);
+  norm_add_finish<<<1, 256, 0, c->stream>>>(data<float>(T(0)), parts, int(grid));
   return launched(c, "norm_add");
 }

@@ -34,9 +34,9 @@ export function compareHeads(scope: Scope, a: AttentionCall, b: AttentionCall): 
     offset: a.options.offset ?? 0,
   });
   const queries = length - 1;
-  const used = inner.empty('f32', [rows, heads, queries, 3]);
-  copyInto(used, all.slice(2, 1, length));
-  const perHead = reduce(inner, 'sum', reduce(inner, 'sum', used, 2), 0);
+  const used = inner.empty('f32', [rows, heads, 3, queries]); // queries innermost: a GPU sums along rows
+  copyInto(used, all.slice(2, 1, length).transpose());
+  const perHead = reduce(inner, 'sum', reduce(inner, 'sum', used, 3), 0);
   const sums = scope.empty('f32', [heads, 3]);
   copyInto(sums, perHead);
   return { sums, queries: rows * queries };

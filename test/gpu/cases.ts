@@ -176,6 +176,38 @@ add('norm_add', 1e-10, (in_) => {
   ops.normAdd(out, in_.normal('f32', [100, 333]));
   return [out];
 });
+// Rows of a multiple of four values: dense, halves of wider rows, one operand for all rows, mixed types.
+for (const kind of ['sub', 'max', 'div'] as const)
+  forFloats(`binary rows of four ${kind}`, (in_, d) => {
+    const [x, y, row] = [in_.normal(d, [37, 88]), in_.normal(d, [37, 88]), in_.normal(d, [44])];
+    const [left, right] = [x.slice(1, 0, 44), y.slice(1, 44, 88)];
+    const out = in_.s.empty('f32', [37, 88]);
+    return [
+      ops.binary(in_.s, kind, x, y, { out }),
+      ops.binary(in_.s, kind, left, right, { alpha: 1.25 }),
+      ops.binary(in_.s, kind, left, row, { alpha: 0.75 }),
+      ops.binary(in_.s, kind, x.slice(1, 2, 46), right),
+    ];
+  });
+forFloats('swiglu halves', (in_, d) => {
+  const both = in_.normal(d, [19, 264]);
+  const [gate, up] = [both.slice(1, 0, 132), both.slice(1, 132, 264)];
+  return [ops.swiglu(in_.s, gate, up, 'silu'), ops.swiglu(in_.s, in_.normal(d, [19, 132]), up, 'silu')];
+});
+for (const shape of [
+  [1000, 1332],
+  [7, 3],
+  [1000, 1333],
+])
+  // prettier-ignore
+  forFloats(`norm_add ${shape.join('x')}`, (in_, d) => {
+    const [all, part] = [in_.s.zeros('f32', [2]), in_.s.zeros('f32', [2])];
+    const x = in_.normal(d, shape);
+    ops.fill(x.slice(0, 1, 2).slice(1, 1, 2), Infinity);
+    ops.normAdd(all, x);
+    ops.normAdd(part, x.slice(1, 0, Math.max(1, (shape[1]! - 1) & ~3)));
+    return [all, part];
+  });
 
 // --- attention ---
 const attentionShapes = [
