@@ -32,6 +32,8 @@ export class Device {
   readonly #native: NativeDevice;
   readonly #ops: ReadonlyMap<string, number>;
   readonly #numbers = new Float64Array(maxNumbers);
+  /** Threads that work on file transfers. */
+  readonly #transfers: number;
   /** Sees each op just before it is enqueued, and may complete its tensors: how a tape records. */
   watch: ((op: Op) => void) | undefined;
 
@@ -39,13 +41,14 @@ export class Device {
     this.kind = options.kind;
     this.index = options.index ?? 0;
     this.#ops = new Map(native.ops.map((op, i) => [op.name, i]));
+    this.#transfers = options.ioThreads ?? 4;
     const settings = { threads: options.threads, blas: options.blas === false ? 0 : 1 };
     this.#native = new native.Device(
       library,
       this.index,
       JSON.stringify(settings),
       options.memoryLimit ?? 0,
-      options.ioThreads ?? 4,
+      this.#transfers,
       options.poison ?? false,
     );
   }
@@ -127,7 +130,10 @@ export class Device {
     await this.#native.readFile(buffer, offset, fd, position, bytes).catch((e: unknown) => this.#raise(e, 'read'));
   }
 
-  /** Device memory -> file, after everything enqueued so far; `later`: other transfers go first. */
+  /**
+   * Device memory -> file, after everything enqueued so far, large transfers in pieces beside each other; `later`: in one
+   * piece, behind all other transfers.
+   */
   async writeFile(
     buffer: number,
     offset: number,
@@ -136,9 +142,15 @@ export class Device {
     bytes: number,
     later = false,
   ): Promise<void> {
-    await this.#native
-      .writeFile(buffer, offset, fd, position, bytes, later)
-      .catch((e: unknown) => this.#raise(e, 'write'));
+    const piece = later ? bytes : Math.max(2 ** 22, Math.ceil(bytes / this.#transfers / 4096) * 4096);
+    const pieces: Promise<void>[] = [];
+    for (let at = 0; at < bytes; at += piece) {
+      const n = Math.min(piece, bytes - at);
+      pieces.push(this.#native.writeFile(buffer, offset + at, fd, position + at, n, later));
+    }
+    // Memory and file are the caller's again only when the last piece has ended, also after a failure.
+    const failed = (await Promise.allSettled(pieces)).find((end) => end.status === 'rejected');
+    if (failed) this.#raise(failed.reason, 'write');
   }
 
   /**
