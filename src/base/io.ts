@@ -10,15 +10,10 @@ const parallelChunks = 4;
 
 /** Buffers of `chunkBytes` under one budget for the whole process; a request beyond it waits. */
 class BufferPool {
-  #limit = 32;
+  readonly #limit = 32;
   #taken = 0;
   readonly #idle: Buffer[] = [];
   readonly #waiting: ((buffer: Buffer) => void)[] = [];
-
-  setBudget(bytes: number): void {
-    this.#limit = Math.max(1, Math.floor(bytes / chunkBytes));
-    this.#idle.length = Math.min(this.#idle.length, this.#limit);
-  }
 
   async take(): Promise<Buffer> {
     if (this.#taken < this.#limit) {
@@ -39,9 +34,6 @@ class BufferPool {
 }
 
 const pool = new BufferPool();
-
-/** Bytes that all copies together may hold in memory (--io-budget); default 64 MiB. */
-export const setIoBudget = (bytes: number): void => pool.setBudget(bytes);
 
 /** Keeps files open between uses: a checkpoint of 91,000 tensors would otherwise open its shards as often. */
 class OpenFiles {

@@ -5,6 +5,7 @@ const styles = ['bold', 'dim', 'red', 'green', 'yellow', 'cyan'] as const;
 /** Words in colours, or as they are where there are none. */
 export type Paint = Readonly<Record<(typeof styles)[number], (text: string) => string>>;
 
+/** `colored` false: every word as it is. */
 export function createPaint(colored: boolean): Paint {
   const wrap = (style: (typeof styles)[number]) => {
     const [open, close] = inspect.colors[style]!;
