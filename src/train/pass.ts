@@ -58,26 +58,33 @@ export interface Losses {
 /** Logits that are on the device at once, in values. */
 const logitLimit = 2 ** 25;
 
+/**
+ * Lets passes on other devices enqueue what they have next. Each is far ahead of its device, so a few operations at a time
+ * keep all of them busy; one whole pass after another would leave the last waiting for its first operation.
+ */
+const othersTurn = (): Promise<void> => Promise.resolve();
+
 /** Hidden states behind the teacher's blocks: all that `needed` is true for. */
-function ask(
+async function ask(
   scope: Scope,
   teacher: Teacher,
   tokens: Tensor,
   needed: (block: number) => boolean,
-): (Tensor | undefined)[] {
+): Promise<(Tensor | undefined)[]> {
   const { model, outer, blocks } = teacher;
   const [rows, length] = [tokens.dim(0), tokens.dim(1)];
   const states: (Tensor | undefined)[] = [];
   let x = within(scope, (inner) => model.embed(tokens, forwardContext(inner, model, outer, rows, length)));
-  model.blocks.forEach((block, i) => {
-    const y = within(scope, (inner) => {
+  for (const [i, block] of model.blocks.entries()) {
+    await othersTurn();
+    const before = x;
+    x = within(scope, (inner) => {
       const ctx = forwardContext(inner, model, blocks[i]!, rows, length);
-      return run(block.forward(x, ctx), ctx);
+      return run(block.forward(before, ctx), ctx);
     });
-    if (i === 0 || !needed(i - 1)) scope.free(x);
-    x = y;
-    states.push(needed(i) ? y : undefined);
-  });
+    if (i === 0 || !needed(i - 1)) scope.free(before);
+    states.push(needed(i) ? x : undefined);
+  }
   return states;
 }
 
@@ -109,7 +116,7 @@ export async function pass(
   using scope = new Scope(device);
   const tokens = scope.from('i32', [rows, length], ids);
   const last = teacher ? teacher.model.blocks.length - 1 : -1;
-  const taught = teacher && ask(scope, teacher, tokens, (i) => i === last || hiddenOf.includes(i));
+  const taught = teacher && (await ask(scope, teacher, tokens, (i) => i === last || hiddenOf.includes(i)));
   const context = (inner: Scope, weights: Weights) => forwardContext(inner, model, weights, rows, length);
   const tapes = new Set<Tape>();
   const tapeOf = (part: Learning): Tape => {
@@ -144,6 +151,7 @@ export async function pass(
     const kept: { tape: Tape | undefined; y: Tensor }[] = [];
     let x = embedded;
     for (let i = 0; i < blocks.length; i++) {
+      await othersTurn();
       inputs.push(x);
       const keep = optimizer !== undefined && !o.recompute && i >= lowest;
       kept.push(keep ? recorded(i, x) : { tape: undefined, y: within(scope, (inner) => forward(i, x, inner)) }); // prettier-ignore
@@ -151,7 +159,17 @@ export async function pass(
     }
 
     const share = 1 / sequences;
-    const head = lossesOf(o, scope, x, taught?.[last], ids, rows, share, optimizer && (() => tapeOf(outer)), close);
+    const head = await lossesOf(
+      o,
+      scope,
+      x,
+      taught?.[last],
+      ids,
+      rows,
+      share,
+      optimizer && (() => tapeOf(outer)),
+      close,
+    );
     const hidden = hiddenOf.flatMap((of, i) => (of === undefined || !taught ? [] : [{ i, t: taught[of]! }]));
     const part = (o.loss.hidden * share) / hidden.length;
     const compared = hidden.map(({ i, t }) => ({ i, ...compare(scope, o.map, kept[i]!.y, t, rows, part, optimizer && tapeOf, close) })); // prettier-ignore
@@ -159,6 +177,7 @@ export async function pass(
     if (optimizer) {
       let d = head.d;
       for (let i = blocks.length - 1; i >= lowest; i--) {
+        await othersTurn();
         const { tape, y } = kept[i]!.tape ? { tape: kept[i]!.tape!, y: kept[i]!.y } : recorded(i, inputs[i]!);
         const extra = compared.find((one) => one.i === i)?.d;
         tape.seed(y, extra ? add(scope, d, extra) : d);
@@ -216,7 +235,7 @@ function compare(
  * Final norm, head and losses, some rows of logits at a time. totals f32 [2]: sums over sequences of their mean
  * cross-entropy and mean KL. d: gradient of the last hidden states.
  */
-function lossesOf(
+async function lossesOf(
   o: PassOptions,
   scope: Scope,
   x: Tensor,
@@ -226,7 +245,7 @@ function lossesOf(
   share: number,
   tapeOf: (() => Tape) | undefined,
   close: (tape: Tape) => void,
-): { totals: Tensor; d: Tensor } {
+): Promise<{ totals: Tensor; d: Tensor }> {
   const { model, outer, teacher, loss, device } = o;
   const length = ids.length / rows;
   const next = ids.map((_, t) => ((t + 1) % length === 0 ? -1 : ids[t + 1]!));
@@ -235,6 +254,7 @@ function lossesOf(
   const d = scope.empty(x.dtype, x.shape);
   const step = Math.max(1, Math.floor(logitLimit / model.vocab));
   for (let from = 0; from < ids.length; from += step) {
+    await othersTurn();
     const to = Math.min(ids.length, from + step);
     const n = to - from;
     using work = new Scope(device);
