@@ -265,7 +265,7 @@ for (const { label, b, s, t, h, a, other } of comparisons) {
     causal: {},
     'window 100': { window: 100 },
     'full, window 20': { causal: false, window: 20 },
-    'offset -50': { offset: -50 - (t - s) },
+    'offset -50': { offset: -50 },
   };
   for (const [kind, extra] of Object.entries(options))
     forFloats(`attention_compare ${label} ${kind}`, (in_, d) =>
