@@ -51,14 +51,8 @@ __device__ __forceinline__ void fetch_into_l2(const void* global, int bytes) {  
 // pieces (also of the next tile) before it needs them, so that nothing waits for another lane. A word gives the pairs
 // (k, k + 4): x is kept in that order in shared memory. Per group: sum (128 + u) x on tensor cores, exact products, from
 // -(128 + zero) sum x on; times the scale.
-// Where launches overlap, the next one's block is to fit beside this one's: it brings EARLY bytes of each row of its first
-// tile into L2.
+// Where launches overlap, the next one's block brings EARLY bytes of each row of its first tile into L2.
 constexpr int AHEAD = 4, ROWS = 16, MAX_THREADS = 512, EARLY = 2048;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int RESIDENT = 1;
-#else
-constexpr int RESIDENT = 2;
-#endif
 
 struct Int4Layout {
   int pieces, groups, words, scale_bytes;  // of a row of scales, in shared memory
@@ -76,7 +70,7 @@ enum { NARROW, ONE, SEVERAL };  // groups of 32 or 64; of 128, a piece each; of 
 
 // KIND: of groups. S: of the scales.
 template <int KIND, int SPLIT, class S>
-__global__ void __launch_bounds__(MAX_THREADS, RESIDENT) int4_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, dc_tensor scale, const uint32_t* zero, int64_t zero_row,
+__global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, dc_tensor scale, const uint32_t* zero, int64_t zero_row,
                                                                    dc_tensor bias, int64_t N, int K, int group, int m0, int M) {
   extern __shared__ __align__(16) unsigned char memory[];
   constexpr bool WIDE = KIND != NARROW;
