@@ -29,8 +29,9 @@ export function assignBalanced(
   const spread = deviation(scores);
   const last = epsilon ?? (spread > 0 ? spread * precision : 1);
   const auction = new Auction(scores, capacities, prices);
-  const warm = prices?.some((price) => price !== 0) === true;
-  let step = Math.max(warm ? spread / 25 : spread, last);
+  // Prices that are far from right have to be overtaken step by step: the first steps are as large as they are.
+  const start = prices?.some((price) => price !== 0) ? Math.max(spread, Math.max(...prices) - Math.min(...prices)) / 25 : spread; // prettier-ignore
+  let step = Math.max(start, last);
   for (;;) {
     auction.round(step);
     if (step <= last) return auction.placeOf;
