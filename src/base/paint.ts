@@ -1,18 +1,10 @@
-import { inspect } from 'node:util';
-
-const styles = ['bold', 'dim', 'red', 'green', 'yellow', 'cyan'] as const;
+import { Chalk } from 'chalk';
 
 /** Words in colours, or as they are where there are none. */
-export type Paint = Readonly<Record<(typeof styles)[number], (text: string) => string>>;
+export type Paint = Readonly<Record<'bold' | 'dim' | 'red' | 'green' | 'yellow' | 'cyan', (text: string) => string>>;
 
 /** `colored` false: every word as it is. */
-export function createPaint(colored: boolean): Paint {
-  const wrap = (style: (typeof styles)[number]) => {
-    const [open, close] = inspect.colors[style]!;
-    return (text: string) => (colored && text !== '' ? `\u001b[${open}m${text}\u001b[${close}m` : text);
-  };
-  return Object.fromEntries(styles.map((style) => [style, wrap(style)])) as unknown as Paint;
-}
+export const createPaint = (colored: boolean): Paint => new Chalk({ level: colored ? 1 : 0 });
 
 /** Whether colours are asked for (FORCE_COLOR) or, on a terminal that has them, not refused (NO_COLOR). */
 export function takesColors(
