@@ -3,7 +3,7 @@ import { badUsage } from '../base/errors.js';
 import { byteSize, choice, custom, Expected, integer, list, number, text, flag, type Values } from '../base/options.js';
 import { count, duration, short } from '../base/text.js';
 import type { DistillOptions, DistillResult } from '../train/distill/options.js';
-import { groupOptions, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
+import { groupOptions, inputOptions, openEnvironment, outputOptions, readScaled, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const { dryRun: _, ...output } = outputOptions;
@@ -96,14 +96,6 @@ export const command = defineCommand({
 });
 
 type Given = Values<typeof options> & { readonly input: string };
-
-/** `650M` -> 650,000,000. */
-function readScaled(given: string, expected: string): number {
-  const [, digits, unit = ''] = /^(\d+(?:\.\d+)?)([KMBT]?)$/i.exec(given.trim()) ?? [];
-  const value = Math.round(Number(digits) * 1000 ** ' KMBT'.indexOf(unit.toUpperCase() || ' '));
-  if (!(value >= 1 && Number.isSafeInteger(value))) throw new Expected(expected);
-  return value;
-}
 
 /** A number of parameters, or as a share of the teacher's a number below 1. */
 function readParameters(given: string): number {

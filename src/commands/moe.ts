@@ -1,4 +1,5 @@
 import { readFileSync } from 'node:fs';
+import { resolve } from 'node:path';
 import {
   Expected,
   choice,
@@ -20,8 +21,11 @@ import type { MoeReport } from '../moe/report.js';
 import { pruneMeasures } from '../moe/surgery/options.js';
 import { acceptance, acceptanceOptions } from './acceptance.js';
 import { recordConversion } from './history-file.js';
+import { distillationOf, distillOptions, distillSummary } from './moe-distill.js';
 import { runSurgeryCommand } from './moe-surgery.js';
+import type { StagedResult } from './moe-then.js';
 import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
+import { asks } from './settings.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const calibrationSection = 'Calibration:';
@@ -100,6 +104,7 @@ const options = {
     section: thenSection,
     help: 'Columns that share a scale, 32 to 1024; experts are padded, or their groups made smaller, until groups divide.',
   }),
+  ...distillOptions,
   calibration: list({
     value: 'file|self',
     section: calibrationSection,
@@ -170,20 +175,22 @@ export const command = defineCommand({
     const job = jobOptions(given, io);
     requireThen(given, io);
     requireDrop(given, io);
+    const distill = distillationOf(given, job, io);
     if (given.dryRun) return showPlan(await previewMoe(job), job, given);
     using env = await openEnvironment(given, io);
     const { accept, extend } = acceptance(
       given,
       io,
       env,
-      'active' in io.settings.from || job.refit ? undefined : notAskedFor(job),
+      'active' in io.settings.from || job.refit || distill ? undefined : notAskedFor(job),
     );
-    if (given.then === 'quantize') {
-      const { moeThenQuantize } = await import('./moe-then.js');
-      const { mixture, quantized } = await moeThenQuantize(job, { bits: given.bits === '8' ? 8 : 4, groupSize: given.groupSize }, accept, env); // prettier-ignore
-      const { report: quantizeReport } = await import('./quantize.js');
+    if (distill || given.then === 'quantize') {
+      const { moeInStages } = await import('./moe-then.js');
+      const quantize = { bits: given.bits === '8' ? 8 : 4, groupSize: given.groupSize } as const;
+      const stages = { ...(distill && { distill }), ...(given.then === 'quantize' && { quantize }) };
+      const result = await moeInStages(job, stages, accept, env);
       await recordConversion(given.out, io);
-      return extend(joined(await report(mixture, io), quantizeReport(quantized, io)));
+      return extend(await joined(result, given, io));
     }
     const result = await runMoe({ ...job, ...(accept && { accept }) }, env);
     await recordConversion(given.out, io);
@@ -191,15 +198,29 @@ export const command = defineCommand({
   },
 });
 
-/** The report of the quantization, that of the mixture under `mixture`. */
-function joined(mixture: CommandResult, { data, text, ...rest }: CommandResult): CommandResult {
-  const { out: _, ...stage } = mixture.data as Record<string, unknown>;
-  const lines = mixture.text.trimEnd().split('\n').slice(1);
-  return { ...rest, data: { ...data, mixture: stage }, text: `${lines.join('\n')}\n${text}` };
+/** The report of the last stage, those of the ones before it under their names. */
+async function joined({ mixture, distilled, quantized }: StagedResult, given: Given, io: Io): Promise<CommandResult> {
+  const made = await report({ ...mixture, out: resolve(given.out) }, io);
+  const lines = made.text.trimEnd().split('\n');
+  if (distilled) {
+    lines.push(
+      ...distillSummary(distilled),
+      `text to distill on: ${distilled.calibration}`,
+      duration(distilled.seconds),
+    );
+    if (given.trainingReport !== undefined) {
+      const { writeTrainingReport } = await import('../train/report.js');
+      await writeTrainingReport(given.trainingReport, { out: given.out, blocks: [], endToEnd: distilled.training, calibration: distilled.calibration }); // prettier-ignore
+    }
+  }
+  const { out: _, ...distillation } = distilled ?? {};
+  const stage = { ...(distilled && { distillation }) };
+  if (!quantized) return { ...made, data: { ...made.data, ...stage }, text: `${lines.join('\n')}\n` };
+  const { report: quantizeReport } = await import('./quantize.js');
+  const { data, text, ...rest } = quantizeReport(quantized, io);
+  const { out: __, ...mixtureData } = made.data as Record<string, unknown>;
+  return { ...rest, data: { ...data, mixture: mixtureData, ...stage }, text: `${lines.slice(1).join('\n')}\n${text}` };
 }
-
-/** Whether this job asks for an option: what stands in the environment is for all jobs, also those that have no use for it. */
-const asks = ({ settings }: Io, key: string): boolean => (settings.from[key] ?? 'environment') !== 'environment';
 
 function requireDrop({ method }: Given, io: Io): void {
   if (method === 'drop' || !asks(io, 'dropRatio')) return;
@@ -207,7 +228,7 @@ function requireDrop({ method }: Given, io: Io): void {
 }
 
 /** Options that say how a dense model is divided. */
-const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'pad', 'then', 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
+const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'pad', 'then', 'rounds', 'routerSteps', 'split', 'ridge', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[])] as const; // prettier-ignore
 
 /** What is to become of a mixture; undefined where a dense model is to become one. */
 function surgeryOf({ pruneExperts, mergeExperts }: Given, io: Io) {

@@ -169,3 +169,11 @@ function traceTable(device: string, rows: readonly { op: string; calls: number; 
     line('all', '', total.toFixed(3)),
   ].join('\n');
 }
+
+/** `650M` -> 650,000,000. */
+export function readScaled(given: string, expected: string): number {
+  const [, digits, unit = ''] = /^(\d+(?:\.\d+)?)([KMBT]?)$/i.exec(given.trim()) ?? [];
+  const value = Math.round(Number(digits) * 1000 ** ' KMBT'.indexOf(unit.toUpperCase() || ' '));
+  if (!(value >= 1 && Number.isSafeInteger(value))) throw new Expected(expected);
+  return value;
+}

@@ -98,10 +98,7 @@ export class Tape implements Disposable {
   /** Before memory is overwritten: a copy of it takes its place in what was recorded, and as the op's own input. */
   #save(out: Tensor, values: (Tensor | undefined)[]): void {
     const all = new Tensor(out.storage, 0, out.dtype, [out.storage.bytes / dtypeSize(out.dtype)], [1]);
-    const { watch } = this.#device;
-    this.#device.watch = undefined;
-    const saved = cast(this.scope, all, all.dtype);
-    this.#device.watch = watch;
+    const saved = constant(this.#device, () => cast(this.scope, all, all.dtype));
     const replace = (tensors: (Tensor | undefined)[], first: number) => {
       for (let i = first; i < tensors.length; i++) {
         const x = tensors[i];
@@ -226,6 +223,17 @@ export class Tape implements Disposable {
   [Symbol.dispose](): void {
     this.scope[Symbol.dispose]();
     this.#gradScope[Symbol.dispose]();
+  }
+}
+
+/** Runs `body` unseen by the tape that records: what it makes has no gradient. */
+export function constant<R>(device: Device, body: () => R): R {
+  const { watch } = device;
+  device.watch = undefined;
+  try {
+    return body();
+  } finally {
+    device.watch = watch;
   }
 }
 

@@ -22,8 +22,8 @@ export function trainedModel(name: string, file = ''): string | undefined {
 }
 
 /** A poisoned CPU device, closed when the file's tests are over. */
-export function testEnv(): JobEnv {
-  const device = openDevice({ kind: 'cpu', threads: 2, poison: true });
+export function testEnv(threads = 2): JobEnv {
+  const device = openDevice({ kind: 'cpu', threads, poison: true });
   afterAll(() => device.close());
   return { device, log: silentLog, signal: new AbortController().signal };
 }

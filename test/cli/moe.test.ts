@@ -94,6 +94,38 @@ describe('refusals', () => {
       'Only --method drop draws neurons anew',
     ],
     ['no neurons drawn anew', [v1, '--method', 'drop', '--drop-ratio', '0'], 2, 'Plain copies are --method upcycle'],
+    [
+      'a rate without a distillation',
+      [v1, '--active', '4', '--distill-lr', '0.01'],
+      2,
+      '--distill-lr without --distill-tokens',
+    ],
+    ['distilling with all experts on', [v1, '--active', '8', '--distill-tokens', '2K'], 2, 'here none is off'],
+    [
+      'distilling copies',
+      [v1, '--method', 'upcycle', '--distill-tokens', '2K'],
+      2,
+      'Copies give the dense output already',
+    ],
+    [
+      'a router that is none',
+      [v1, '--active', '4', '--split', 'static', '--distill-tokens', '2K', '--distill-train', 'router'],
+      2,
+      'no router that could learn',
+    ],
+    [
+      'a rank of whole weights',
+      [v1, '--active', '4', '--distill-tokens', '2K', '--distill-rank', '4'],
+      2,
+      'A rank is that of low-rank additions',
+    ],
+    [
+      'distilling a mixture',
+      [moe, '--prune-experts', '4', '--distill-tokens', '2K'],
+      2,
+      '--distill-tokens with --prune-experts',
+    ],
+    ['no number of tokens', [v1, '--distill-tokens', 'many'], 2, '200000, 200K, 2M'],
     ['pruning and merging', [moe, '--prune-experts', '4', '--merge-experts', '4'], 2, 'not both'],
     [
       'pruning with options of a split',

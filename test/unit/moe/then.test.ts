@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { afterAll, expect, it, vi } from 'vitest';
 import type { JobEnv } from '../../../src/backend/env.js';
 import { openModel } from '../../../src/arch/open.js';
-import { moeThenQuantize } from '../../../src/commands/moe-then.js';
+import { moeInStages } from '../../../src/commands/moe-then.js';
 import { runMoe, type MoeOptions } from '../../../src/moe/run.js';
 import { quantize } from '../../../src/quant/run.js';
 import { defaultRecipe } from '../../../src/quant/scheme.js';
@@ -39,20 +39,20 @@ it('moe --then quantize: the bytes of the two commands, one output, and it goes 
   const stop = new AbortController();
   const log = { ...env.log, progress: ({ stage }: { stage: string }) => stage === 'quantize' && stop.abort() };
   const interrupted: JobEnv = { ...env, log, signal: stop.signal };
-  await expect(moeThenQuantize(job('once'), scheme, undefined, interrupted)).rejects.toThrow('saved');
+  await expect(moeInStages(job('once'), { quantize: scheme }, undefined, interrupted)).rejects.toThrow('saved');
   expect(existsSync(join(folder, 'once'))).toBe(false);
   expect(existsSync(join(folder, 'once.mixture', 'config.json'))).toBe(true);
 
-  const { mixture, quantized } = await moeThenQuantize(job('once'), scheme, undefined, env);
+  const { mixture, quantized } = await moeInStages(job('once'), { quantize: scheme }, undefined, env);
   expect(mixture).toMatchObject({ resumed: true, seconds: 0 }); // taken as it was, not made again
   expect(mixture.layers).toHaveLength(4);
   expect(mixture.exactness!.split.relative).toBeLessThan(5e-5);
-  expect(quantized.resumed).toBe(true);
+  expect(quantized!.resumed).toBe(true);
   expect(existsSync(join(folder, 'once.mixture'))).toBe(false);
   expect(existsSync(join(folder, 'once.part'))).toBe(false);
 
   // Experts are calibrated on what is routed to them: half of the tokens each, and all of them are reached.
-  const coverage = quantized.blocks.flatMap((block) => block.coverage ?? []);
+  const coverage = quantized!.blocks.flatMap((block) => block.coverage ?? []);
   expect(coverage.map(({ experts, uncovered }) => [experts, uncovered])).toEqual(Array(4).fill([40, 0]));
 
   const open = await openModel(join(folder, 'once'));
@@ -80,16 +80,16 @@ it('moe --then quantize: the bytes of the two commands, one output, and it goes 
 
 it('takes no mixture that another recipe made', async () => {
   await runMoe(job('other.mixture', { active: 10 }), env);
-  await expect(moeThenQuantize(job('other'), scheme, undefined, env)).rejects.toThrow('exists already');
+  await expect(moeInStages(job('other'), { quantize: scheme }, undefined, env)).rejects.toThrow('exists already');
 });
 
 it('refuses an output that exists before any work', async () => {
   mkdirSync(join(folder, 'there'));
   writeFileSync(join(folder, 'there', 'config.json'), '{}');
-  await expect(moeThenQuantize(job('there'), scheme, undefined, env)).rejects.toThrow('exists already');
+  await expect(moeInStages(job('there'), { quantize: scheme }, undefined, env)).rejects.toThrow('exists already');
   expect(existsSync(join(folder, 'there.mixture'))).toBe(false);
 });
 
 it('refuses a file as output', async () => {
-  await expect(moeThenQuantize(job('x.bin'), scheme, undefined, env)).rejects.toThrow('writes a folder');
+  await expect(moeInStages(job('x.bin'), { quantize: scheme }, undefined, env)).rejects.toThrow('writes a folder');
 });
