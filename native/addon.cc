@@ -153,6 +153,7 @@ class Device : public Napi::ObjectWrap<Device> {
     poison_ = info[5].As<Napi::Boolean>();
     queue_thread_ = std::thread([this] { queue_loop(); });
     const int io_threads = std::max(1, info[4].As<Napi::Number>().Int32Value());
+    later_most_ = (io_threads + 1) / 2;
     for (int i = 0; i < io_threads; i++) io_threads_.emplace_back([this] { io_loop(); });
     napi_add_env_cleanup_hook(env, on_cleanup, this);
     Ref();  // lives until close: its threads hold `this`
@@ -192,7 +193,7 @@ class Device : public Napi::ObjectWrap<Device> {
   std::condition_variable queue_wake_, io_wake_, progress_;
   std::deque<std::function<void()>> queue_;
   std::deque<std::function<void()>> io_, io_later_;
-  bool later_runs_ = false;  // one thread at most works on io_later_, when nothing else waits
+  int later_threads_ = 0, later_most_ = 1;  // so many at most work on io_later_, when nothing else waits
   uint64_t enqueued_ = 0, launched_ = 0;  // task counts
   bool stop_ = false;
   std::string failure_;  // of the first failed op; later ops are skipped until it has been reported
@@ -216,21 +217,22 @@ class Device : public Napi::ObjectWrap<Device> {
       progress_.notify_all();
     }
   }
+  bool later_may_run() const { return !io_later_.empty() && later_threads_ < later_most_; }
   void io_loop() {
     std::unique_lock lock(mutex_);
     for (;;) {
-      io_wake_.wait(lock, [&] { return stop_ || !io_.empty() || (!io_later_.empty() && !later_runs_); });
+      io_wake_.wait(lock, [&] { return stop_ || !io_.empty() || later_may_run(); });
       if (stop_) return;
       const bool later = io_.empty();
       auto& tasks = later ? io_later_ : io_;
       auto work = std::move(tasks.front());
       tasks.pop_front();
-      later_runs_ = later_runs_ || later;
+      later_threads_ += later;
       lock.unlock();
       work();
       lock.lock();
       if (!later) continue;
-      later_runs_ = false;
+      later_threads_--;
       if (!io_later_.empty()) io_wake_.notify_one();
     }
   }

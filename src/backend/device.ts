@@ -131,8 +131,8 @@ export class Device {
   }
 
   /**
-   * Device memory -> file, after everything enqueued so far, large transfers in pieces beside each other; `later`: in one
-   * piece, behind all other transfers.
+   * Device memory -> file, after everything enqueued so far, large transfers in pieces beside each other; `later`: behind
+   * all other transfers, by half of the threads.
    */
   async writeFile(
     buffer: number,
@@ -142,7 +142,7 @@ export class Device {
     bytes: number,
     later = false,
   ): Promise<void> {
-    const piece = later ? bytes : Math.max(2 ** 22, Math.ceil(bytes / this.#transfers / 4096) * 4096);
+    const piece = later ? 2 ** 26 : Math.max(2 ** 22, Math.ceil(bytes / this.#transfers / 4096) * 4096);
     const pieces: Promise<void>[] = [];
     for (let at = 0; at < bytes; at += piece) {
       const n = Math.min(piece, bytes - at);

@@ -82,6 +82,27 @@ export async function trainBlocks(o: BlockwiseOptions): Promise<BlockRecord[]> {
       await embed(reader, model, o, clean);
       copyInto(quantized, clean);
     }
+    // A block counts as done when codes and states are on disk, where they go while the next block learns.
+    let settled: Promise<void> = Promise.resolve();
+    const settle = async (block: Block, outcome: BlockOutcome, seconds: number, kept: Scope, trained: readonly Codes[]) => {
+      try {
+        await saveTensors(codesPath(job, block), codeTensors(trained));
+        await saveTensors(statesPath(job, block), [clean, quantized]);
+      } finally {
+        kept[Symbol.dispose]();
+      }
+      const record: BlockRecord = { block: block.index, seconds, ...outcome };
+      await job.mark(blockName(block), JSON.parse(JSON.stringify(record)) as Json);
+      const { before, after, best, steps } = outcome;
+      env.log.progress({
+        stage: 'qat blocks',
+        done: block.index + 1,
+        total: model.blocks.length,
+        detail: `relative error ${before.toExponential(2)} -> ${after.toExponential(2)} (step ${best} of ${steps}), ${seconds.toFixed(1)} s`,
+        data: { block: block.name, before, after, seconds },
+      });
+    };
+    await using _last = { [Symbol.asyncDispose]: () => settled.catch(() => undefined) };
     for (const block of model.blocks.slice(done)) {
       stopIfAborted(env, o.resumeHint);
       const started = performance.now();
@@ -105,25 +126,17 @@ export async function trainBlocks(o: BlockwiseOptions): Promise<BlockRecord[]> {
         onAlarm: (alarm) => o.onAlarm(block.name, alarm),
         check: () => stopIfAborted(env, o.resumeHint),
       });
-      const trained = learning.quantized.map((unit) => unit.result(work));
-      await saveTensors(codesPath(job, block), codeTensors(trained));
       const next = scope.empty(o.dtype, quantized.shape);
       await advance(o, model, block, (inner) => learning.now(inner), quantized, next);
+      const kept = new Scope(env.device);
+      const trained = learning.quantized.map((unit) => unit.result(kept));
+      await settled; // what is freed here was on its way to the disk
       scope.free(clean, quantized);
       [clean, quantized] = [target, next];
-      await saveTensors(statesPath(job, block), [clean, quantized]);
-      const seconds = Math.round(performance.now() - started) / 1000;
-      const record: BlockRecord = { block: block.index, seconds, ...outcome };
-      await job.mark(blockName(block), JSON.parse(JSON.stringify(record)) as Json);
-      const { before, after, best, steps } = outcome;
-      env.log.progress({
-        stage: 'qat blocks',
-        done: block.index + 1,
-        total: model.blocks.length,
-        detail: `relative error ${before.toExponential(2)} -> ${after.toExponential(2)} (step ${best} of ${steps}), ${seconds.toFixed(1)} s`,
-        data: { block: block.name, before, after, seconds },
-      });
+      settled = settle(block, outcome, Math.round(performance.now() - started) / 1000, kept, trained);
+      settled.catch(() => undefined); // reported where it is awaited
     }
+    await settled;
   }
   return model.blocks.map((block) => job.data(blockName(block)) as unknown as BlockRecord);
 }

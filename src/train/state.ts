@@ -3,14 +3,18 @@ import { badInput } from '../base/errors.js';
 import { ioError, renameDurable } from '../base/files.js';
 import type { Tensor } from '../tensor/tensor.js';
 
-/** Writes tensors one after another as they are in memory; the file has its name once it is durable. */
+/**
+ * Writes tensors one after another as they are in memory, behind all other transfers; the file has its name once it is
+ * durable.
+ */
 export async function saveTensors(path: string, tensors: readonly Tensor[]): Promise<void> {
   const temporary = `${path}.tmp`;
   try {
     await using file = await open(temporary, 'w');
     let at = 0;
     for (const tensor of tensors) {
-      if (tensor.bytes > 0) await tensor.device.writeFile(tensor.buffer, tensor.byteOffset, file.fd, at, tensor.bytes);
+      if (tensor.bytes > 0)
+        await tensor.device.writeFile(tensor.buffer, tensor.byteOffset, file.fd, at, tensor.bytes, true);
       at += tensor.bytes;
     }
     await file.sync();
