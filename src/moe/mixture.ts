@@ -2,6 +2,9 @@ import { expertCombine, expertSort, fill, gather, groupedGemm, matmulT, swiglu }
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { FfnSpec } from '../nn/mlp.js';
 import { choose, scoresOf, type Router } from './router.js';
+import { applyMask, routingMask } from './refit.js';
+import type { FfnWeights } from './sample.js';
+import { pieces, type MoeShape } from './shape.js';
 import type { Experts } from './split.js';
 
 /**
@@ -28,4 +31,22 @@ export function mixtureOutput(
   const { shared } = experts;
   const base = shared && matmulT(work, swiglu(work, matmulT(work, x, shared.gate), matmulT(work, x, shared.up), activation), shared.down); // prettier-ignore
   return expertCombine(s, y, order.place, ones, base);
+}
+
+/** A larger share of the neurons than this is computed faster all at once than gathered by expert. */
+const mostOn = 0.5;
+export const runsWhole = (shape: MoeShape): boolean => shape.active + shape.shared > mostOn * pieces(shape);
+
+/** The same from weights in the order of the split and in x's precision: all neurons, those of other experts set to zero. */
+export function maskedOutput(
+  s: Scope,
+  x: Tensor,
+  router: Router,
+  w: FfnWeights,
+  shape: MoeShape,
+  activation: FfnSpec['activation'],
+): Tensor {
+  using work = new Scope(s.device);
+  const h = swiglu(work, matmulT(work, x, w.gate), matmulT(work, x, w.up), activation);
+  return matmulT(s, applyMask(work, h, routingMask(work, x, router, shape), shape), w.down);
 }

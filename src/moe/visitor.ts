@@ -1,4 +1,5 @@
 import type { Json } from '../base/job.js';
+import type { FloatDType } from '../base/dtype.js';
 import type { JobEnv } from '../backend/env.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
 import type { Call, ExpertsCall, ForwardContext, LinearCall, Weights } from '../nn/calls.js';
@@ -13,7 +14,7 @@ import { heldEnergies, judgeRouter, relativeError, staticErrors } from './judge.
 import { largest } from './largest.js';
 import { maskOf } from './masks.js';
 import { measure, type Measured } from './measured.js';
-import { mixtureOutput } from './mixture.js';
+import { maskedOutput, mixtureOutput, runsWhole } from './mixture.js';
 import { writeThrough } from './output.js';
 import { ffnOf, type MoePlan } from './plan.js';
 import { applyMask, refitDown, routingMask, type Refit } from './refit.js';
@@ -42,8 +43,7 @@ export interface VisitorOptions {
 /** What later tokens of a block see in place of its feed-forward part. */
 interface Converted {
   readonly ffn: FfnSpec;
-  readonly router: Router;
-  readonly experts: Experts;
+  readonly output: (s: Scope, x: Tensor) => Tensor;
 }
 
 /** Divides the feed-forward part of each block as the calibration stream comes by, and writes the block out. */
@@ -98,10 +98,26 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     this.#store = new LayerStore(plan, site.block.index, networks, router, before);
     const dtype = reader.dtype;
     const plain = { ...arranged, down: refitted ? refitted.down : arranged.down };
-    const experts = cut(scope, shape, plain, { routedDown: 1, sharedDown: 1, normalized: false }, dtype);
-    this.#converted = { ffn, router: made.router, experts };
+    this.#converted = { ffn, output: this.#output(scope, plain, made.router, ffn, dtype) };
     await timer.mark('cut', env);
     this.#report = await this.#judge(site, measured, w, options, made, arranged, held, refitted, timer);
+  }
+
+  /** How a batch gets from the input of the layer to its output, as routed. */
+  #output(
+    scope: Scope,
+    w: FfnWeights,
+    router: Router,
+    { activation }: FfnSpec,
+    dtype: FloatDType,
+  ): Converted['output'] {
+    const { shape } = this.#options.plan;
+    if (!runsWhole(shape)) {
+      const experts = cut(scope, shape, w, { routedDown: 1, sharedDown: 1, normalized: false }, dtype);
+      return (s, x) => mixtureOutput(s, x, router, experts, shape.active, activation);
+    }
+    const own = { gate: cast(scope, w.gate, dtype), up: cast(scope, w.up, dtype), down: cast(scope, w.down, dtype) };
+    return (s, x) => maskedOutput(s, x, router, own, shape, activation);
   }
 
   /** The same networks with down_proj as it was. */
@@ -176,11 +192,10 @@ export class SplitVisitor implements BlockVisitor, Disposable {
 
   answer(call: Call, ctx: ForwardContext, block: Block): unknown {
     if (call.kind !== 'linear' || !this.#converted || !this.#converts(block)) return undefined;
-    const { ffn, router, experts } = this.#converted;
+    const { ffn, output: made } = this.#converted;
     const name = call.linears[0]?.name;
     if (name === ffn.gate.name) {
-      const { active } = this.#options.plan.shape;
-      this.#outputs.set(ctx, mixtureOutput(ctx.scope, call.x, router, experts, active, ffn.activation));
+      this.#outputs.set(ctx, made(ctx.scope, call.x));
       // The dense activations would go nowhere: one column in place of all keeps the pass going.
       return call.linears.map(() => ctx.scope.zeros(call.x.dtype, [call.x.dim(0), 1]));
     }

@@ -4,9 +4,12 @@ import { Random } from '../../../src/base/rng.js';
 import type { Site } from '../../../src/arch/stream.js';
 import { clusterNeurons } from '../../../src/moe/cluster.js';
 import { judgeRouter } from '../../../src/moe/judge.js';
+import { maskedOutput, mixtureOutput } from '../../../src/moe/mixture.js';
 import { applyMask, refitDown, routingMask } from '../../../src/moe/refit.js';
 import { RouterFitter } from '../../../src/moe/router.js';
 import { heldOut, neurons } from '../../../src/moe/sample.js';
+import { cut } from '../../../src/moe/split.js';
+import { random } from '../../../src/tensor/ops.js';
 import { Scope } from '../../../src/tensor/tensor.js';
 import { fixture, testEnv } from '../../arch/support.js';
 
@@ -128,5 +131,24 @@ describe('refit of down_proj', () => {
     expect(refit?.lambda).toBe(r.lambda);
     expect(worst(await refit!.down.float32(), r.refit.flat())).toBeLessThan(1e-4);
     expect(r.after).toBeLessThan(r.before);
+  });
+});
+
+describe('a layer as routed', () => {
+  it.each([0, 1])('is the same by experts and by mask, %i shared', async (shared) => {
+    const shape = { routed: 6, active: 4, shared, width: 3, ffn: 3 * (6 + shared) };
+    using s = new Scope(env.device);
+    const normal = (seed: number, ...dims: number[]) => {
+      const x = s.empty('f32', dims);
+      random(x, 'normal', seed, 0, 1);
+      return x;
+    };
+    const w = { gate: normal(1, shape.ffn, 5), up: normal(2, shape.ffn, 5), down: normal(3, 5, shape.ffn) };
+    const router = { weight: normal(4, 6, 5), bias: normal(5, 6) };
+    const x = normal(6, 40, 5);
+    const experts = cut(s, shape, w, { routedDown: 1, sharedDown: 1, normalized: false }, 'f32');
+    const byExpert = await mixtureOutput(s, x, router, experts, shape.active, 'silu').float32();
+    const byMask = await maskedOutput(s, x, router, w, shape, 'silu').float32();
+    expect(worst(byMask, [...byExpert])).toBeLessThan(1e-4);
   });
 });
