@@ -1,6 +1,6 @@
 // Dense -> MoE beside its baselines, as whole models: mean KL and perplexity ratio on held-out text.
 //   npm run bench:moe [-- MODEL] [--off 25,50] [--experts 64,8] [--seeds 3] [--samples 64] [--seq-len 512] [--windows 78]
-//     [--methods static,fitted,cmoe,random] [--device cpu|cuda] [--distill-tokens 2M [--distill-train full] [--distill-lr x]]
+//     [--methods static,fitted,cmoe,random] [--device cpu|cuda] [--states f32|bf16] [--distill-tokens 2M [--distill-train full] [--distill-lr x]]
 //     [--quick]: one seed, 25% off, 64 experts, less text, static mask and this tool only
 // Needs ../shared/text; converts and validates 4 models for each setting and seed, which takes minutes. With
 // --distill-tokens it also makes each model distilled, and says what share of the loss is left.
@@ -14,7 +14,7 @@ const text = { type: 'string' };
 const { values: given, positionals } = parseArgs({
   options: {
     ...{ off: text, experts: text, seeds: text, samples: text, 'seq-len': text, windows: text, methods: text },
-    ...{ device: text, threads: text, 'distill-tokens': text, 'distill-train': text, 'distill-lr': text },
+    ...{ device: text, states: text, threads: text, 'distill-tokens': text, 'distill-train': text, 'distill-lr': text },
     quick: { type: 'boolean' },
   },
   allowPositionals: true,
@@ -61,7 +61,7 @@ function measure(parts, off, seed, args) {
     'moe', model, '-o', out, '--overwrite', '--container', 'glm4_moe', '--experts', String(parts - 1), '--shared', '1',
     '--active', String(active), '--pad', parts === 8 ? '1' : 'auto', '--samples', options.samples,
     '--seq-len', options['seq-len'], '--seed', String(seed), ...calibration.flatMap((path) => ['--calibration', path]),
-    '--no-validate', ...args,
+    '--no-validate', ...(options.states === undefined ? [] : ['--states', options.states]), ...args,
   ]); // prettier-ignore
   const judged = cli(
     ['validate', model, out, '--samples', options.windows, '--seq-len', '512', '--generations', '0', ...evaluation.flatMap((path) => ['--text', path])],

@@ -12,8 +12,11 @@ import { StudentReader } from '../student.js';
 import type { HeldOut, Made, Run } from './options.js';
 import type { LearningBlock } from './units.js';
 
-/** The stored mixture is computed in another order than it was trained in. */
-const tolerance = { f32: 1e-3, bf16: 0.05 } as const;
+/**
+ * The stored mixture is computed in another order than it was trained in; in bf16 its routers are rounded too. In parts of
+ * the KL before.
+ */
+const tolerance = { f32: 1e-3, bf16: 0.2 } as const;
 
 /** Writes the mixture under the names that it had, opens what was written, and measures it. */
 export async function writeMixture(
