@@ -4,46 +4,15 @@
 #include <map>
 #include <mutex>
 
-#include "cuda.cuh"
+#include "int4.cuh"
 
 namespace dc {
 namespace {
 
-__device__ __forceinline__ void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-// Codes 0..15 at bits 0 and 16 -> two bf16 of 128 + code, exactly.
-__device__ __forceinline__ uint32_t widen(uint32_t word, int shift) {
-  uint32_t pair;  // (word >> shift & 0x000F000F) | 0x43004300 in one instruction, which the compiler does not find
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(pair) : "r"(word >> shift), "r"(0x000F000Fu), "r"(0x43004300u));
-  return pair;
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 __device__ __forceinline__ void fetch_async(uint32_t to, const void* global, int bytes, bool there) {
   const int size = there ? bytes : 0;  // the rest is filled with zeros
   if (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(size));
   else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(size));
-}
-
-// Programmatic dependent launch: a grid that begins while its predecessor in the stream still runs. Until
-// wait_for_earlier() it may only bring weights into L2, which is right whoever wrote them last.
-__device__ __forceinline__ void wait_for_earlier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void fetch_into_l2(const void* global, int bytes) {  // both multiples of 16
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes));
-#endif
 }
 
 // A team of SPLIT warps takes tiles of 16 rows of W one after another, K split over its warps in pieces of 128 columns;
@@ -142,46 +111,8 @@ __global__ void __launch_bounds__(MAX_THREADS) int4_rows(dc_tensor y, dc_tensor 
 #pragma unroll 1
   for (int i = 0; i < AHEAD; i++) fetch(i);
   auto wait = [] { asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1)); };  // for all but the last AHEAD - 1 fetches
-  // x, pair by pair, and its sums: neighbouring threads hold what belongs to one. Rows that are not there stay unwritten.
-  const bool vector = K % 8 == 0 && x.stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-  auto place = [&](int w) { return WIDE && w < whole * 16 ? (w & ~15) + (w & 3) * 4 + (w >> 2 & 3) : w; };  // read by [4 j + t]
-  constexpr int BATCH = 4;  // loads of a thread in flight
-  const int row_words = pieces * 16, summed = WIDE ? 16 : layout.summed;
-#pragma unroll 1
-  for (int first = threadIdx.x; first - int(threadIdx.x) < M * row_words; first += BATCH * blockDim.x) {
-    uint4 batch[BATCH];
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int at = first + b * blockDim.x, m = M == 1 ? 0 : at / row_words, w = at - m * row_words;
-      batch[b] = make_uint4(0, 0, 0, 0);
-      if (m >= M || w * 8 >= K) continue;
-      const bf16* from = static_cast<const bf16*>(x.data) + (m0 + m) * x.stride[0] + w * 8;
-      if (vector) {
-        batch[b] = *reinterpret_cast<const uint4*>(from);
-      } else {
-        bf16* each = reinterpret_cast<bf16*>(&batch[b]);
-        for (int k = 0; k < 8; k++)
-          if (w * 8 + k < K) each[k] = from[k];
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int at = first + b * blockDim.x, m = M == 1 ? 0 : at / row_words, w = at - m * row_words;
-      const uint4 v = batch[b];
-      float sum = 0;
-#pragma unroll
-      for (uint32_t pair : {v.x, v.y, v.z, v.w}) sum += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xFFFF0000u);
-      for (int d = 1; d < summed; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-      if (m >= M || w >= row_words) continue;
-      xp[m * layout.words + place(w)] = make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
-      if (w % summed == 0) sums[w / summed * 8 + m] = -sum;
-    }
-  }
+  stage_x(xp, sums, x, m0, M, K, layout.words, WIDE ? 16 : layout.summed, WIDE ? whole * 16 : 0, threadIdx.x, blockDim.x);
   __syncthreads();
-  auto multiply = [&](float (&c)[4], uint32_t a, uint32_t b, const uint4& v) {
-    mma_bf16(c, widen(a, 0), widen(b, 0), widen(a, 4), widen(b, 4), v.x, v.y);
-    mma_bf16(c, widen(a, 8), widen(b, 8), widen(a, 12), widen(b, 12), v.z, v.w);
-  };
   // Rows of x from M on do not exist: what their columns of the product hold is nobody's concern.
   const uint4* const mine = xp + min(g, M - 1) * layout.words + t;
   uint32_t slot = 0;
@@ -275,23 +206,6 @@ auto int4_kernel(int64_t group) {
   return group == 128 ? int4_rows<ONE, SPLIT, S> : group % 128 == 0 ? int4_rows<SEVERAL, SPLIT, S> : int4_rows<NARROW, SPLIT, S>;
 }
 
-// The first time on a device: lets a kernel have all shared memory, and finds whether it may begin before its predecessor
-// has ended, that is, whether it was built with wait_for_earlier().
-int prepare(dc_context* c, const void* kernel, int* begins_early) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, int> known;
-  std::lock_guard lock(mutex);
-  auto found = known.find({c->device, kernel});
-  if (found == known.end()) {
-    cudaFuncAttributes built;
-    DC_CUDA(cudaFuncGetAttributes(&built, kernel));
-    DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c->shared_limit)));
-    found = known.emplace(std::pair(c->device, kernel), c->capability >= 90 && built.ptxVersion >= 90).first;
-  }
-  *begins_early = found->second;
-  return 0;
-}
-
 template <class T>
 __global__ void unpack_weights(T* w, const uint32_t* words, int64_t word_row, dc_tensor scale, const uint32_t* zero, int64_t zero_row, int64_t N, int64_t K, int64_t group) {
   const int64_t per = (K + 7) / 8;
@@ -314,6 +228,22 @@ __global__ void add_row_bias(dc_tensor y, dc_tensor bias, int64_t n) {
 }
 
 }  // namespace
+
+int prepare(dc_context* c, const void* kernel, int* begins_early) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> known;
+  std::lock_guard lock(mutex);
+  auto found = known.find({c->device, kernel});
+  if (found == known.end()) {
+    cudaFuncAttributes built;
+    DC_CUDA(cudaFuncGetAttributes(&built, kernel));
+    DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c->shared_limit)));
+    found = known.emplace(std::pair(c->device, kernel), c->capability >= 90 && built.ptxVersion >= 90).first;
+  }
+  *begins_early = found->second;
+  return 0;
+}
+
 }  // namespace dc
 
 using namespace dc;
@@ -329,6 +259,9 @@ extern "C" int dc_cuda_int4_matmul(dc_context* c, const dc_call* call) {
   const bool few = M <= 16 && x.dtype == DC_BF16 && x.stride[1] == 1 && y.stride[1] == 1 && word_row % 4 == 0 && reinterpret_cast<uintptr_t>(words.data) % 16 == 0 && group % 32 == 0 &&
                    (group % 128 == 0 || 128 % group == 0) && shared(1) <= c->shared_limit;
   if (few) {
+    bool done;
+    if (int4_bulk(c, call, &done)) return 1;
+    if (done) return launched(c, "int4_matmul");
     int most = int(M < 8 ? M : 8);
     while (shared(most) > c->shared_limit) most--;
     auto kernel = int4_kernel<4, float>(group);
