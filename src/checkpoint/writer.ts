@@ -126,6 +126,7 @@ class Writer implements CheckpointWriter {
   #closed = false;
   readonly #inputs = openDigests();
   readonly #inputHashes: readonly Promise<string>[];
+  #flushing: Promise<void> = Promise.resolve();
 
   constructor(
     readonly options: WriterOptions,
@@ -164,7 +165,14 @@ class Writer implements CheckpointWriter {
     await file.write(index, data);
   }
 
-  async flush(): Promise<void> {
+  /** One after another: an older list of what is complete must not replace a newer one. */
+  flush(): Promise<void> {
+    const flushed = this.#flushing.then(() => this.#flush());
+    this.#flushing = flushed.catch(() => undefined);
+    return flushed;
+  }
+
+  async #flush(): Promise<void> {
     // What completes while the disks flush is recorded by the next flush.
     const done = Buffer.concat(this.files.map((file) => file.done));
     for (const file of this.files) await file.sync();

@@ -35,7 +35,7 @@ export interface Run {
  */
 export async function assemble(
   run: Run,
-  fill: (targets: readonly TargetWriter[], reader: WeightReader) => Promise<void>,
+  fill: (targets: readonly TargetWriter[], reader: WeightReader, env: JobEnv) => Promise<void>,
 ): Promise<QuantizeResult> {
   const { options, prepared, job, env } = run;
   const { open, plan, targets } = prepared;
@@ -54,14 +54,16 @@ export async function assemble(
     const accepts = acceptances(run);
     for (const i of targets.keys()) writers.push(await writerOf(run, i, accepts[i]));
     await withTargets(run, writers, async (opened, reader) => {
-      if (!job.done('outer')) {
-        for (const { target, writer } of opened) {
-          await target.writeThrough(-1, writer);
-          await writer.flush();
-        }
-        await job.mark('outer');
-      }
-      await fill(opened, reader);
+      // Embedding and head are copied beside the blocks, which end early when that fails.
+      const failing = new AbortController();
+      const outer = job.done('outer') ? Promise.resolve() : writeOuter(opened, job);
+      outer.catch(() => failing.abort());
+      const signal = AbortSignal.any([env.signal, failing.signal]);
+      const filled = fill(opened, reader, { ...env, signal });
+      await Promise.allSettled([filled, outer]);
+      // What ended the other one early is the reason.
+      await (failing.signal.aborted && !env.signal.aborted ? outer : filled);
+      await outer;
     });
     await checkpoint.assertUnchanged();
     const blocks = reportsOf(run);
@@ -90,6 +92,15 @@ export async function assemble(
   } finally {
     for (const writer of writers) await writer.close();
   }
+}
+
+/** What lies outside the blocks. */
+async function writeOuter(opened: readonly TargetWriter[], job: Job): Promise<void> {
+  for (const { target, writer } of opened) {
+    await target.writeThrough(-1, writer);
+    await writer.flush();
+  }
+  await job.mark('outer');
 }
 
 /** The output that is validated: the first that is a model; -1: none is. */

@@ -35,7 +35,7 @@ export async function quantize(options: QuantizeOptions, env: JobEnv): Promise<Q
       const chosen = set && (await chooseBits({ ...prepared, set, job, env, states, commandLine }));
       const final = chosen ? await planAll(options, prepared, chosen) : prepared;
       const run = { options, prepared: final, set, job, env, started };
-      return await assemble(run, (targets, reader) => solveBlocks(run, targets, reader));
+      return await assemble(run, (targets, reader, env) => solveBlocks({ ...run, env }, targets, reader));
     });
   } finally {
     await open.close();

@@ -90,7 +90,8 @@ describe(`quantize, killed ${kills} times, seed ${seed}`, () => {
   it('saves its blocks on Ctrl-C, says how to go on, and goes on', async () => {
     const run = await stoppedAfterBlock('interrupted', 'SIGINT');
     expect(run.code, run.stderr).toBe(75);
-    expect(run.stderr).toMatch(/finished blocks are saved[\s\S]*[Gg]o on( with)?: deepseek-convert quantize/);
+    // On a busy machine the signal may come as late as the validation of the output.
+    expect(run.stderr).toMatch(/Interrupted; (finished blocks are saved|the comparison is not kept)[\s\S]*[Gg]o on( with)?: deepseek-convert quantize/); // prettier-ignore
     expect(existsSync(join(folder, 'interrupted'))).toBe(false);
     const again = await cli(args('interrupted'));
     expect(again.code).toBe(0);
