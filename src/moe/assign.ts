@@ -1,10 +1,8 @@
 import { bug } from '../base/errors.js';
 
 export interface AssignOptions {
-  /** In units of the scores; absent: `precision`. */
+  /** In units of the scores; default 1/1000 of their standard deviation. */
   readonly epsilon?: number;
-  /** Epsilon in standard deviations of the scores, default 1/1000. */
-  readonly precision?: number;
   /** Of each place, from an assignment with like scores (zeros: from none): this one starts there and leaves its own. */
   readonly prices?: Float64Array;
 }
@@ -19,7 +17,7 @@ export interface AssignOptions {
 export function assignBalanced(
   scores: Float32Array,
   capacities: Int32Array,
-  { epsilon, precision = 1e-3, prices }: AssignOptions = {},
+  { epsilon, prices }: AssignOptions = {},
 ): Int32Array {
   const places = capacities.length;
   const n = scores.length / places;
@@ -27,7 +25,7 @@ export function assignBalanced(
     throw bug('assignment of items to places', { got: `${n} items, capacities ${capacities.join(', ')}` });
   }
   const spread = deviation(scores);
-  const last = epsilon ?? (spread > 0 ? spread * precision : 1);
+  const last = epsilon ?? (spread > 0 ? spread * 1e-3 : 1);
   const auction = new Auction(scores, capacities, prices);
   // Prices that are far from right have to be overtaken step by step: the first steps are as large as they are.
   const start = prices?.some((price) => price !== 0) ? Math.max(spread, Math.max(...prices) - Math.min(...prices)) / 25 : spread; // prettier-ignore

@@ -7,8 +7,6 @@ import { membership } from './masks.js';
 const iterations = 8;
 /** Tokens whose energies describe a neuron to the clustering. */
 const featureTokens = 4096;
-/** Of the assignments, which are not the last ones. */
-const precision = 1e-2;
 
 /**
  * Balanced k-means of neurons by when they fire: features are the square roots of a neuron's energies on sampled
@@ -30,7 +28,7 @@ export async function clusterNeurons(
   let assigned: Int32Array = new Int32Array(n).fill(-1);
   const prices = new Float64Array(experts);
   for (let i = 0; i < iterations; i++) {
-    const next = assignBalanced(await affinity(features, centres), capacities, { precision, prices });
+    const next = assignBalanced(await affinity(features, centres), capacities, { prices });
     let moved = 0;
     for (let neuron = 0; neuron < n; neuron++) if (next[neuron] !== assigned[neuron]) moved++;
     assigned = next;
