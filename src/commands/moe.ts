@@ -14,11 +14,12 @@ import {
 } from '../base/options.js';
 import { badUsage } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
-import { duration } from '../base/text.js';
+import { count, duration } from '../base/text.js';
 import type { JobOptions, MoeOptions } from '../moe/options.js';
 import type { MoePlan } from '../moe/plan.js';
 import type { MoeReport } from '../moe/report.js';
 import { pruneMeasures } from '../moe/surgery/options.js';
+import type { MixtureTraining } from '../train/moe/options.js';
 import { acceptance, acceptanceOptions } from './acceptance.js';
 import { recordConversion } from './history-file.js';
 import { distillationOf, distillOptions, distillSummary } from './moe-distill.js';
@@ -176,7 +177,7 @@ export const command = defineCommand({
     requireThen(given, io);
     requireDrop(given, io);
     const distill = distillationOf(given, job, io);
-    if (given.dryRun) return showPlan(await previewMoe(job), job, given);
+    if (given.dryRun) return showPlan(await previewMoe(job), job, given, distill);
     using env = await openEnvironment(given, io);
     const { accept, extend } = acceptance(
       given,
@@ -228,7 +229,7 @@ function requireDrop({ method }: Given, io: Io): void {
 }
 
 /** Options that say how a dense model is divided. */
-const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'pad', 'then', 'rounds', 'routerSteps', 'split', 'ridge', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[])] as const; // prettier-ignore
+const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'pad', 'then', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[]), 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
 
 /** What is to become of a mixture; undefined where a dense model is to become one. */
 function surgeryOf({ pruneExperts, mergeExperts }: Given, io: Io) {
@@ -364,7 +365,12 @@ async function report(result: MoeReport, io: Io): Promise<CommandResult> {
   return { data, text: `${lines.join('\n')}\n` };
 }
 
-async function showPlan(plan: MoePlan, job: MoeOptions, given: Given): Promise<CommandResult> {
+async function showPlan(
+  plan: MoePlan,
+  job: MoeOptions,
+  given: Given,
+  distill: MixtureTraining | undefined,
+): Promise<CommandResult> {
   const { describePlan } = await import('../moe/plan.js');
   const counts = new Map<string, number>();
   for (const { origin } of plan.tensors) counts.set(origin.kind, (counts.get(origin.kind) ?? 0) + 1);
@@ -373,6 +379,7 @@ async function showPlan(plan: MoePlan, job: MoeOptions, given: Given): Promise<C
     ...describePlan(plan),
     ...[...counts].map(([kind, n]) => `${n} tensors ${kinds[kind as keyof typeof kinds]}`),
     `disk needed while working ${formatBytes(plan.outputBytes)}`,
+    ...(distill ? [`then distilled on ${count(distill.tokens)} tokens (${distill.part})`] : []),
     ...(given.then
       ? [`then quantized to INT${given.bits}, groups of ${given.groupSize}; the mixture in high precision is removed`]
       : []),
@@ -380,6 +387,7 @@ async function showPlan(plan: MoePlan, job: MoeOptions, given: Given): Promise<C
   const data = {
     dryRun: true,
     out: job.out,
+    distillation: distill ? { ...distill } : null,
     then: given.then ?? null,
     shape: plan.shape,
     config: plan.config,

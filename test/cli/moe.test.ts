@@ -188,9 +188,11 @@ describe('experts of a mixture', () => {
 });
 
 it('--dry-run shows what would be made, and makes nothing', async () => {
-  const { code, stdout } = await cli(['moe', v1, '-o', out('plan'), '--container', 'qwen2_moe', '--dry-run', '--json']);
+  const given = ['--container', 'qwen2_moe', '--distill-tokens', '20K', '--distill-train', 'scales'];
+  const { code, stdout } = await cli(['moe', v1, '-o', out('plan'), ...given, '--dry-run', '--json']);
   expect(code).toBe(0);
   const data = json(stdout) as unknown as { tensors: { name: string; from: string; shape: number[] }[] };
+  expect(data).toMatchObject({ distillation: { tokens: 20_000, part: 'scales', lr: 0.01 } });
   const of = (name: string) => data.tensors.find((tensor) => tensor.name === name);
   expect(of('model.layers.3.mlp.experts.7.down_proj.weight')).toMatchObject({ from: 'made', shape: [256, 128] });
   expect(of('model.layers.3.self_attn.q_proj.bias')).toMatchObject({ from: 'constant', shape: [256] });
