@@ -47,6 +47,13 @@ const training = (part: MixtureTraining['part'], more: Partial<MixtureTraining> 
 const bytes = (name: string) => readFileSync(join(folder, name, 'model.safetensors'));
 const hash = (name: string) => createHash('sha256').update(bytes(name)).digest('hex');
 
+const reportOf = (name: string) =>
+  JSON.parse(readFileSync(join(folder, name, 'deepseek-convert.json'), 'utf8')) as {
+    mixture: { allExpertsOn: { split: { relative: number } } };
+    distillation: { health: { medianNorm: number } };
+    validation: { heldOut: unknown };
+  };
+
 /** Name, type, shape and bytes of all tensors. */
 function tensorsOf(name: string) {
   using file = new OpenFile(join(folder, name, 'model.safetensors'));
@@ -88,11 +95,7 @@ describe('a distilled mixture', async () => {
     expect(names.filter((name) => !parts.test(name))).toEqual([]);
     expect(readFileSync(join(folder, part, 'config.json'), 'utf8')).toBe(config);
     expect(existsSync(join(folder, `${part}.mixture`))).toBe(false);
-    const report = JSON.parse(readFileSync(join(folder, part, 'deepseek-convert.json'), 'utf8')) as {
-      mixture: { allExpertsOn: { split: { relative: number } } };
-      distillation: { health: { medianNorm: number } };
-      validation: { heldOut: unknown };
-    };
+    const report = reportOf(part);
     expect(report.mixture.allExpertsOn.split.relative).toBeLessThan(5e-5);
     expect(report.distillation.health.medianNorm).toBeGreaterThan(0);
     expect(report.validation.heldOut).toEqual(heldOut);
@@ -116,6 +119,8 @@ describe('a distilled mixture', async () => {
     const { mixture, distilled } = await moeInStages(job('again'), { distill: training('full') }, undefined, env); // prettier-ignore
     expect([mixture.seconds, distilled!.resumed]).toEqual([0, true]);
     expect(hash('again')).toBe(hash('full'));
+    const { distillation, validation } = reportOf('full');
+    expect(reportOf('again')).toMatchObject({ distillation, validation });
   });
 
   test('is quantized behind it, and goes on there', async () => {
