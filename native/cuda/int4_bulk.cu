@@ -6,10 +6,8 @@
 namespace dc {
 namespace {
 
-constexpr bool BULK = false;  // until measured
-// WARPS multiply; one more asks for the weights. BLOCKS: that fit on a multiprocessor, so that the next launch's can begin.
-constexpr int WARPS = 16, BLOCKS = 1, ROWS = 16, STAGE_PIECES = 32, MOST_STAGES = 5, FEWEST_STAGES = 2;
-[[maybe_unused]] constexpr int EARLY_STAGES = 5;  // into L2 before the predecessor has ended
+// WARPS multiply; one more asks for the weights.
+constexpr int WARPS = 16, ROWS = 16, STAGE_PIECES = 32, MOST_STAGES = 5, FEWEST_STAGES = 2;
 constexpr int THREADS = (WARPS + 1) * 32;
 
 // A tile: 16 rows of W. A stage: a tile's words of up to STAGE_PIECES pieces of 128 columns, padded so that eight lanes
@@ -75,7 +73,7 @@ __device__ __forceinline__ void request(const BulkLayout& layout, const uint32_t
 
 // S: of the scales.
 template <class S>
-__global__ void __launch_bounds__(THREADS, BLOCKS) int4_bulk_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, const S* scale, const uint32_t* zero, dc_tensor bias, int tiles, int K, int m0, int M, int stages) {
+__global__ void __launch_bounds__(THREADS, 1) int4_bulk_rows(dc_tensor y, dc_tensor x, const uint32_t* __restrict__ words, int64_t word_row, const S* scale, const uint32_t* zero, dc_tensor bias, int tiles, int K, int m0, int M, int stages) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char memory[];
   const BulkLayout layout(K, M, sizeof(S), zero != nullptr, stages);
@@ -87,12 +85,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) int4_bulk_rows(dc_tensor y, d
   }
   __syncthreads();
   if (warp == WARPS) {
-    // Who wrote the words may still run: the first stages into L2 only.
-    for (int i = lane; i < min(stages, EARLY_STAGES) * ROWS; i += 32) {
-      const int stage = i / ROWS, tile = blockIdx.x + stage / layout.chunks * gridDim.x, chunk = stage % layout.chunks;
-      const int bytes = min(layout.chunk_pieces, layout.pieces - chunk * layout.chunk_pieces) * 64;
-      if (tile < tiles) fetch_into_l2(words + (int64_t(tile) * ROWS + i % ROWS) * word_row + chunk * layout.chunk_pieces * 16, bytes);
-    }
+    // Who wrote the words may still run. (The first stages into L2 before this made it slower by an eighth.)
     wait_for_earlier();
     if (lane == 0) request(layout, words, word_row, reinterpret_cast<const unsigned char*>(scale), zero, tiles, shared_address(memory));
     return;
@@ -163,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) int4_bulk_rows(dc_tensor y, d
 // bytes, scales and zeros of a tile in one.
 int int4_bulk(dc_context* c, const dc_call* call, bool* done) {
   *done = false;
-  if (!BULK || c->capability < 90) return 0;
+  if (c->capability < 90) return 0;
   const dc_tensor &y = call->t[0], &x = call->t[1], &words = call->t[2], &scale = call->t[3], &zero = call->t[4], &bias = call->t[5];
   const int64_t M = x.dim[0], K = x.dim[1], N = y.dim[1], groups = K / 128;
   const auto aligned = [](const dc_tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; };
@@ -172,9 +165,7 @@ int int4_bulk(dc_context* c, const dc_call* call, bool* done) {
   int most = int(std::min<int64_t>(M, 8)), stages = MOST_STAGES;
   while (most && needs(most, FEWEST_STAGES) > c->shared_limit) most--;
   if (!most) return 0;
-  // A multiprocessor has 1 KB more than a block of its may have, and keeps 1 KB for each.
-  const size_t share = (c->shared_limit + 1024) / BLOCKS - 1024;
-  while (stages > FEWEST_STAGES && needs(most, stages) > (needs(most, FEWEST_STAGES + 1) <= share ? share : c->shared_limit)) stages--;
+  while (stages > FEWEST_STAGES && needs(most, stages) > c->shared_limit) stages--;
   const int64_t tiles = N / ROWS, blocks = ceil_div(tiles, ceil_div(tiles, c->multiprocessors));
   return [&]() -> int {
     DC_FLOAT(scale.dtype, S, {
