@@ -49,6 +49,7 @@ export class Job {
   /** An earlier run gave the output its name and was killed before it could clean up: only `remove()` is left to do. */
   readonly finished: boolean;
   readonly overwrite: boolean;
+  #marking: Promise<void> = Promise.resolve();
   readonly #steps: Map<string, Step>;
   readonly #lock: FileLock;
   readonly #what: string;
@@ -131,7 +132,14 @@ export class Job {
    * Records a step durably. What the step wrote must be on disk already (`writer.flush`, `fsyncPath`).
    * Error: input, when another process has taken the work folder over.
    */
-  async mark(step: string, data: Json = null): Promise<void> {
+  mark(step: string, data: Json = null): Promise<void> {
+    const marked = this.#marking.then(() => this.#mark(step, data));
+    this.#marking = marked.catch(() => undefined);
+    return marked;
+  }
+
+  /** One after another: each has a number of its own. */
+  async #mark(step: string, data: Json): Promise<void> {
     await this.#requireHeld();
     const known = this.#steps.get(step);
     const index = known?.index ?? this.#steps.size;

@@ -53,6 +53,17 @@ describe('Job', () => {
     expect(existsSync(second.folder)).toBe(false);
   });
 
+  it('keeps steps that are marked at the same time', async () => {
+    const first = await start();
+    const names = Array.from({ length: 8 }, (_, i) => `block ${i}`);
+    await Promise.all(names.map((name, i) => first.mark(name, i)));
+    await first.close();
+    const second = await start();
+    expect(second.steps()).toEqual(names);
+    expect(names.map((name) => second.data(name))).toEqual(names.map((_, i) => i));
+    await second.close();
+  });
+
   it('refuses another fingerprint and says what differs; --restart begins anew', async () => {
     const first = await start();
     await first.mark('a');
