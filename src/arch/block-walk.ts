@@ -1,4 +1,5 @@
 import { bug } from '../base/errors.js';
+import type { FloatDType } from '../base/dtype.js';
 import type { Json } from '../base/job.js';
 import { stopIfAborted, type JobEnv } from '../backend/env.js';
 import { answer, run } from '../nn/run.js';
@@ -18,6 +19,11 @@ export interface BlockVisitor {
   visit(site: Site): Promise<void>;
   /** Answers a call of one batch in place of the weights; undefined leaves it to them. */
   answer?(call: Call, ctx: ForwardContext, block: Block): unknown;
+  /**
+   * Changes weights once more after the last visit, when it has seen what the block makes of all batches before any visit.
+   * Only then do the batches go on, with the weights that it leaves.
+   */
+  readonly tune?: ((site: TuningSite) => Promise<void>) | undefined;
   /**
    * All batches are through the block. What it returns goes into the journal with the block, once whatever the visitor
    * wrote is durable: when this resolves, or, where there is `flush`, when that resolves.
@@ -43,6 +49,22 @@ export interface Site {
    * several times. Under a tight budget each use recomputes the block up to here: use it as seldom as you can.
    */
   each(handle: (call: LinearCall | ExpertsCall, batch: number) => void | Promise<void>): Promise<void>;
+}
+
+/** A block whose linears have all been visited, what goes into it, and what it is to make of that. */
+export interface TuningSite {
+  readonly block: Block;
+  readonly weights: Weights;
+  readonly n: number;
+  readonly length: number;
+  /** Of the states. */
+  readonly dtype: FloatDType;
+  readonly width: number;
+  /** States [length, W] of a sequence before the block, as the visited blocks make them; they may be a copy in `scope`. */
+  input(row: number, scope: Scope): Promise<Tensor>;
+  /** Behind the block, as the model makes them that nobody has visited. */
+  target(row: number, scope: Scope): Promise<Tensor>;
+  context(scope: Scope, weights: Weights, rows: readonly number[]): ForwardContext;
 }
 
 export interface WalkOptions {
@@ -76,13 +98,13 @@ export class BlockWalk {
     this.#answer = (call, ctx) => visitor.answer?.(call, ctx, block) ?? answer(call, ctx);
   }
 
-  /** All batches through the block with the weights as they are; the states that they become are put. */
-  async pass(): Promise<void> {
+  /** All batches of `states` through the block with the weights as they are; what they become is put. */
+  async pass(states = this.states): Promise<void> {
     for (let b = 0; b < this.geometry.batches.length; b++) {
       stopIfAborted(this.options.env, this.options.resumeHint);
       using scope = new Scope(this.options.env.device);
-      const { calls, ctx } = await this.#open(b, scope);
-      await this.states.put(
+      const { calls, ctx } = await this.#open(b, scope, states);
+      await states.put(
         b,
         run(calls, ctx, (call) => this.visitor.answer?.(call, ctx, this.block)),
         scope,
@@ -124,12 +146,42 @@ export class BlockWalk {
     return one;
   }
 
-  async #open(b: number, scope: Scope): Promise<Pick<Suspended, 'calls' | 'ctx'>> {
+  async #open(b: number, scope: Scope, states = this.states): Promise<Pick<Suspended, 'calls' | 'ctx'>> {
     const { open, set } = this.options;
     const { from, rows } = this.geometry.batches[b]!;
     const tokens = set.tokens.subarray(from * set.seqLen, (from + rows) * set.seqLen);
     const ctx = forwardContext(scope, open.model, this.weights, rows, set.seqLen, { tokens });
-    return { calls: this.block.forward(await this.states.get(b, scope), ctx), ctx };
+    return { calls: this.block.forward(await states.get(b, scope), ctx), ctx };
+  }
+
+  /**
+   * The block as it is makes the targets, the visitor visits and tunes it, and the batches go through what it has become.
+   * `reference`: the states that the targets are made of, which may be the batches' own; what they become is put.
+   */
+  async tune(reference: States, last: boolean): Promise<void> {
+    const { states, block, weights } = this;
+    const { open, set } = this.options;
+    const { seqLen } = set;
+    await this.pass(reference);
+    await this.run(true);
+    const rowsOf = (from: States, which: 'now' | 'next') => (row: number, scope: Scope) => {
+      const b = this.geometry.batches.findLastIndex((batch) => batch.from <= row);
+      const at = (row - this.geometry.batches[b]!.from) * seqLen;
+      return from.rows(which, b, at, at + seqLen, scope);
+    };
+    await this.visitor.tune!({
+      ...{ block, weights, n: set.n, length: seqLen },
+      ...{ dtype: states.dtype, width: open.model.stateWidth },
+      input: rowsOf(states, 'now'),
+      target: rowsOf(reference, 'next'),
+      context: (scope, current, rows) => {
+        const tokens = new Int32Array(rows.length * seqLen);
+        rows.forEach((row, i) => tokens.set(set.tokens.subarray(row * seqLen, (row + 1) * seqLen), i * seqLen));
+        return forwardContext(scope, open.model, current, rows.length, seqLen, { tokens });
+      },
+    });
+    if (reference === states) return;
+    if (!last) await this.pass();
   }
 
   /** Answers the call at which the batch stands and runs it to its next held call. */

@@ -15,6 +15,8 @@ export interface GeometryOptions {
   readonly batchRows?: number;
   /** Bytes of device memory that states and suspended batches may take; default: 60% of what is free. */
   readonly budget?: number;
+  /** A second stream of states goes along. */
+  readonly twice?: boolean;
 }
 
 export interface Batch {
@@ -48,7 +50,7 @@ function suspendedWidth(model: Model): number {
 }
 
 /** Batches by the device, what is held of them by its memory: the values are the same however much that is. */
-export function planGeometry({ open, env, set, dtype, batchRows, budget }: GeometryOptions): Geometry {
+export function planGeometry({ open, env, set, dtype, batchRows, budget, twice = false }: GeometryOptions): Geometry {
   const perBatch = env.device.kind === 'cpu' ? 2048 : 16384;
   const rows = batchRows ?? Math.max(1, Math.min(set.n, Math.floor(perBatch / set.seqLen)));
   const batches: Batch[] = [];
@@ -60,8 +62,8 @@ export function planGeometry({ open, env, set, dtype, batchRows, budget }: Geome
   const allowed = budget ?? (Number.isFinite(free) ? 0.6 * free : Infinity);
   const tokens = set.n * set.seqLen;
   const size = dtypeSize(dtype);
-  const stateBytes = tokens * open.model.stateWidth * size;
-  const heldBytes = tokens * suspendedWidth(open.model) * size;
+  const stateBytes = (twice ? 2 : 1) * tokens * open.model.stateWidth * size;
+  const heldBytes = tokens * suspendedWidth(open.model) * size + (twice ? 2 * stateBytes : 0);
   const hold = heldBytes <= allowed;
   const resident = hold || 2 * stateBytes <= allowed;
   const readAhead = heldBytes <= allowed / 2;

@@ -1,5 +1,5 @@
 import { open, readdir, rm, type FileHandle } from 'node:fs/promises';
-import { dirname, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import { ConvertError, badInput, bug, noResource } from '../base/errors.js';
 import { ioError, processId, renameDurable } from '../base/files.js';
 import { dtypeSize, elementCount } from '../base/dtype.js';
@@ -14,7 +14,7 @@ export interface StatesOptions {
   readonly rows: readonly number[];
   /** Kept in device memory; else only in the file. */
   readonly resident: boolean;
-  /** File of the states after a block; another name each time while they grow. */
+  /** File of the states after a block, `.../<name>-<block>.bin`; another name each time while they grow. */
   readonly path: (block: number | `next-${string}`) => string;
 }
 
@@ -56,6 +56,10 @@ export class States implements AsyncDisposable {
     this.#offsets.push(at);
   }
 
+  get dtype(): 'f32' | 'bf16' {
+    return this.#options.dtype;
+  }
+
   /** The states of batch `b`; a copy in `scope` when they are not resident. */
   async get(b: number, scope: Scope): Promise<Tensor> {
     if (this.#now === undefined) throw bug(`states of batch ${b} before there are any`);
@@ -80,6 +84,14 @@ export class States implements AsyncDisposable {
       await this.#write(next, b, state);
       next.scope.free(state);
     }
+  }
+
+  /** Rows [from, to) of what batch `b` is, or of what was put for it already; they may be a copy in `scope`. */
+  async rows(which: 'now' | 'next', b: number, from: number, to: number, scope: Scope): Promise<Tensor> {
+    const generation = which === 'now' ? this.#now : this.#next;
+    if (generation === undefined) throw bug(`states of batch ${b} before there are any`);
+    const resident = generation.tensors[b];
+    return resident ? resident.slice(0, from, to) : await this.#read(generation.file, b, scope, from, to);
   }
 
   /** All batches are put: they are the states from now on. */
@@ -120,9 +132,10 @@ export class States implements AsyncDisposable {
 
   /** Removes all state files but those of the blocks `keep` and those in use. */
   async forget(keep: ReadonlySet<number>): Promise<void> {
-    const folder = dirname(this.#options.path(0));
+    const [folder, first] = [dirname(this.#options.path(0)), basename(this.#options.path(0))];
+    const own = first.slice(0, first.lastIndexOf('-'));
     const kept = new Set([...keep].map((block) => this.#options.path(block)));
-    const ours = /^hidden-(\d+|next.*)\.bin$/;
+    const ours = new RegExp(`^${own}-(\\d+|next.*)\\.bin$`);
     for (const name of await readdir(folder).catch(() => [] as string[])) {
       const path = join(folder, name);
       if (ours.test(name) && !kept.has(path) && !this.#growing.has(path)) await rm(path, { force: true });
@@ -178,9 +191,11 @@ export class States implements AsyncDisposable {
     }
   }
 
-  async #read(file: FileHandle, b: number, scope: Scope): Promise<Tensor> {
-    const x = scope.empty(this.#options.dtype, this.#shape(b));
-    await this.#device.readFile(x.buffer, x.byteOffset, file.fd, this.#offsets[b]!, x.bytes);
+  async #read(file: FileHandle, b: number, scope: Scope, from = 0, to = this.#options.rows[b]!): Promise<Tensor> {
+    const { dtype, hidden } = this.#options;
+    const x = scope.empty(dtype, [to - from, hidden]);
+    const offset = this.#offsets[b]! + from * hidden * dtypeSize(dtype);
+    await this.#device.readFile(x.buffer, x.byteOffset, file.fd, offset, x.bytes);
     return x;
   }
 

@@ -10,7 +10,7 @@ import { States } from './states.js';
 import type { Block, Model } from './types.js';
 import type { WeightReader } from './weights.js';
 
-export type { BlockVisitor, Site } from './block-walk.js';
+export type { BlockVisitor, Site, TuningSite } from './block-walk.js';
 
 /**
  * The block-by-block engine under `quantize` and `moe`. All calibration batches pass through a model one decoder layer
@@ -42,6 +42,7 @@ export interface BlockRange {
 
 /** File name of the states after a block. */
 export const statesFile = (block: number | string): string => `hidden-${block}.bin`;
+const cleanFile = (block: number | string): string => `clean-${block}.bin`;
 
 /** Step name of a finished block in the journal. */
 export const blockStep = (stage: string, index: number): string => `${stage} block ${index}`;
@@ -66,18 +67,29 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
   if (first === -1) return;
   /** Nobody needs the states behind the last block. */
   const needed = (i: number): boolean => i < to - 1 || keep.has(blocks[i]!.index);
-  const geometry = planGeometry(options);
+  // For a visitor that tunes: the states of the model that nobody visits go along, where they are not the same.
+  const twice = visitor.tune !== undefined && options.independent !== true;
+  const geometry = planGeometry({ ...options, twice });
   env.log.debug(`calibration: ${geometry.note}`);
-  await using states = new States(env.device, {
-    hidden: model.stateWidth,
-    dtype: options.dtype,
-    rows: geometry.batches.map((batch) => batch.rows * set.seqLen),
-    resident: geometry.resident,
-    path: (block) => job.statePath(statesFile(block)),
-  });
-  if (first > from) await states.load(job.statePath(statesFile(blocks[first - 1]!.index)));
-  else if (start !== undefined) await states.load(start);
-  else await embed(options, states, geometry.batches);
+  const statesIn = (file: typeof statesFile): States =>
+    new States(env.device, {
+      hidden: model.stateWidth,
+      dtype: options.dtype,
+      rows: geometry.batches.map((batch) => batch.rows * set.seqLen),
+      resident: geometry.resident,
+      path: (block) => job.statePath(file(block)),
+    });
+  await using states = statesIn(statesFile);
+  await using clean = twice ? statesIn(cleanFile) : undefined;
+  const all = clean ? [states, clean] : [states];
+  for (const [one, file] of [
+    [states, statesFile],
+    [clean, cleanFile],
+  ] as const) {
+    if (first > from) await one?.load(job.statePath(file(blocks[first - 1]!.index)));
+    else if (start !== undefined) await one?.load(start);
+    else if (one) await embed(options, one, geometry.batches);
+  }
 
   let ahead: Ahead | undefined;
   // A block counts as done when the states behind it are on disk. They go there while the next block computes, and where
@@ -92,12 +104,13 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
     [finished, busy, since] = [[], true, performance.now()];
     const last = done.at(-1)!.i;
     const behind = needed(last) ? blocks[last]!.index : undefined;
-    if (behind !== undefined) await states.commit(behind);
+    if (behind !== undefined) await Promise.all(all.map((one) => one.commit(behind)));
     await visitor.flush?.();
-    for (const { i, seconds, data } of done) {
+    // The last one first: of the blocks before it there are no states to go on from.
+    for (const { i, seconds, data } of done.toReversed()) {
       await job.mark(blockStep(stage, blocks[i]!.index), { seconds: round(seconds), result: data });
     }
-    await states.forget(new Set(behind === undefined ? keep : [...keep, behind]));
+    for (const one of all) await one.forget(new Set(behind === undefined ? keep : [...keep, behind]));
     [busy, cost] = [false, performance.now() - since];
     for (const { i, seconds, detail } of done) {
       env.log.progress({
@@ -120,7 +133,11 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
       using _weights = current.scope;
       if (i + 1 < to && geometry.readAhead) ahead = readAhead(env, reader, i + 1);
       const walk = new BlockWalk(options, visitor, block, weights, states, geometry);
-      if (options.independent || visitor === nobody) {
+      if (visitor.tune) {
+        await walk.tune(clean ?? states, !needed(i));
+        await clean?.next();
+        if (!clean || needed(i)) await states.next();
+      } else if (options.independent || visitor === nobody) {
         if (needed(i)) await walk.pass();
         if (visitor !== nobody) await walk.run(true);
         if (needed(i)) await states.next();

@@ -11,12 +11,13 @@ import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, see
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const calibrationSection = 'Calibration:';
+const roundingSection = 'Learned rounding (--method autoround):';
 export const quantizeOptions = {
   ...inputOptions,
   ...outputOptions,
-  method: choice(['gptq', 'rtn', 'awq', 'awq-gptq'], {
+  method: choice(['gptq', 'rtn', 'awq', 'awq-gptq', 'autoround'], {
     default: 'gptq',
-    help: 'gptq: error feedback on calibration text. rtn: rounding alone, on the best grid; weighted where --calibration is given. awq: activation-aware scales in the norms, then rounding, or (awq-gptq) error feedback.',
+    help: 'gptq: error feedback on calibration text. rtn: rounding alone, on the best grid; weighted where --calibration is given. awq: activation-aware scales in the norms, then rounding, or (awq-gptq) error feedback. autoround: from there rounding and scales learn, block by block, what the full-precision model’s blocks give.',
   }),
   bits: custom({ default: 4, help: 'Bits a weight: 2, 3, 4 or 8.' }, '2|3|4|8', (given): 2 | 3 | 4 | 8 => {
     const bits = ([2, 3, 4, 8] as const).find((width) => String(width) === given);
@@ -107,6 +108,10 @@ export const quantizeOptions = {
     section: calibrationSection,
     help: 'Calibrate each block on the model as it is, not on what the quantized blocks before it make: as plan, worker and merge do.',
   }),
+  roundingSteps: integer({ min: 1, max: 100_000, section: roundingSection, defaultNote: '200', help: 'Steps of signed gradient descent a block.' }), // prettier-ignore
+  roundingBatch: integer({ min: 1, section: roundingSection, defaultNote: '8', help: 'Windows of text a step.' }),
+  roundingLr: number({ min: 1e-6, max: 1, section: roundingSection, defaultNote: '1 / steps', help: 'First learning rate, in rounding cells a step; falls to zero along a line.' }), // prettier-ignore
+  roundingStart: choice(['gptq', 'rtn'], { section: roundingSection, defaultNote: 'gptq', help: 'Where it begins: at the codes of error feedback, or at the weights themselves, on the best grid.' }), // prettier-ignore
   shardSize: byteSize({ default: 5e9, help: 'Largest size of a file of the output.' }),
   ...acceptanceOptions,
   ...deviceOptions,
@@ -141,7 +146,7 @@ export type QuantizeValues = Values<typeof quantizeOptions> & { readonly input: 
 
 /** The job that options ask for. */
 export async function quantizeJob(given: QuantizeValues, io: Io): Promise<QuantizeOptions> {
-  const { defaultRecipe } = await import('../quant/scheme.js');
+  const { defaultRecipe, defaultRounding } = await import('../quant/scheme.js');
   const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
     version: string;
   };
@@ -155,6 +160,7 @@ export async function quantizeJob(given: QuantizeValues, io: Io): Promise<Quanti
   if (self && given.calibration.length > 1) {
     throw badUsage('--calibration self does not go together with files', { got: given.calibration.join(', ') });
   }
+  requireLearnedRounding(given);
   const source = self ? 'self' : given.calibration.length > 0 ? given.calibration : 'default';
   return {
     input: given.input,
@@ -169,6 +175,7 @@ export async function quantizeJob(given: QuantizeValues, io: Io): Promise<Quanti
       groupSize: given.groupSize,
       symmetric: given.sym && !given.asym,
       damp: given.damp,
+      ...(given.method === 'autoround' && { rounding: { ...defaultRounding, ...roundingOf(given) } }),
       ...(overrides.length > 0 && { overrides }),
       ...(given.targetBpw !== undefined && { targetBpw: given.targetBpw }),
       ...(given.format.includes('gguf') && blocksOf(given.ggufType)),
@@ -195,6 +202,23 @@ export async function quantizeJob(given: QuantizeValues, io: Io): Promise<Quanti
     tool: { name: 'deepseek-convert', version },
     commandLine: io.commandLine,
   };
+}
+
+const roundingOf = ({ roundingSteps, roundingBatch, roundingLr, roundingStart, seed }: QuantizeValues) => ({
+  seed,
+  ...(roundingSteps !== undefined && { steps: roundingSteps }),
+  ...(roundingBatch !== undefined && { batch: roundingBatch }),
+  ...(roundingLr !== undefined && { lr: roundingLr }),
+  ...(roundingStart !== undefined && { start: roundingStart }),
+});
+
+function requireLearnedRounding(given: QuantizeValues): void {
+  const keys = ['roundingSteps', 'roundingBatch', 'roundingLr', 'roundingStart'] as const;
+  const key = keys.find((one) => given[one] !== undefined);
+  if (key === undefined || given.method === 'autoround') return;
+  throw badUsage(`--rounding-${key.slice('rounding'.length).toLowerCase()} goes with --method autoround`, {
+    got: `--method ${given.method}`,
+  });
 }
 
 async function overridesOf(given: readonly string[]): Promise<Override[]> {
@@ -284,9 +308,9 @@ export async function showPlan(
   using env = await openEnvironment(given, io);
   const { statesOf } = await import('../quant/prepare.js');
   const size = statesOf(job, preview, env) === 'f32' ? 4 : 2;
-  const needs = estimate(model, plan, job.recipe, tokens, size);
-  const { forward, capture, solve } = needs.flops;
-  const eta = await secondsFor(env.device, forward + capture + solve);
+  const needs = estimate(model, plan, job.recipe, tokens, job.calibration?.samples ?? 1, size);
+  const { forward, capture, solve, tune } = needs.flops;
+  const eta = await secondsFor(env.device, forward + capture + solve + tune);
   const rows = counted(
     [...plan.linears.values()].map(({ linear, stored, scheme, reason }) => {
       const shape = `[${stored.outFeatures}, ${stored.inFeatures}]`;

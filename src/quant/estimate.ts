@@ -3,7 +3,7 @@ import type { Model } from '../arch/types.js';
 import { matmulT, random } from '../tensor/ops.js';
 import { Scope } from '../tensor/tensor.js';
 import type { QuantPlan } from './plan.js';
-import type { Recipe } from './scheme.js';
+import { codesOf, roundingOf, type Recipe } from './scheme.js';
 
 /** What a job will take, from shapes alone. Bytes, and floating-point operations by stage. */
 export interface Estimate {
@@ -11,11 +11,18 @@ export interface Estimate {
   readonly memory: number;
   /** Calibration states, stored after each block. */
   readonly stateBytes: number;
-  readonly flops: { readonly forward: number; readonly capture: number; readonly solve: number };
+  readonly flops: { readonly forward: number; readonly capture: number; readonly solve: number; readonly tune: number };
 }
 
-/** `tokens` of calibration text (0: none), `size` bytes a value of states and weights on the device. */
-export function estimate(model: Model, plan: QuantPlan, recipe: Recipe, tokens: number, size: number): Estimate {
+/** `tokens` of calibration text (0: none) in `samples` windows, `size` bytes a value of states and weights on the device. */
+export function estimate(
+  model: Model,
+  plan: QuantPlan,
+  recipe: Recipe,
+  tokens: number,
+  samples: number,
+  size: number,
+): Estimate {
   let [forward, capture, solve, largestBlock, largestCall] = [0, 0, 0, 0, 0];
   for (const block of model.blocks) {
     let weights = 0;
@@ -31,15 +38,18 @@ export function estimate(model: Model, plan: QuantPlan, recipe: Recipe, tokens: 
       if (tokens === 0) continue;
       capture += seen * k * k;
       // Measuring takes five products with H, the sweep one, each refit and descent one; the factor K^3 / 3.
-      if (recipe.method.endsWith('gptq'))
+      if (codesOf(recipe) === 'gptq')
         solve += (2 * (6 + recipe.refine.rounds * (1 + recipe.refine.passes)) * rows * k * k) + k ** 3 / 3; // prettier-ignore
       else solve += 6 * rows * k * k;
     }
     largestBlock = Math.max(largestBlock, weights * size);
   }
-  const stateBytes = tokens * model.stateWidth * size;
-  const memory = 2 * largestBlock + largestCall + 4 * stateBytes;
-  return { memory, stateBytes, flops: { forward, capture, solve } };
+  const rounding = recipe.method === 'autoround' ? roundingOf(recipe) : undefined;
+  // Forward and twice as much backward; what learns stands beside the weights, with its gradient.
+  const tune = rounding ? (3 * forward * rounding.steps * Math.min(rounding.batch, samples)) / samples : 0;
+  const stateBytes = (rounding ? 2 : 1) * tokens * model.stateWidth * size;
+  const memory = (rounding ? 2 + 16 / size : 2) * largestBlock + largestCall + 4 * stateBytes;
+  return { memory, stateBytes, flops: { forward: (rounding ? 3 : 1) * forward, capture, solve, tune } };
 }
 
 /** Seconds that `flops` take on this device, from one timed product: an order of magnitude, not a promise. */

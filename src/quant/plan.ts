@@ -25,6 +25,9 @@ export interface LinearPlan {
   readonly dtype: FloatDType;
 }
 
+/** A linear that is quantized. */
+export type Planned = LinearPlan & { readonly scheme: Scheme };
+
 export interface QuantPlan {
   readonly linears: ReadonlyMap<string, LinearPlan>;
   /** Changed keys of config.json (padded widths). */

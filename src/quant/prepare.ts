@@ -13,6 +13,7 @@ import { makePlan } from './plan.js';
 import { checkRecipe, type Recipe, type SchemeChange } from './scheme.js';
 import { defaultScope } from './select.js';
 import { requireShares } from './shares.js';
+import { requireTrainable } from '../tune/trainable.js';
 
 /** A job decided from headers, with the model open. */
 export interface Prepared extends QuantizePreview {
@@ -37,6 +38,7 @@ export async function prepare(options: QuantizeOptions): Promise<Prepared> {
   const recipe: Recipe = alone ? { ...common, blocks: blocks ?? 'q4_k', ...(mixture && { mixture }) } : common;
   const open = await openModel(input, { config });
   try {
+    if (recipe.method === 'autoround') requireTrainable(open);
     const scope = options.scope ?? defaultScope(open.model.modelType);
     const weights = await sampledDigest(open.checkpoint.files);
     return await planAll(options, { open, recipe, scope, weights });
@@ -143,11 +145,13 @@ export function fingerprint(
 
 /** Default: bf16 (f32 for models of other types on the CPU): what rounding a state adds is lost in what INT4 adds. */
 export function statesOf(
-  { states }: Pick<QuantizeOptions, 'states'>,
+  { states, recipe }: Pick<QuantizeOptions, 'states' | 'recipe'>,
   { plan }: Pick<QuantizePreview, 'plan'>,
   { device }: Pick<JobEnv, 'device'>,
 ): 'f32' | 'bf16' {
   if (states !== undefined) return states;
+  // Backward passes, as all training, are in fp32 there.
+  if (device.kind === 'cpu' && recipe.method === 'autoround') return 'f32';
   const exact = device.kind === 'cpu' && [...plan.linears.values()].some(({ dtype }) => dtype !== 'bf16');
   return exact ? 'f32' : 'bf16';
 }

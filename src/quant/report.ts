@@ -9,7 +9,7 @@ export interface LinearReport {
   readonly error: number;
   /** The same for plain rounding. */
   readonly plainError: number;
-  readonly method: 'gptq' | 'rtn';
+  readonly method: 'gptq' | 'rtn' | 'autoround';
   /** Share of the mean diagonal that was added to H; 0: none needed. */
   readonly damp: number;
   /** Calibration tokens that reached it; 0: quantized without any. */
@@ -40,10 +40,20 @@ export interface ExpertCoverage {
   readonly calibratedOnAll?: boolean;
 }
 
+/** What learned rounding did to a block's output: its mean squared error over the mean square, on windows that judge. */
+export interface RoundingReport {
+  readonly before: number;
+  readonly after: number;
+  /** The step that is kept, of how many; 0: none was better than the start. */
+  readonly best: number;
+  readonly steps: number;
+}
+
 export interface BlockReport {
   readonly block: number;
   readonly linears: readonly LinearReport[];
   readonly coverage?: ExpertCoverage;
+  readonly rounding?: RoundingReport;
   readonly stages: Readonly<Record<string, number>>;
 }
 

@@ -56,14 +56,19 @@ export async function solveBlocks(
 ): Promise<void> {
   const { open, plan, recipe } = prepared;
   const { model } = open;
+  // A block that is done behind one that is not is done again.
+  const { from } = range ?? { from: 0 };
+  const todo = model.blocks.findIndex(({ index }, i) => i >= from && !job.done(blockStep(stage, index)));
   const uncoveredBefore = model.blocks
-    .filter(({ index }) => job.done(blockStep(stage, index)))
+    .filter(({ index }, i) => (todo === -1 || i < todo) && job.done(blockStep(stage, index)))
     .reduce((sum, { index }) => {
       const { result } = job.data(blockStep(stage, index)) as { result: Json };
       return sum + (fromJson(result).coverage?.uncovered ?? 0);
     }, 0);
+  const resumeHint = `Go on with: ${options.commandLine}`;
   using visitor = new QuantVisitor({
     env,
+    resumeHint,
     plan,
     recipe,
     targets,
@@ -72,7 +77,7 @@ export async function solveBlocks(
     coverage: new CoverageGate(model, options.maxUncovered, uncoveredBefore),
     calibrateAllExperts: options.calibrateAllExperts ?? false,
   });
-  const common = { open, env, reader, job, stage, range, resumeHint: `Go on with: ${options.commandLine}` };
+  const common = { open, env, reader, job, stage, range, resumeHint };
   if (set === undefined) {
     await eachBlock(common, async (block, weights) => {
       for (const linears of block.linears) await visitor.quantize(linears, weights, { statistics: undefined });

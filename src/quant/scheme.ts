@@ -31,9 +31,26 @@ export interface Recipe {
   readonly mixture?: Mixture;
   /** Mean bits a weight, scales included, that measured sensitivities are to be met with; `bits` then means nothing. */
   readonly targetBpw?: number;
+  /** With `autoround`. */
+  readonly rounding?: Rounding;
   /** Other schemes for some linears; where several fit, the last one counts. */
   readonly overrides?: readonly Override[];
 }
+
+/** How rounding learns. */
+export interface Rounding {
+  /** Of signed gradient descent, a block. */
+  readonly steps: number;
+  /** Sequences a step. */
+  readonly batch: number;
+  /** In rounding cells, falling to zero along a line; absent: 1 / steps. */
+  readonly lr?: number;
+  /** Where it begins: codes of error feedback, or the weights themselves. */
+  readonly start: 'gptq' | 'rtn';
+  readonly seed: number;
+}
+
+export const defaultRounding: Rounding = { steps: 200, batch: 8, start: 'gptq', seed: 0 };
 
 export const bitWidths = [2, 3, 4, 8] as const;
 export type Bits = (typeof bitWidths)[number];
@@ -52,9 +69,9 @@ export interface Override extends SchemeChange {
 
 /**
  * `gptq`: error feedback. `rtn`: rounding alone, on the best grid. `awq`: activation-aware scales, then rounding;
- * `awq-gptq`: the same scales, then error feedback.
+ * `awq-gptq`: the same scales, then error feedback. `autoround`: rounding that learns, block by block.
  */
-export const methods = ['gptq', 'rtn', 'awq', 'awq-gptq'] as const;
+export const methods = ['gptq', 'rtn', 'awq', 'awq-gptq', 'autoround'] as const;
 export type Method = (typeof methods)[number];
 
 export const defaultRecipe: Recipe = {
@@ -65,8 +82,14 @@ export const defaultRecipe: Recipe = {
   search: { points: 28, from: 0.55, to: 1.06, freeSign: true },
   order: true,
   damp: 0.01,
-  refine: { rounds: 2, passes: 3 },
+  refine: { rounds: 1, passes: 3 },
 };
+
+export const roundingOf = ({ rounding = defaultRounding }: Recipe): Rounding => rounding;
+
+/** How codes are chosen, of `autoround` those to begin with, once channels are scaled. */
+export const codesOf = (recipe: Recipe): 'gptq' | 'rtn' =>
+  recipe.method === 'autoround' ? roundingOf(recipe).start : recipe.method.endsWith('gptq') ? 'gptq' : 'rtn';
 
 /** Integer codes are stored around zero: 4 bits are -8..7. */
 export const codeRange = (bits: number): { low: number; high: number } => ({

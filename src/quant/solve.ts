@@ -1,4 +1,4 @@
-import { binary, reduce } from '../tensor/ops.js';
+import { binary, cast, reduce } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { rowErrors, type Statistics } from './capture.js';
 import { gptq, mergeRows, type Solved } from './gptq.js';
@@ -14,6 +14,15 @@ export interface Solution extends Solved {
   readonly energy: Float32Array;
 }
 
+/** What decides the codes of one stack of linears. */
+interface Task {
+  /** f32 [N, K]. */
+  readonly w: Tensor;
+  readonly statistics: Statistics | undefined;
+  readonly scheme: Scheme;
+  readonly stored: StoredScales;
+}
+
 /**
  * Codes for W f32 [N, K] by the recipe. Errors are output errors under H where there are statistics, else squared
  * differences of the weights. Whatever the method, no row ends worse than with plain rounding.
@@ -27,33 +36,41 @@ export async function solve(
   stored: StoredScales,
 ): Promise<Solution> {
   using work = new Scope(w.device);
+  const task = { w, statistics, scheme, stored };
+  if (recipe.method === 'gptq' && statistics) {
+    return await noWorseThanRounding(scope, task, await gptq(work, w, statistics, scheme, recipe, stored));
+  }
+  const coded = roundToNearest(work, w, scheme, recipe.search, stored, statistics?.diagonal);
+  return await noWorseThanRounding(scope, task, coded);
+}
+
+/** Codes that a method has chosen, but for the rows on which plain rounding is better. */
+export async function noWorseThanRounding(
+  scope: Scope,
+  task: Task,
+  chosen: Coded & Partial<Solved>,
+): Promise<Solution> {
+  const { w, statistics, scheme, stored } = task;
+  using work = new Scope(w.device);
   const measure = async (difference: Tensor) =>
     statistics ? await rowErrors(difference, statistics.h) : await rowSquares(difference);
   const errorsOf = async (coded: Coded) => {
     using inner = new Scope(w.device);
-    const q = valuesOf(inner, coded, scheme);
-    return await measure(binary(inner, 'sub', w, q));
+    return await measure(binary(inner, 'sub', w, valuesOf(inner, coded, scheme)));
   };
-  const energy = await measure(w);
+  const energy = statistics ? await rowErrors(w, statistics.h, true) : await rowSquares(w);
   const rounded = roundToNearest(work, w, scheme, plainSearch, stored);
   const plain = await errorsOf(rounded);
-
-  let chosen: Solved;
-  if (recipe.method === 'gptq' && statistics) {
-    chosen = await gptq(work, w, statistics, scheme, recipe, stored);
-  } else {
-    const coded = roundToNearest(work, w, scheme, recipe.search, stored, statistics?.diagonal);
-    chosen = { ...coded, errors: await errorsOf(coded), damp: 0 };
-  }
-  const worse = Array.from(plain, (error, i) => error < chosen.errors[i]!);
-  const best = mergeRows(work, chosen, { ...rounded, errors: plain, damp: chosen.damp });
-  const keep = (x: Tensor): Tensor => (work.owns(x) ? work.move(x, scope) : x);
+  const [errors, damp] = [chosen.errors ?? (await errorsOf(chosen)), chosen.damp ?? 0];
+  const worse = Array.from(plain, (error, i) => error < errors[i]!);
+  const best = mergeRows(work, { ...chosen, errors, damp }, { ...rounded, errors: plain, damp });
+  const keep = <T extends Tensor | undefined>(x: T): T => (x && (work.owns(x) ? work.move(x, scope) : cast(scope, x, x.dtype))) as T; // prettier-ignore
   return {
     ...(best.blocks && { blocks: keep(best.blocks) }),
     codes: keep(best.codes),
-    grid: { ...best.grid, scale: keep(best.grid.scale), zero: best.grid.zero && keep(best.grid.zero) },
+    grid: { ...best.grid, scale: keep(best.grid.scale), zero: keep(best.grid.zero) },
     errors: best.errors,
-    damp: best.damp,
+    damp,
     fallbackRows: worse,
     plain,
     energy,

@@ -10,15 +10,17 @@ import { Scope, type Tensor } from '../tensor/tensor.js';
 import { AllExpertStatistics } from './all-experts.js';
 import { normInFront, searchScaling, type Scaling } from './awq.js';
 import { captureLinear, type Evidence, type Statistics } from './capture.js';
+import { BlockRounding } from './autoround.js';
 import type { CoverageGate } from './coverage.js';
 import { ExpertStatistics } from './experts.js';
 import { total } from './gptq.js';
-import type { LinearPlan, QuantPlan } from './plan.js';
+import type { LinearPlan, Planned, QuantPlan } from './plan.js';
 import { probe } from './probe.js';
-import { meanError, toJson, type ExpertCoverage, type LinearReport } from './report.js';
+import { meanError, toJson, type ExpertCoverage, type LinearReport, type RoundingReport } from './report.js';
 import { valuesOf } from './rtn.js';
-import { bitsPerWeight, describeScheme, type Recipe, type StoredScales } from './scheme.js';
+import { bitsPerWeight, codesOf, describeScheme, roundingOf, type Recipe, type StoredScales } from './scheme.js';
 import { solve } from './solve.js';
+import { parts, type Stack } from './stack.js';
 import type { Target } from './target.js';
 
 export interface TargetWriter {
@@ -38,6 +40,8 @@ export interface VisitorOptions {
   readonly coverage: CoverageGate;
   /** Every expert is calibrated on every token. */
   readonly calibrateAllExperts: boolean;
+  /** What to do after an interruption. */
+  readonly resumeHint: string;
   /** In which precision the output holds a tensor that is not quantized. */
   readonly plannedDType: (name: string) => FloatDType;
 }
@@ -50,11 +54,26 @@ export class QuantVisitor implements BlockVisitor {
   #experts: ExpertStatistics | undefined;
   #allExperts: AllExpertStatistics | undefined;
   #stages: Record<string, number> = {};
+  #tuned: RoundingReport | undefined;
   /** Norms of this block that have taken up scales, and are written. */
   readonly #folded = new Set<string>();
 
+  /** With autoround: stacks wait until their block is tuned. */
+  readonly #rounding: BlockRounding | undefined;
+  readonly tune: BlockVisitor['tune'];
+
   constructor(options: VisitorOptions) {
     this.#options = options;
+    const { env, recipe, scales } = options;
+    if (recipe.method !== 'autoround') return;
+    const rounding = new BlockRounding(env, roundingOf(recipe), scales, options.resumeHint);
+    this.#rounding = rounding;
+    this.tune = async (site) => {
+      const started = performance.now();
+      this.#tuned = await rounding.tune(site);
+      this.#time('tune', started);
+      for await (const stack of rounding.stacks()) await this.#store(stack, site.weights);
+    };
   }
 
   holds(call: LinearCall | ExpertsCall): boolean {
@@ -97,6 +116,7 @@ export class QuantVisitor implements BlockVisitor {
   [Symbol.dispose](): void {
     this.#allExperts?.[Symbol.dispose]();
     this.#allExperts = undefined;
+    this.#rounding?.[Symbol.dispose]();
   }
 
   /** Quantizes linears that share an input, writes them, and puts what they have become into `weights`. */
@@ -113,9 +133,17 @@ export class QuantVisitor implements BlockVisitor {
 
   /** Linears of one scheme, as one stack. */
   async #quantizeAlike(plans: readonly Planned[], weights: Weights, evidence: Evidence): Promise<void> {
-    const { env, targets, scales, recipe } = this.#options;
+    using scope = new Scope(this.#options.env.device);
+    const stack = await this.#solve(scope, plans, weights, evidence);
+    if (!this.#rounding) return await this.#store(stack, weights);
+    this.#rounding.take(scope, stack);
+    using work = new Scope(this.#options.env.device);
+    for (const { plan, coded } of parts(stack)) this.#put(weights, plan, valuesOf(work, coded, stack.scheme));
+  }
+
+  async #solve(scope: Scope, plans: readonly Planned[], weights: Weights, evidence: Evidence): Promise<Stack> {
+    const { scales, recipe } = this.#options;
     const started = performance.now();
-    using scope = new Scope(env.device);
     const { scheme, dtype, stored } = plans[0]!;
     let w = this.#stack(scope, plans, weights);
     const silent = evidence.statistics?.energy.every((value) => value === 0) ?? false;
@@ -124,27 +152,28 @@ export class QuantVisitor implements BlockVisitor {
       evidence = { ...evidence, statistics: undefined, note };
     }
     let statistics = evidence.statistics && padded(scope, evidence.statistics, stored.inFeatures);
-    const method = statistics && !evidence.roundOnly ? codesOf[recipe.method] : 'rtn';
+    const method = statistics && !evidence.roundOnly ? codesOf(recipe) : 'rtn';
     const scaling = statistics && (await this.#scaling(scope, plans, w, statistics, weights, evidence));
     if (scaling) ({ w, statistics } = scaling);
     const solution = await solve(scope, w, statistics, scheme, { ...recipe, method }, scales(dtype));
+    const notes = notesOf(evidence, solution.damp, recipe, method, scaling?.alpha);
     const seconds = this.#time('solve', started) / plans.length;
+    const tokens = evidence.tokens ?? statistics?.tokens ?? 0;
+    return { plans, scheme, w, statistics, solution, scaling, method, tokens, notes, seconds };
+  }
+
+  /** Writes a stack, sets its weights and reports it. */
+  async #store(stack: Stack, weights: Weights): Promise<void> {
+    const { env, targets } = this.#options;
+    const { scheme, w, statistics, solution, scaling, method, tokens, notes, seconds } = stack;
     const writing = performance.now();
-    let row = 0;
-    for (const plan of plans) {
-      const { outFeatures, inFeatures } = plan.linear;
-      const [from, to] = [row, row + plan.stored.outFeatures];
-      row = to;
-      const rows = (x: Tensor) => x.slice(0, from, to);
-      const { grid, blocks } = solution;
-      const own = { ...grid, scale: rows(grid.scale), zero: grid.zero && rows(grid.zero) };
-      const coded = { codes: rows(solution.codes), grid: own, ...(blocks && { blocks: rows(blocks) }) };
+    for (const { plan, from, to, coded } of parts(stack)) {
       using work = new Scope(env.device);
       const q = valuesOf(work, coded, scheme);
       const source = {
-        weight: rows(w),
+        weight: w.slice(0, from, to),
         energy: statistics?.diagonal,
-        statistics: statistics && { energy: statistics.energy, tokens: evidence.tokens ?? statistics.tokens },
+        statistics: statistics && { energy: statistics.energy, tokens },
       };
       const probes: Record<string, string> = {};
       for (const { name: targetName, target, writer } of targets) {
@@ -152,29 +181,31 @@ export class QuantVisitor implements BlockVisitor {
         for (const { name, tensor } of tensors) await writer.write(name, tensor.source());
         if (values) probes[targetName] = await probe(values);
       }
-      const effective = scaling ? binary(work, 'div', q, scaling.s) : q;
-      weights.set(`${plan.linear.name}.weight`, effective.slice(0, 0, outFeatures).slice(1, 0, inFeatures));
+      this.#put(weights, plan, scaling ? binary(work, 'div', q, scaling.s) : q);
       const part = (values: Float32Array) => total(values.subarray(from, to));
       const scale = Math.max(part(solution.energy), Number.MIN_VALUE);
-      const note = noteOf(evidence, solution.damp, recipe, method, scaling?.alpha);
       this.#linears.push({
         name: plan.linear.name,
         scheme: describeScheme(scheme),
-        bitsPerWeight: bitsPerWeight(scheme, plan.stored.inFeatures, dtype === 'f32' ? 32 : 16),
+        bitsPerWeight: bitsPerWeight(scheme, plan.stored.inFeatures, plan.dtype === 'f32' ? 32 : 16),
         error: part(solution.errors) / scale,
         plainError: part(solution.plain) / scale,
         method,
         damp: solution.damp,
-        tokens: evidence.tokens ?? statistics?.tokens ?? 0,
+        tokens,
         fallbackRows: solution.fallbackRows.slice(from, to).filter(Boolean).length,
-        deadChannels: statistics?.energy.subarray(0, inFeatures).filter((value) => value === 0).length ?? 0,
+        deadChannels: statistics?.energy.subarray(0, plan.linear.inFeatures).filter((value) => value === 0).length ?? 0,
         seconds: Math.round(seconds) / 1000,
         probe: await probe(q),
         ...(Object.keys(probes).length > 0 && { probes }),
-        ...(note !== undefined && { note }),
+        ...(notes.length > 0 && { note: notes.join('; ') }),
       });
     }
     this.#time('write', writing);
+  }
+
+  #put(weights: Weights, { linear }: Planned, q: Tensor): void {
+    weights.set(`${linear.name}.weight`, q.slice(0, 0, linear.outFeatures).slice(1, 0, linear.inFeatures));
   }
 
   /** With awq: scales of the input channels, taken up by the norm in front, which is written at once. */
@@ -228,11 +259,12 @@ export class QuantVisitor implements BlockVisitor {
     this.#time('write', started);
     const stages = Object.fromEntries(Object.entries(this.#stages).map(([name, ms]) => [name, Math.round(ms) / 1000]));
     const linears = this.#linears;
-    const report = { block: block.index, linears, stages, ...(this.#coverage && { coverage: this.#coverage }) };
+    const rounding = this.#tuned && { rounding: this.#tuned };
+    const report = { block: block.index, linears, stages, ...(this.#coverage && { coverage: this.#coverage }), ...rounding }; // prettier-ignore
     const detail = this.#detail();
     this[Symbol.dispose]();
     this.#folded.clear();
-    [this.#linears, this.#coverage, this.#experts, this.#stages] = [[], undefined, undefined, {}];
+    [this.#linears, this.#coverage, this.#experts, this.#stages, this.#tuned] = [[], undefined, undefined, {}, undefined]; // prettier-ignore
     return { data: toJson(report), detail };
   }
 
@@ -247,7 +279,9 @@ export class QuantVisitor implements BlockVisitor {
     const coverage = this.#coverage;
     const experts = coverage ? `, ${coverage.starved} of ${coverage.experts} experts starved` : '';
     const [error, plain] = [meanError(linears), meanError(linears, 'plainError')];
-    return `relative error ${error.toExponential(2)} (rounding ${plain.toExponential(2)}), ${bits.toFixed(2)} bits${experts}`;
+    const { before = 0, after = 0 } = this.#tuned ?? {};
+    const tuned = this.#tuned ? `, block ${before.toExponential(2)} -> ${after.toExponential(2)}` : '';
+    return `relative error ${error.toExponential(2)} (rounding ${plain.toExponential(2)})${tuned}, ${bits.toFixed(2)} bits${experts}`;
   }
 
   #planOf(name: string): LinearPlan | undefined {
@@ -261,22 +295,17 @@ export class QuantVisitor implements BlockVisitor {
   }
 }
 
-type Planned = LinearPlan & { readonly scheme: NonNullable<LinearPlan['scheme']> };
-
-/** How codes are chosen once channels are scaled. */
-const codesOf = { gptq: 'gptq', rtn: 'rtn', awq: 'rtn', 'awq-gptq': 'gptq' } as const;
-
-function noteOf(
+function notesOf(
   evidence: Evidence,
   damp: number,
   recipe: Recipe,
   method: string,
   alpha: number | undefined,
-): string | undefined {
+): string[] {
   const notes = evidence.note === undefined ? [] : [evidence.note];
   if (alpha !== undefined) notes.push(`input channels scaled by their activation to the power ${alpha}`);
   if (method === 'gptq' && damp > recipe.damp) notes.push(`damping raised to ${damp} for a positive definite Hessian`);
-  return notes.length > 0 ? notes.join('; ') : undefined;
+  return notes;
 }
 
 /** The same statistics for an input with channels added that are always zero. */

@@ -1,3 +1,4 @@
+import { rm } from 'node:fs/promises';
 import type { Job, Json } from '../base/job.js';
 import { stopIfAborted, type JobEnv } from '../backend/env.js';
 import { forwardContext } from '../arch/context.js';
@@ -8,9 +9,9 @@ import { run } from '../nn/run.js';
 import { cast, copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { Block, Model } from '../arch/types.js';
-import { tuneBlock, type BlockOutcome } from '../tune/block.js';
+import { sequencesIn, tuneBlock, type BlockOutcome } from '../tune/block.js';
 import type { Alarm } from '../tune/health.js';
-import type { AdamOptions } from '../tune/parameters.js';
+import { Optimizer, type AdamOptions } from '../tune/parameters.js';
 import type { Codes, Rates } from '../tune/weights.js';
 import { loadTensors, saveTensors } from './state.js';
 import type { StudentReader } from './student.js';
@@ -48,9 +49,18 @@ export interface BlockRecord extends BlockOutcome {
   readonly seconds: number;
 }
 
+/** A block that has learned, not yet on disk. */
+interface Learned {
+  readonly block: Block;
+  readonly record: BlockRecord;
+  readonly codes: readonly Codes[];
+  /** Of the codes. */
+  readonly scope: Scope;
+}
+
 export const blockName = (block: Block): string => `qat block ${block.index}`;
 const codesPath = (job: Job, block: Block): string => job.statePath(`codes-${block.index}.bin`);
-const statesPath = (job: Job, block: Block): string => job.statePath(`states-${block.index % 2}.bin`);
+const statesPath = (job: Job, block: Block): string => job.statePath(`states-${block.index}.bin`);
 const codeTensors = (all: readonly Codes[]): Tensor[] => all.flatMap(({ codes, grid }) => [codes, grid.scale]);
 
 /** Codes of a block as block-wise training left them. */
@@ -68,7 +78,8 @@ export async function trainedCodes(options: Pick<BlockwiseOptions, 'job' | 'stud
 export async function trainBlocks(o: BlockwiseOptions): Promise<BlockRecord[]> {
   const { env, job, teacher, student, n, length } = o;
   const { model } = student.open;
-  const done = model.blocks.filter((block) => job.done(blockName(block))).length;
+  const todo = model.blocks.findIndex((block) => !job.done(blockName(block)));
+  const done = todo === -1 ? model.blocks.length : todo;
   if (done < model.blocks.length) {
     const reader = new WeightReader(teacher, env.device, o.dtype);
     using scope = new Scope(env.device);
@@ -82,27 +93,44 @@ export async function trainBlocks(o: BlockwiseOptions): Promise<BlockRecord[]> {
       await embed(reader, model, o, clean);
       copyInto(quantized, clean);
     }
-    // A block counts as done when codes and states are on disk, where they go while the next block learns.
+    // A block counts as done when its codes and the states behind it are on disk. They go there while the next block
+    // learns, and no more often than takes a third of the time: a job that is killed then repeats those blocks.
+    let unsaved: Learned[] = [];
     let settled: Promise<void> = Promise.resolve();
-    const settle = async (block: Block, outcome: BlockOutcome, seconds: number, kept: Scope, trained: readonly Codes[]) => {
+    let [busy, since, cost] = [false, performance.now(), 0];
+    let stored = done > 0 ? statesPath(job, model.blocks[done - 1]!) : undefined;
+    const settle = async (): Promise<void> => {
+      const learned = unsaved;
+      [unsaved, busy, since] = [[], true, performance.now()];
       try {
-        await saveTensors(codesPath(job, block), codeTensors(trained));
-        await saveTensors(statesPath(job, block), [clean, quantized]);
+        for (const { block, codes } of learned) await saveTensors(codesPath(job, block), codeTensors(codes));
+        const path = statesPath(job, learned.at(-1)!.block);
+        await saveTensors(path, [clean, quantized]);
+        // The last one first: of the blocks before it there are no states to go on from.
+        for (const { block, record } of learned.toReversed())
+          await job.mark(blockName(block), JSON.parse(JSON.stringify(record)) as Json);
+        if (stored !== undefined) await rm(stored, { force: true });
+        stored = path;
       } finally {
-        kept[Symbol.dispose]();
+        for (const { scope: codes } of learned) codes[Symbol.dispose]();
       }
-      const record: BlockRecord = { block: block.index, seconds, ...outcome };
-      await job.mark(blockName(block), JSON.parse(JSON.stringify(record)) as Json);
-      const { before, after, best, steps } = outcome;
-      env.log.progress({
-        stage: 'qat blocks',
-        done: block.index + 1,
-        total: model.blocks.length,
-        detail: `relative error ${before.toExponential(2)} -> ${after.toExponential(2)} (step ${best} of ${steps}), ${seconds.toFixed(1)} s`,
-        data: { block: block.name, before, after, seconds },
-      });
+      [busy, cost] = [false, performance.now() - since];
+      for (const { block, record } of learned) {
+        const { before, after, best, steps, seconds } = record;
+        env.log.progress({
+          stage: 'qat blocks',
+          done: block.index + 1,
+          total: model.blocks.length,
+          detail: `relative error ${before.toExponential(2)} -> ${after.toExponential(2)} (step ${best} of ${steps}), ${seconds.toFixed(1)} s`,
+          data: { block: block.name, before, after, seconds },
+        });
+      }
     };
-    await using _last = { [Symbol.asyncDispose]: () => settled.catch(() => undefined) };
+    const last = model.blocks.at(-1);
+    // What is finished when something ends the job is saved.
+    const saveRest = (): Promise<void> =>
+      settled.then(() => (unsaved.length > 0 ? settle() : undefined)).catch(() => undefined);
+    await using _rest = { [Symbol.asyncDispose]: saveRest };
     for (const block of model.blocks.slice(done)) {
       stopIfAborted(env, o.resumeHint);
       const started = performance.now();
@@ -116,13 +144,15 @@ export async function trainBlocks(o: BlockwiseOptions): Promise<BlockRecord[]> {
       const codes = await student.codes(block, work);
       const learning = await student.quantized(block, work, { kind: 'full' }, o.rates, codes);
       const outcome = await tuneBlock({
-        ...{ device: env.device, block, parameters: learning.parameters, n, length, target, held: o.held },
+        ...{ device: env.device, block, parameters: learning.parameters, n, length, held: o.held },
+        optimizer: (parameters) => new Optimizer(env.device, parameters, o.adam),
         weights: (inner) => learning.now(inner),
-        context: (inner, weights, count) => forwardContext(inner, model, weights, count, length),
-        input: quantized,
-        ...(o.cleanInputs > 0 && { other: { input: clean, share: o.cleanInputs } }),
+        context: (inner, weights, some) => forwardContext(inner, model, weights, some.length, length),
+        input: sequencesIn(quantized, length),
+        target: sequencesIn(target, length),
+        ...(o.cleanInputs > 0 && { other: { input: sequencesIn(clean, length), share: o.cleanInputs } }),
         ...{ epochs: o.epochs, batch: o.batch, microBatch: o.microBatch, lr: o.lr, warmup: o.warmup },
-        ...{ adam: o.adam, seed: o.seed },
+        seed: o.seed,
         onAlarm: (alarm) => o.onAlarm(block.name, alarm),
         check: () => stopIfAborted(env, o.resumeHint),
       });
@@ -130,10 +160,13 @@ export async function trainBlocks(o: BlockwiseOptions): Promise<BlockRecord[]> {
       await advance(o, model, block, (inner) => learning.now(inner), quantized, next);
       const kept = new Scope(env.device);
       const trained = learning.quantized.map((unit) => unit.result(kept));
-      await settled; // what is freed here was on its way to the disk
+      if (busy) await settled; // what is freed here is on its way to the disk
       scope.free(clean, quantized);
       [clean, quantized] = [target, next];
-      settled = settle(block, outcome, Math.round(performance.now() - started) / 1000, kept, trained);
+      const seconds = Math.round(performance.now() - started) / 1000;
+      unsaved.push({ block, record: { block: block.index, seconds, ...outcome }, scope: kept, codes: trained });
+      if (block !== last && performance.now() - since < 2 * cost) continue;
+      settled = settle();
       settled.catch(() => undefined); // reported where it is awaited
     }
     await settled;

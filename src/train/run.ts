@@ -12,6 +12,7 @@ import { quantize } from '../quant/run.js';
 import { defaultRecipe } from '../quant/scheme.js';
 import { Scope } from '../tensor/tensor.js';
 import { defaultAdam, type AdamOptions } from '../tune/parameters.js';
+import { requireTrainable } from '../tune/trainable.js';
 import type { Codes, Learned, LearningWeights, Rates } from '../tune/weights.js';
 import { trainBlocks, trainedCodes, type BlockRecord } from './blockwise.js';
 import { EndToEnd, type EndToEndOutcome } from './end-to-end.js';
@@ -117,22 +118,6 @@ function requirePlain(open: OpenModel, { input }: QatOptions): void {
     got: open.layout.description,
     expected: 'the full-precision model: its outputs are what the quantized one learns from',
     hint: 'Name the full-precision model, and this one with --from.',
-  });
-}
-
-/** Architectures some of whose parts have no gradients yet. */
-function requireTrainable({ checkpoint, model }: OpenModel): void {
-  const reason =
-    model.stateWidth !== model.hidden
-      ? 'its layers pass on several hidden states side by side'
-      : model.blocks.some(({ attention }) => attention.latent?.indexer)
-        ? 'its attention chooses which keys it sees'
-        : undefined;
-  if (reason === undefined) return;
-  throw badInput('This architecture cannot be trained', {
-    where: checkpoint.path,
-    got: `model_type ${model.modelType}: ${reason}`,
-    hint: 'GPTQ needs no gradients: deepseek-convert quantize.',
   });
 }
 

@@ -1,5 +1,5 @@
 import type { Device } from '../backend/device.js';
-import { dtypeSize } from '../base/dtype.js';
+import { dtypeSize, type DType } from '../base/dtype.js';
 import { Random } from '../base/rng.js';
 import type { ForwardContext, Weights } from '../nn/calls.js';
 import { run } from '../nn/run.js';
@@ -9,33 +9,51 @@ import { Tape } from '../tensor/tape.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { Scope } from '../tensor/tensor.js';
 import { GradientHealth, type Alarm, type HealthSummary } from './health.js';
-import { Optimizer, type AdamOptions, type Parameter } from './parameters.js';
-import { Schedule, shuffled } from './schedule.js';
+import type { Descent, Parameter } from './parameters.js';
+import { Schedule, shuffled, type ScheduleOptions } from './schedule.js';
+
+/** States of sequences, [length, C] each. */
+export interface Sequences {
+  readonly dtype: DType;
+  readonly width: number;
+  of(row: number, scope: Scope): Tensor | Promise<Tensor>;
+}
+
+/** Sequences that lie one after another in x [n length, C]. */
+export const sequencesIn = (x: Tensor, length: number): Sequences => ({
+  dtype: x.dtype,
+  width: x.dim(1),
+  of: (row) => x.slice(0, row * length, (row + 1) * length),
+});
 
 export interface BlockTuning {
   readonly device: Device;
   readonly block: Block;
   readonly parameters: readonly Parameter[];
+  readonly optimizer: (parameters: readonly Parameter[]) => Descent;
   /** The weights that the parameters stand for; called within the recorded pass. */
   readonly weights: (scope: Scope) => Weights;
-  readonly context: (scope: Scope, weights: Weights, rows: number) => ForwardContext;
-  /** Sequences and their length: inputs and targets are [n S, C]. */
+  readonly context: (scope: Scope, weights: Weights, rows: readonly number[]) => ForwardContext;
+  /** Sequences and their length. */
   readonly n: number;
   readonly length: number;
   /** One input, or two that sequences are drawn from: the second with the probability `share`. */
-  readonly input: Tensor;
-  readonly other?: { readonly input: Tensor; readonly share: number };
-  readonly target: Tensor;
-  /** The last `held` sequences are not trained on: they judge. */
+  readonly input: Sequences;
+  readonly other?: { readonly input: Sequences; readonly share: number };
+  readonly target: Sequences;
+  /** The last `held` sequences are not trained on: they judge. 0: all train, and all judge. */
   readonly held: number;
   readonly epochs: number;
+  /** Ends earlier. */
+  readonly maxSteps?: number;
   /** Sequences a step, and a pass. */
   readonly batch: number;
   readonly microBatch: number;
   readonly lr: number;
   /** Share of the steps over which the learning rate rises. */
   readonly warmup: number;
-  readonly adam: AdamOptions;
+  /** How it falls. */
+  readonly curve?: ScheduleOptions['curve'];
   readonly seed: number;
   /** After each step: projects parameters back to where they are allowed. */
   readonly project?: () => void;
@@ -61,12 +79,13 @@ export interface BlockOutcome {
 export async function tuneBlock(o: BlockTuning): Promise<BlockOutcome> {
   const { device, n, held } = o;
   const health = new GradientHealth();
-  using optimizer = new Optimizer(device, o.parameters, o.adam);
+  using optimizer = o.optimizer(o.parameters);
   using best = new Scope(device);
-  const energy = await meanSquare(o.target);
-  const weightOf = (rows: number) => 1 / (rows * o.length * o.target.dim(1) * Math.max(energy, 1e-30));
+  const energy = await meanSquare(o);
+  const weightOf = (rows: number) => 1 / (rows * o.length * o.target.width * Math.max(energy, 1e-30));
+  const judged = held > 0 ? held : n;
 
-  const before = await judge(o, weightOf(held));
+  const before = await judge(o, judged, weightOf(judged));
   let [after, bestStep] = [before, 0];
   let kept = snapshot(best, o.parameters);
   const random = new Random(o.seed, o.block.index);
@@ -79,14 +98,14 @@ export async function tuneBlock(o: BlockTuning): Promise<BlockOutcome> {
     for (let from = 0; from < rows.length; from += o.microBatch) {
       const part = rows.slice(from, from + o.microBatch);
       const mixed = part.map((row) => ({ row, other: o.other !== undefined && random.uniform() < o.other.share }));
-      pass(o, optimizer, mixed, 2 * weightOf(rows.length));
+      await pass(o, optimizer, mixed, 2 * weightOf(rows.length));
       await device.sync();
     }
     const norms = await optimizer.step(schedule.rate(step));
     for (const alarm of health.observe(norms)) o.onAlarm?.(alarm);
     o.project?.();
     if (!schedule.endsEpoch(step + 1)) continue;
-    const error = await judge(o, weightOf(held));
+    const error = await judge(o, judged, weightOf(judged));
     if (error < after) {
       [after, bestStep] = [error, step + 1];
       best.free(...kept);
@@ -97,52 +116,66 @@ export async function tuneBlock(o: BlockTuning): Promise<BlockOutcome> {
   return { before, after, best: bestStep, steps: schedule.total, health: health.summary() };
 }
 
-/** Sequences of a state [n S, C] as one batch [rows S, C]. */
-function take(scope: Scope, o: BlockTuning, rows: readonly { row: number; other: boolean }[], target: boolean): Tensor {
+interface Drawn {
+  readonly row: number;
+  readonly other: boolean;
+}
+
+/** Sequences [length, C] as one batch [rows length, C]. */
+async function take(scope: Scope, o: BlockTuning, rows: readonly Drawn[], target: boolean): Promise<Tensor> {
   const from = (other: boolean) => (target ? o.target : other ? o.other!.input : o.input);
-  const out = scope.empty(o.target.dtype, [rows.length * o.length, o.target.dim(1)]);
-  rows.forEach(({ row, other }, i) => {
-    const source = from(other).slice(0, row * o.length, (row + 1) * o.length);
-    copyInto(out.slice(0, i * o.length, (i + 1) * o.length), source);
-  });
+  const out = scope.empty(o.target.dtype, [rows.length * o.length, o.target.width]);
+  for (const [i, { row, other }] of rows.entries()) {
+    using work = new Scope(o.device);
+    copyInto(out.slice(0, i * o.length, (i + 1) * o.length), await from(other).of(row, work));
+  }
   return out;
 }
 
 /** Forward, loss and backward of some sequences: gradients are added up. */
-function pass(o: BlockTuning, optimizer: Optimizer, rows: readonly { row: number; other: boolean }[], weight: number) {
+async function pass(o: BlockTuning, optimizer: Descent, rows: readonly Drawn[], weight: number): Promise<void> {
   using tape = new Tape(o.device);
   optimizer.leaves(tape);
-  const x = take(tape.scope, o, rows, false);
-  const target = take(tape.scope, o, rows, true);
-  const y = tape.record(() => {
-    const ctx = o.context(tape.scope, o.weights(tape.scope), rows.length);
-    return run(o.block.forward(x, ctx), ctx);
-  });
+  const x = await take(tape.scope, o, rows, false);
+  const target = await take(tape.scope, o, rows, true);
+  const y = tape.record(() => forward(tape.scope, o, rows, x));
   const d = binary(tape.scope, 'sub', y, target);
   unary(tape.scope, 'affine', d, weight, 0, d);
   tape.seed(y, d);
   tape.backward();
 }
 
-/** Error on the held sequences. */
-async function judge(o: BlockTuning, weight: number): Promise<number> {
+function forward(scope: Scope, o: BlockTuning, rows: readonly Drawn[], x: Tensor): Tensor {
+  const ctx = o.context(scope, o.weights(scope), rows.map(({ row }) => row)); // prettier-ignore
+  return run(o.block.forward(x, ctx), ctx);
+}
+
+/** Error on the last `judged` sequences. */
+async function judge(o: BlockTuning, judged: number, weight: number): Promise<number> {
   let sum = 0;
-  for (let row = o.n - o.held; row < o.n; row += o.microBatch) {
+  for (let row = o.n - judged; row < o.n; row += o.microBatch) {
     using scope = new Scope(o.device);
     const rows = Array.from({ length: Math.min(o.microBatch, o.n - row) }, (_, i) => ({ row: row + i, other: false }));
-    const ctx = o.context(scope, o.weights(scope), rows.length);
-    const y = run(o.block.forward(take(scope, o, rows, false), ctx), ctx);
-    const d = binary(scope, 'sub', y, take(scope, o, rows, true));
-    const squares = await reduce(scope, 'sumsq', d, 1).float32();
-    sum += squares.reduce((a, b) => a + b, 0);
+    const y = forward(scope, o, rows, await take(scope, o, rows, false));
+    const d = binary(scope, 'sub', y, await take(scope, o, rows, true));
+    sum += await squares(d);
   }
   return sum * weight;
 }
 
-async function meanSquare(x: Tensor): Promise<number> {
+async function squares(x: Tensor): Promise<number> {
   using scope = new Scope(x.device);
-  const squares = await reduce(scope, 'sumsq', x, 1).float32();
-  return squares.reduce((a, b) => a + b, 0) / x.count;
+  const rows = await reduce(scope, 'sumsq', x, 1).float32();
+  return rows.reduce((a, b) => a + b, 0);
+}
+
+async function meanSquare({ device, target, n, length }: BlockTuning): Promise<number> {
+  let sum = 0;
+  for (let row = 0; row < n; row++) {
+    using scope = new Scope(device);
+    sum += await squares(await target.of(row, scope));
+  }
+  return sum / (n * length * target.width);
 }
 
 /** Copies of all values. */

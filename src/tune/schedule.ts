@@ -12,6 +12,8 @@ export interface ScheduleOptions {
   readonly lr: number;
   /** Share of the steps over which the learning rate rises. */
   readonly warmup: number;
+  /** How it falls to zero behind that; default: as a cosine. */
+  readonly curve?: 'cosine' | 'linear' | undefined;
   /** The sequences of an epoch in their order; called once when the epoch begins. */
   readonly order: (epoch: number) => readonly number[];
 }
@@ -38,12 +40,13 @@ export class Schedule {
   }
 
   rate(step: number): number {
-    return this.#o.lr * cosine(step, this.total, Math.ceil(this.#o.warmup * this.total));
+    const { lr, warmup, curve } = this.#o;
+    return lr * (curve === 'linear' ? linear : cosine)(step, this.total, Math.ceil(warmup * this.total));
   }
 
-  /** Whether an epoch is over behind `done` steps. */
+  /** Whether an epoch, or all, is over behind `done` steps. */
   endsEpoch(done: number): boolean {
-    return done % this.perEpoch === 0;
+    return done % this.perEpoch === 0 || done === this.total;
   }
 }
 
@@ -52,6 +55,11 @@ export function cosine(step: number, total: number, warmup: number, last = 0): n
   if (step < warmup) return (step + 1) / warmup;
   const along = (step - warmup) / Math.max(1, total - warmup);
   return last + (1 - last) * 0.5 * (1 + Math.cos(Math.PI * Math.min(1, along)));
+}
+
+/** A straight line in its place. */
+export function linear(step: number, total: number, warmup: number): number {
+  return step < warmup ? (step + 1) / warmup : (total - step) / Math.max(1, total - warmup);
 }
 
 /** 0 .. n-1 in a random order. */
