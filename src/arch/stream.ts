@@ -152,6 +152,7 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
       settled.catch(() => (busy = false)); // reported where it is awaited, after the block under way
     }
     await settled;
+    stopIfAborted(env, resumeHint);
   } finally {
     await settled.then(
       // Something ended the job between two commits: what is finished is saved.

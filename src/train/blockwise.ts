@@ -170,6 +170,7 @@ export async function trainBlocks(o: BlockwiseOptions): Promise<BlockRecord[]> {
       settled.catch(() => undefined); // reported where it is awaited
     }
     await settled;
+    stopIfAborted(env, o.resumeHint);
   }
   return model.blocks.map((block) => job.data(blockName(block)) as unknown as BlockRecord);
 }
