@@ -8,8 +8,7 @@ import {
   type DistillPart,
   type MixtureTraining,
 } from '../train/moe/options.js';
-import { asks } from './settings.js';
-import { readScaled } from './shared.js';
+import { readScaled, asks } from './shared.js';
 import type { Io } from './types.js';
 
 const section = 'Distillation behind it:';

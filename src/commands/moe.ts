@@ -25,8 +25,7 @@ import { recordConversion } from './history-file.js';
 import { distillationOf, distillOptions, distillSummary } from './moe-distill.js';
 import { runSurgeryCommand } from './moe-surgery.js';
 import type { StagedResult } from './moe-then.js';
-import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
-import { asks } from './settings.js';
+import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption, asks } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const calibrationSection = 'Calibration:';

@@ -1,6 +1,6 @@
 import type { Json } from '../base/job.js';
 import { commonOptions } from './shared.js';
-import type { Io, Settings } from './types.js';
+import type { Settings } from './types.js';
 
 /** What a command was asked for, without what only decides how it talks: for provenance. */
 export function settingsOf(
@@ -16,6 +16,3 @@ export function settingsOf(
     from: Object.freeze(Object.fromEntries(Object.entries(from).filter(own))),
   });
 }
-
-/** Whether this job asks for an option: what stands in the environment is for all jobs, also those that have no use for it. */
-export const asks = ({ settings }: Io, key: string): boolean => (settings.from[key] ?? 'environment') !== 'environment';

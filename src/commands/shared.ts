@@ -141,7 +141,7 @@ export async function openEnvironment(
   };
   try {
     if (given.devices === undefined) devices.push(openOne());
-    else if (given.device === 'auto') {
+    else if (given.device === 'auto' || !asks(io, 'device')) {
       for (const name of given.devices) devices.push(openShare(name, given.devices.length));
     } else {
       throw badUsage('--device and --devices both say where to compute', { expected: 'one of them' });
@@ -177,3 +177,6 @@ export function readScaled(given: string, expected: string): number {
   if (!(value >= 1 && Number.isSafeInteger(value))) throw new Expected(expected);
   return value;
 }
+
+/** Whether this job asks for an option: what stands in the environment is for all jobs, also those that have no use for it. */
+export const asks = ({ settings }: Io, key: string): boolean => (settings.from[key] ?? 'environment') !== 'environment';
