@@ -90,7 +90,7 @@ async function loadTokenizerOf(checkpoint: Checkpoint, file: string | undefined)
 /**
  * By transformers' rule, embedding and head are not tied where both are stored and differ, whatever the config says.
  */
-async function modelAsStored(
+export async function modelAsStored(
   config: Readonly<Record<string, unknown>>,
   where: string,
   tensors: ReadonlyMap<string, StoredWeight>,

@@ -33,7 +33,7 @@ const archs: readonly GgufArch[] = [
   arch('qwen3moe', 'qwen3_moe', 'as-stored', { normalizes: true }),
   arch('olmoe', 'olmoe', 'as-stored', { normalizes: false }),
   arch('glm4moe', 'glm4_moe', 'as-stored', { feedForwardNorm: 'post_attention_norm' }),
-  arch('deepseek', 'deepseek', 'interleaved'),
+  arch('deepseek', 'deepseek', 'interleaved', { normalizes: false }),
   arch('deepseek2', 'deepseek_v3 deepseek_v2', 'as-stored'),
 ];
 

@@ -145,12 +145,9 @@ function writeRope(out: Writer, isMla: boolean): void {
       out.set('rope.scaling.type', 'string', 'yarn');
       number('rope.scaling.factor', 'factor');
       out.set('rope.scaling.original_context_length', 'u32', Number(rope['original_max_position_embeddings'] ?? out.config['max_position_embeddings'])); // prettier-ignore
-      number('rope.scaling.yarn_attn_factor', 'attention_factor');
       number('rope.scaling.yarn_beta_fast', 'beta_fast');
       number('rope.scaling.yarn_beta_slow', 'beta_slow');
-      if (isMla && typeof rope['mscale_all_dim'] === 'number') {
-        out.set('rope.scaling.yarn_log_multiplier', 'f32', 0.1 * rope['mscale_all_dim']);
-      }
+      writeAmplitude(out, rope, isMla);
       return;
     default:
       throw badInput('This rope scaling is not written as GGUF', {
@@ -159,6 +156,33 @@ function writeRope(out: Writer, isMla: boolean): void {
         expected: 'default, linear, yarn or llama3',
       });
   }
+}
+
+/** YaRN's temperature (Peng et al. 2023, eq. 22), which multiplies cos and sin. */
+const temperature = (factor: number, mscale: number): number => (factor <= 1 ? 1 : 0.1 * mscale * Math.log(factor) + 1);
+
+/**
+ * llama.cpp multiplies cos and sin by the temperature and by attn_factor; in latent attention it takes mscale for
+ * mscale_all_dim and scales the scores by it instead (deepseek2.cpp).
+ */
+function writeAmplitude(out: Writer, rope: Readonly<Record<string, unknown>>, isMla: boolean): void {
+  const { mscale, mscale_all_dim: all, attention_factor: given } = rope;
+  const factor = Number(rope['factor']);
+  if (isMla) {
+    if (typeof all !== 'number' || all === 0 || mscale !== all || typeof given === 'number') {
+      throw badInput('llama.cpp runs YaRN in latent attention with mscale and mscale_all_dim that are the same', {
+        where: 'config.json, rope_parameters',
+        got: JSON.stringify({ mscale, mscale_all_dim: all, attention_factor: given }),
+      });
+    }
+    out.set('rope.scaling.yarn_log_multiplier', 'f32', 0.1 * all);
+    return;
+  }
+  const both = typeof mscale === 'number' && typeof all === 'number' && mscale !== 0 && all !== 0;
+  const inferred = both ? temperature(factor, mscale) / temperature(factor, all) : temperature(factor, 1);
+  const amplitude = typeof given === 'number' ? given : inferred;
+  const share = amplitude / temperature(factor, 1);
+  if (share !== 1) out.set('rope.scaling.attn_factor', 'f32', share);
 }
 
 function writeExperts(out: Writer, arch: GgufArch, modelType: string): void {
@@ -171,8 +195,19 @@ function writeExperts(out: Writer, arch: GgufArch, modelType: string): void {
   out.number('expert_shared_feed_forward_length', 'u32', 'shared_expert_intermediate_size');
   out.number('expert_shared_count', 'u32', 'n_shared_experts');
   out.number('leading_dense_block_count', 'u32', 'first_k_dense_replace');
-  out.number('expert_group_count', 'u32', 'n_group');
-  out.number('expert_group_used_count', 'u32', 'topk_group');
+  const hasGroups = Number(config['n_group'] ?? 1) > 1;
+  if (modelType === 'deepseek_v2' && hasGroups && config['topk_method'] === 'group_limited_greedy') {
+    throw badInput('llama.cpp chooses groups of experts by their two best, this architecture by the best', {
+      where: 'config.json, topk_method',
+      got: 'group_limited_greedy',
+      expected: 'greedy, or one group',
+    });
+  }
+  // Where there is a number of groups, llama.cpp chooses by them.
+  if (!hasGroups || config['topk_method'] !== 'greedy') {
+    out.number('expert_group_count', 'u32', 'n_group');
+    out.number('expert_group_used_count', 'u32', 'topk_group');
+  }
   out.number('expert_weights_scale', 'f32', 'routed_scaling_factor');
   const scoring = config['scoring_func'] ?? (['glm4_moe', 'deepseek_v3'].includes(modelType) ? 'sigmoid' : undefined) ?? (arch.name === 'deepseek2' ? 'softmax' : undefined); // prettier-ignore
   if (scoring !== undefined) {
@@ -261,6 +296,7 @@ export function configFromGguf(
     dtype: embedding?.encoding.kind === 'plain' ? { f32: 'float32', f16: 'float16' }[embedding.encoding.dtype as string] ?? 'bfloat16' : 'bfloat16', // prettier-ignore
   };
   if (!modelType.startsWith('qwen2')) config['attention_bias'] = tensors.has('blk.0.attn_q.bias');
+  if (modelType === 'llama') config['mlp_bias'] = tensors.has('blk.0.ffn_down.bias');
   for (const [key, name] of [['bos', 'bos_token_id'], ['eos', 'eos_token_id'], ['padding', 'pad_token_id']] as const) {
     const id = metadata.get(`tokenizer.ggml.${key}_token_id`)?.value;
     if (typeof id === 'number') config[name] = id;
@@ -300,10 +336,12 @@ function readScaling(read: Reader, isMla: boolean): Record<string, unknown> | un
     factor,
     original_max_position_embeddings: read.need('rope.scaling.original_context_length'),
   };
-  for (const [key, name] of [['attn_factor', 'attention_factor'], ['beta_fast', 'beta_fast'], ['beta_slow', 'beta_slow']] as const) {
-    const value = read.number(`rope.scaling.yarn_${key}`);
+  for (const name of ['beta_fast', 'beta_slow']) {
+    const value = read.number(`rope.scaling.yarn_${name}`);
     if (value !== undefined) scaling[name] = value;
-  } // prettier-ignore
+  }
+  const share = read.number('rope.scaling.attn_factor');
+  if (share !== undefined) scaling['attention_factor'] = shortest(Math.fround(share * temperature(factor, 1)));
   const log = read.number('rope.scaling.yarn_log_multiplier');
   // DeepSeek sets both to the same.
   if (isMla && log !== undefined) scaling['mscale'] = scaling['mscale_all_dim'] = shortest(Math.fround(log * 10));
@@ -340,10 +378,12 @@ function readExperts(
     n_shared_experts: read.number('expert_shared_count') ?? 0,
     first_k_dense_replace: read.number('leading_dense_block_count') ?? 0,
     norm_topk_prob: normalizes,
-    routed_scaling_factor: read.number('expert_weights_scale') ?? 1,
-    n_group: read.number('expert_group_count') ?? 1,
-    topk_group: read.number('expert_group_used_count') ?? 1,
   });
+  if (modelType !== 'deepseek') {
+    config['routed_scaling_factor'] = read.number('expert_weights_scale') ?? 1;
+    config['n_group'] = read.number('expert_group_count') ?? 1;
+    config['topk_group'] = read.number('expert_group_used_count') ?? 1;
+  }
   if (modelType === 'deepseek_v2')
     config['topk_method'] = Number(config['n_group']) > 1 ? 'group_limited_greedy' : 'greedy';
   if (modelType.startsWith('deepseek')) config['scoring_func'] = gating || 'softmax';

@@ -23,17 +23,22 @@ export interface GgufModel {
   readonly notes: string[];
 }
 
-/** A GGUF file as a Hugging Face checkpoint: names, shapes, config and tokenizer. `config` replaces the rebuilt one. */
+/**
+ * A GGUF file as a Hugging Face checkpoint: names, shapes, config and tokenizer. `config` replaces the rebuilt one.
+ * `computed`: values of tensors that are in no file yet.
+ */
 export async function fromGguf(
   metadata: ReadonlyMap<string, GgufValue>,
   tensors: ReadonlyMap<string, TensorEntry>,
   path: string,
-  given: JsonObject | undefined,
+  given?: JsonObject,
+  computed: ReadonlyMap<string, Float32Array> = new Map(),
 ): Promise<GgufModel> {
   const arch = archOfGguf(metadata.get('general.architecture')?.value, path);
   const rebuilt = configFromGguf(metadata, tensors, arch, path);
-  const factors = tensors.get('rope_freqs.weight');
-  if (factors !== undefined) rebuilt['rope_scaling'] = await recognizeFactors(factors, rebuilt);
+  const stored = tensors.get('rope_freqs.weight');
+  const factors = computed.get('rope_freqs.weight') ?? (stored && (await readFactors(stored)));
+  if (factors !== undefined) rebuilt['rope_scaling'] = scalingOf(factors, rebuilt);
   const config = given ?? rebuilt;
   const { files, notes } = tokenizerFromGguf(metadata);
   const named = tensorsFromGguf(tensors, config, arch);
@@ -82,27 +87,33 @@ export function llama3Factors(rope: Readonly<Record<string, unknown>>, dim: numb
   });
 }
 
-async function recognizeFactors(entry: TensorEntry, config: Readonly<Record<string, unknown>>): Promise<object> {
+async function readFactors(entry: TensorEntry): Promise<Float32Array> {
   const count = entry.shape[0] ?? 0;
   const where = `${entry.span.path}, tensor rope_freqs.weight`;
   const isPlain = entry.encoding.kind === 'plain' && entry.encoding.dtype === 'f32' && entry.shape.length === 1;
   if (!isPlain || count > 4096) throw badInput('Unexpected rope factors', { where, expected: 'a vector of f32' });
   const bytes = await readSpan(entry.span);
-  const found = Array.from({ length: count }, (_, i) => bytes.readFloatLE(4 * i));
-  const rope = {
+  return Float32Array.from({ length: count }, (_, i) => bytes.readFloatLE(4 * i));
+}
+
+/** Rotary factors as parameters: Llama 3's where they are those, else one factor a pair, which longrope can say. */
+function scalingOf(factors: Float32Array, config: Readonly<Record<string, unknown>>): object {
+  const llama3 = {
     rope_type: 'llama3',
-    factor: Math.max(...found),
+    factor: Math.max(...factors),
     low_freq_factor: 1,
     high_freq_factor: 4,
     original_max_position_embeddings: 8192,
   };
-  const expected = llama3Factors({ ...rope, rope_theta: config['rope_theta'] }, 2 * count);
-  if (found.every((value, i) => Math.abs(value - expected[i]!) <= 1e-4 * expected[i]!)) return rope;
-  throw badInput('Rope factors that are not those of Llama 3', {
-    where,
-    got: found.slice(0, 6).join(', '),
-    hint: 'Give the config of the original model with --config.',
-  });
+  const expected = llama3Factors({ ...llama3, rope_theta: config['rope_theta'] }, 2 * factors.length);
+  if (factors.every((value, i) => Math.abs(value - expected[i]!) <= 1e-4 * expected[i]!)) return llama3;
+  return {
+    rope_type: 'longrope',
+    short_factor: [...factors],
+    long_factor: [...factors],
+    attention_factor: 1,
+    original_max_position_embeddings: config['max_position_embeddings'],
+  };
 }
 
 export interface GgufPlan {
@@ -130,8 +141,11 @@ export async function planGguf(checkpoint: Checkpoint, fileType: GgufFileType): 
   }
   const tokenizer = await readTokenizer(checkpoint);
   const more = [...notes];
-  if (tokenizer === undefined) more.push('The model has no tokenizer.json: the GGUF file gets no tokenizer.');
-  else for (const [key, value] of tokenizerToGguf(tokenizer, Number(config['vocab_size']))) metadata.set(key, value);
+  if (tokenizer === undefined) {
+    more.push('The model has no tokenizer.json: the GGUF file gets no tokenizer.');
+    // llama.cpp loads files without a tokenizer only where they say so.
+    metadata.set('tokenizer.ggml.model', { type: 'string', value: 'no_vocab' });
+  } else for (const [key, value] of tokenizerToGguf(tokenizer, Number(config['vocab_size']))) metadata.set(key, value);
   return { metadata, tensors, computed, notes: more };
 }
 

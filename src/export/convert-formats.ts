@@ -1,7 +1,8 @@
 import type { FloatDType } from '../base/dtype.js';
 import { badInput } from '../base/errors.js';
 import { planNative } from '../checkpoint/deepseek-native.js';
-import { planGguf, recordWidened } from '../checkpoint/gguf-model.js';
+import { planGgufModel } from '../arch/gguf.js';
+import { recordWidened } from '../checkpoint/gguf-model.js';
 import type { GgufMetadata, GgufFileType } from '../checkpoint/gguf-config.js';
 import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
 import { planKey } from '../checkpoint/types.js';
@@ -35,7 +36,7 @@ export async function planGgufOutput(
 ): Promise<FormatPlan> {
   requirePlain(checkpoint);
   const type = blocks === 'q4_k' ? 'q4_k_s' : (blocks ?? dtype ?? ownType(checkpoint));
-  const { metadata, tensors, computed, notes } = await planGguf(checkpoint, type);
+  const { metadata, tensors, computed, notes } = await planGgufModel(checkpoint, type);
   if (dtype === undefined && blocks === undefined) recordWidened(metadata, tensors);
   const tied = checkpoint.config['tie_word_embeddings'] === true;
   const size = (key: string): number => Number(metadata.get(`${metadata.get('general.architecture')!.value as string}.${key}`)?.value ?? 0); // prettier-ignore

@@ -2,11 +2,11 @@ import { bug } from '../base/errors.js';
 import { elementCount } from '../base/dtype.js';
 import { bytesSource, fileSource } from '../base/io.js';
 import { OpenFiles } from '../arch/files.js';
+import { planGgufModel } from '../arch/gguf.js';
 import { TensorLoader } from '../arch/load.js';
 import type { OpenModel } from '../arch/open.js';
 import type { StoredWeight } from '../arch/stored.js';
 import type { GgufFileType, GgufMetadata } from '../checkpoint/gguf-config.js';
-import { planGguf } from '../checkpoint/gguf-model.js';
 import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
 import type { PlannedTensor, TensorSink } from '../checkpoint/types.js';
 import { blockFormats, cast, copyInto, decode, encode } from '../tensor/ops.js';
@@ -38,7 +38,7 @@ export interface GgufOutput {
 
 /** A GGUF file of what the plan quantizes, in its blocks; everything else stays in its own precision. */
 export async function planGgufOutput(open: OpenModel, plan: QuantPlan, recipe: Recipe): Promise<GgufOutput> {
-  const { metadata, tensors, computed, notes } = await planGguf(open.checkpoint, fileType(recipe));
+  const { metadata, tensors, computed, notes } = await planGgufModel(open.checkpoint, fileType(recipe));
   const places = new Map<string, Place>();
   const out: OutputTensor[] = [];
   const through = new Map<number, OutputTensor[]>();

@@ -44,7 +44,10 @@ export interface LlamaScore {
 /** Scores tokens in windows that know nothing of each other. `every`: rows of the whole distribution to keep. */
 export async function llamaScore(path: string, tokens: Int32Array, window: number, every = 0): Promise<LlamaScore> {
   const model = await (await start()).loadModel({ modelPath: path, gpuLayers: 0 });
-  const context = await model.createContext({ contextSize: window, batchSize: window });
+  const context = await model.createContext({
+    ...{ contextSize: window, batchSize: window, flashAttention: false },
+    ...{ experimentalKvCacheKeyType: 'F32', experimentalKvCacheValueType: 'F32' },
+  });
   const sequence = context.getSequence();
   const logprobs = new Float64Array(tokens.length).fill(NaN);
   const rows: Float64Array[] = [];
