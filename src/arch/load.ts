@@ -2,9 +2,10 @@ import { ConvertError, badInput, bug } from '../base/errors.js';
 import { dtypeSize, elementCount, type DType } from '../base/dtype.js';
 import type { Device } from '../backend/device.js';
 import { joinedShape } from '../formats/assembly.js';
-import type { LinearFactor, TensorEntry } from '../formats/types.js';
-import { binary, copyInto, decode, dequantize, gemm } from '../tensor/ops.js';
+import type { LinearFactor, TensorEntry, Turn } from '../formats/types.js';
+import { binary, copyInto, decode, dequantize, fill, gemm } from '../tensor/ops.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
+import { rotateOutputs, rotateRows } from './hadamard.js';
 import type { OpenModel } from './open.js';
 
 /** Reads in flight: enough to keep a disk and the I/O threads busy, few enough to bound staging memory. */
@@ -121,12 +122,31 @@ export class TensorLoader {
         copyInto(into, encoding.part === 'weight' ? weight : bias!.view(into.count));
         return;
       }
+      case 'rotated': {
+        const w = into.dtype === 'f32' ? into : scope.empty('f32', into.shape);
+        await this.#entry(scope, encoding.of, w);
+        for (const turn of encoding.turns) await this.#turn(scope, w, turn);
+        if (w !== into) copyInto(into, w);
+        return;
+      }
       case 'opaque':
         throw badInput('A weight is stored in a way that cannot be computed with', {
           where: `${entry.span.path}, tensor ${entry.name}`,
           got: encoding.name,
         });
     }
+  }
+
+  /** One turn of a tensor f32, in place. */
+  async #turn(scope: Scope, w: Tensor, turn: Turn): Promise<void> {
+    if (turn.side === 'norm') return fill(w, 1);
+    if (turn.side === 'outputs') return rotateOutputs(w, turn);
+    if (turn.gain) {
+      const gain = scope.empty('f32', [1, w.dim(1)]);
+      await this.#entry(scope, turn.gain, gain.view(-1));
+      binary(scope, 'mul', w, gain, { out: w });
+    }
+    rotateRows(w.view(-1, turn.rotation.size), turn.rotation);
   }
 
   /** Linears in a row as one, in f32: the matrix [N, K] and the bias [N, 1]. */

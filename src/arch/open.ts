@@ -46,7 +46,11 @@ export interface OpenModelOptions {
  */
 export async function openModel(path: string, { config, reshape }: OpenModelOptions = {}): Promise<OpenModel> {
   const stored = await openCheckpoint(path, { config });
-  const checkpoint = reshape ? reshape(stored) : stored;
+  return await modelOf(reshape ? reshape(stored) : stored);
+}
+
+/** The model that an open checkpoint holds. Errors: as `openModel`. */
+export async function modelOf(checkpoint: Checkpoint): Promise<OpenModel> {
   const where = checkpoint.configPath ?? checkpoint.path;
   const layout = detectLayout(checkpoint.config, where);
   const tensors = storedWeights(checkpoint.tensors, layout);

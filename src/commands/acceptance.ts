@@ -3,6 +3,7 @@ import { badUsage, type ConvertError } from '../base/errors.js';
 import type { Json } from '../base/job.js';
 import { flag, integer, list } from '../base/options.js';
 import type { JobEnv } from '../backend/env.js';
+import type { RotatedBy } from '../arch/rotate.js';
 import type { Accept, StagedOutput } from '../checkpoint/types.js';
 import type { GateBounds } from '../validate/gates.js';
 import type { ValidateReport } from '../validate/report.js';
@@ -27,6 +28,7 @@ interface Given {
   readonly config: string | undefined;
   readonly out: string;
   readonly seed: number;
+  readonly rotate?: RotatedBy['kind'] | undefined;
   readonly validate: boolean;
   readonly keepFailed: boolean;
   readonly validateText: readonly string[];
@@ -81,6 +83,7 @@ export function acceptance(
         generations: 0,
         longTokens: 0,
         seed: given.seed,
+        ...(given.rotate !== undefined && { rotation: { kind: given.rotate, seed: given.seed } }),
         bounds: { ...shown, ...boundsOf(given) },
         notes: shownOnly ? [shownOnly.reason] : [],
         report: given.report,

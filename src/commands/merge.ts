@@ -23,8 +23,8 @@ export const command = defineCommand({
     const { plan, values, job } = await plannedJob(given.workFolder, io);
     const { mergeShards } = await import('../quant/shards/merge.js');
     using env = await openEnvironment(deviceOf(given, plan), io);
-    const { input, config, seed } = values;
-    const { accept, extend } = acceptance({ ...given, input, config, seed, out: plan.out }, io, env);
+    const { input, config, seed, rotate } = values;
+    const { accept, extend } = acceptance({ ...given, input, config, seed, rotate, out: plan.out }, io, env);
     const { overwrite } = given;
     const result = await mergeShards(plan, { ...job, overwrite, ...(accept && { accept }) }, env);
     await recordConversion(plan.out, io);

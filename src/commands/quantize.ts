@@ -63,6 +63,9 @@ export const quantizeOptions = {
     value: 'name',
     help: 'Leave these linears in high precision: a part of a name such as down_proj or layers.0, or re:...',
   }),
+  rotate: choice(['hadamard'], {
+    help: 'Rotate hidden states by a randomized Hadamard matrix that is folded into the weights: engines notice nothing. Spreads outliers; for one scale a row (--group-size -1).',
+  }),
   override: list({
     value: 'name=scheme',
     help: 'Another scheme for some linears: down_proj=8, layers.0=bits:8,group:64, re:k_proj=asym. Linears that engines fuse follow; the last one that fits counts.',
@@ -176,6 +179,7 @@ export async function quantizeJob(given: QuantizeValues, io: Io): Promise<Quanti
       symmetric: given.sym && !given.asym,
       damp: given.damp,
       ...(given.method === 'autoround' && { rounding: { ...defaultRounding, ...roundingOf(given) } }),
+      ...(given.rotate !== undefined && { rotation: { kind: given.rotate, seed: given.seed } }),
       ...(overrides.length > 0 && { overrides }),
       ...(given.targetBpw !== undefined && { targetBpw: given.targetBpw }),
       ...(given.format.includes('gguf') && blocksOf(given.ggufType)),

@@ -125,6 +125,8 @@ export function encodingName({ encoding }: TensorEntry): string {
       return `${encoding.element}/${encoding.block[0]}x${encoding.block[1]}`;
     case 'assembled':
       return encodingName(encoding.parts[0]!.entry);
+    case 'rotated':
+      return encodingName(encoding.of);
     case 'product':
       return encodingName(encoding.factors[0]!.weight);
     case 'opaque':

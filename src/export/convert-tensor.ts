@@ -1,6 +1,7 @@
 import { badInput } from '../base/errors.js';
 import { dtypeSize, elementCount, type DType, type FloatDType } from '../base/dtype.js';
 import type { PlannedTensor, TensorEntry } from '../checkpoint/types.js';
+import { elementType } from '../formats/assembly.js';
 import { encodedBytes, encodingName } from '../formats/ggml.js';
 import type { Importance } from '../targets/imatrix.js';
 import type { SharedRows } from '../targets/types.js';
@@ -59,10 +60,9 @@ export function planTensor(entry: TensorEntry, dtype: FloatDType | undefined): P
     case 'scaled':
       return plan('decode', dtype ?? 'bf16');
     case 'product':
+    case 'rotated':
     case 'assembled': {
-      const first = encoding.kind === 'product' ? encoding.factors[0]!.weight : encoding.parts[0]!.entry;
-      const { encoding: part } = first;
-      const own = part.kind === 'plain' ? part.dtype : 'bf16';
+      const own = elementType(entry) ?? 'bf16';
       return plan('decode', floats.has(own) && !fixed ? dtype : own);
     }
     case 'opaque': {

@@ -44,6 +44,7 @@ export function piecesOf(entry: TensorEntry, limit: number): Piece[] {
       });
     }
     case 'product':
+    case 'rotated':
     case 'opaque':
       return whole;
   }

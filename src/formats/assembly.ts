@@ -1,3 +1,4 @@
+import type { DType } from '../base/dtype.js';
 import { bug } from '../base/errors.js';
 import type { Arrangement, AssembledPart, Encoding, TensorEntry } from './types.js';
 
@@ -36,4 +37,20 @@ export function assembled(
   }
   const encoding: Encoding = { kind: 'assembled', axis, parts };
   return { name, shape, encoding, span: parts[0]!.entry.span };
+}
+
+/** The type of a tensor's elements as they are stored, of a computed tensor its first part's; undefined: none is plain. */
+export function elementType({ encoding }: TensorEntry): DType | undefined {
+  switch (encoding.kind) {
+    case 'plain':
+      return encoding.dtype;
+    case 'assembled':
+      return elementType(encoding.parts[0]!.entry);
+    case 'product':
+      return elementType(encoding.factors[0]!.weight);
+    case 'rotated':
+      return elementType(encoding.of);
+    default:
+      return undefined;
+  }
 }

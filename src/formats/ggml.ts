@@ -71,6 +71,8 @@ export function encodedBytes(shape: readonly number[], encoding: Encoding): numb
       return encoding.element === 'f8_e4m3' ? count : count % 2 === 0 ? count / 2 : NaN;
     case 'assembled':
       return encoding.parts.reduce((sum, { entry }) => sum + entry.span.bytes, 0);
+    case 'rotated':
+      return encoding.of.span.bytes;
     case 'product':
       return encoding.factors.reduce((sum, { weight, bias }) => sum + weight.span.bytes + (bias?.span.bytes ?? 0), 0);
     case 'ggml': {
@@ -91,6 +93,8 @@ export function encodingName(encoding: Encoding): string {
       return encoding.name;
     case 'assembled':
       return encodingName(encoding.parts[0]!.entry.encoding);
+    case 'rotated':
+      return encodingName(encoding.of.encoding);
     case 'product':
       return encodingName(encoding.factors[0]!.weight.encoding);
     case 'scaled':

@@ -23,6 +23,8 @@ export type Encoding =
   | { readonly kind: 'assembled'; readonly axis: number; readonly parts: readonly AssembledPart[] }
   /** Linears in a row, the first applied first, as one: its matrix W2 W1, or its bias W2 b1 + b2. */
   | { readonly kind: 'product'; readonly part: 'weight' | 'bias'; readonly factors: readonly LinearFactor[] }
+  /** Another tensor with rotations folded into it, computed in fp32. */
+  | { readonly kind: 'rotated'; readonly of: TensorEntry; readonly turns: readonly Turn[] }
   /** Carried through as bytes; never computed with (C64, F8_E8M0 without a partner ...). */
   | { readonly kind: 'opaque'; readonly name: string; readonly bits: number };
 
@@ -30,6 +32,25 @@ export interface LinearFactor {
   readonly weight: TensorEntry;
   readonly bias?: TensorEntry | undefined;
 }
+
+/** An orthogonal matrix Q = D B: D random signs, B blocks of an orthonormal Hadamard matrix of `order` (see arch/hadamard). */
+export interface Rotation {
+  readonly size: number;
+  /** Divides `size`. */
+  readonly order: number;
+  readonly seed: number;
+  /** Tells apart the signs of rotations of one seed. */
+  readonly stream: number;
+}
+
+/** What rotating hidden states makes of a tensor. */
+export type Turn =
+  /** The matrix W [N, K] of a linear whose inputs come rotated, Q repeated along K: W diag(gain) (I x Q). */
+  | { readonly side: 'inputs'; readonly rotation: Rotation; readonly gain?: TensorEntry }
+  /** W or bias [N] of a linear whose outputs are to be rotated: of each `width` rows those from `from` on become Q' W. */
+  | { readonly side: 'outputs'; readonly rotation: Rotation; readonly width: number; readonly from: number }
+  /** A norm whose weights are the gain of the linears behind it now: ones. */
+  | { readonly side: 'norm' };
 
 /**
  * How one stored tensor contributes to another: its decoded values as an array of shape `view` (rank <= 4), cut along

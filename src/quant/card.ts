@@ -26,7 +26,7 @@ export function modelCard(
   return [
     `# ${name}, ${recipe.bits}-bit`,
     '',
-    `Quantized from \`${name}\` by ${tool.name} ${tool.version} with method ${recipe.method}, stored as ${format}.`,
+    `${recipe.rotation ? 'Rotated (Hadamard matrices folded into the weights: engines load it as any other model) and quantized' : 'Quantized'} from \`${name}\` by ${tool.name} ${tool.version} with method ${recipe.method}, stored as ${format}.`,
     ...list('Weights', schemes),
     ...list('Linears left in high precision', left),
     ...list('Notes', plan.notes.map((note) => `- ${note}`)), // prettier-ignore

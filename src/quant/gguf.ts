@@ -6,11 +6,12 @@ import { planGgufModel } from '../arch/gguf.js';
 import { TensorLoader } from '../arch/load.js';
 import type { OpenModel } from '../arch/open.js';
 import type { StoredWeight } from '../arch/stored.js';
+import { elementType } from '../formats/assembly.js';
 import type { GgufFileType, GgufMetadata } from '../checkpoint/gguf-config.js';
 import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
 import type { PlannedTensor, TensorSink } from '../checkpoint/types.js';
-import { blockFormats, cast, copyInto, decode, encode } from '../tensor/ops.js';
-import { mixtureType } from '../targets/gguf-mixture.js';
+import { cast, copyInto, decode, encode } from '../tensor/ops.js';
+import { fittingType, mixtureType } from '../targets/gguf-mixture.js';
 import { Scope, Tensor } from '../tensor/tensor.js';
 import type { JobEnv } from '../backend/env.js';
 import { blocksOfCodes } from './codes-as-blocks.js';
@@ -84,7 +85,7 @@ function outerBlocks(
   if (mixture === undefined || !/^(token_embd|output)\.weight$/.test(name)) return undefined;
   const isHead = name === 'output.weight' || model.tied;
   const wanted = mixtureType(mixture, isHead ? 'output' : 'token_embd', 0, model.blocks.length, 0);
-  const type = [wanted, 'q8_0' as const].find((one) => shape.at(-1)! % blockFormats[one].values === 0);
+  const type = fittingType(shape.at(-1)!, wanted);
   if (type === undefined) return undefined;
   return { name, shape, dtype: 'u8', encoding: { kind: 'ggml', type } };
 }
@@ -98,8 +99,7 @@ export function linearsOf({ entry }: GgufTensor, plan: QuantPlan): LinearPlan[] 
 }
 
 function highPrecision({ name, shape, entry, staysF32 }: GgufTensor): PlannedTensor {
-  const first = entry.encoding.kind === 'assembled' ? entry.encoding.parts[0]!.entry : entry;
-  const own = first.encoding.kind === 'plain' ? first.encoding.dtype : 'bf16';
+  const own = elementType(entry);
   const dtype = staysF32 ? 'f32' : own === 'f32' || own === 'f16' ? own : 'bf16';
   return { name, shape, dtype };
 }

@@ -1,6 +1,7 @@
 import { badInput, bug } from '../base/errors.js';
 import { elementCount, dtypeSize, type FloatDType } from '../base/dtype.js';
 import { fileSource } from '../base/io.js';
+import { elementType } from '../formats/assembly.js';
 import { encodedBytes } from '../formats/ggml.js';
 import type { PlannedTensor, TensorEntry, TensorSink } from '../checkpoint/types.js';
 import type { LinearShape } from '../layout/types.js';
@@ -92,7 +93,7 @@ function throughTensor(
       hint: 'Bring the checkpoint to plain tensors first: deepseek-convert convert.',
     });
   }
-  const plain = entry.encoding.kind === 'plain' ? entry.encoding.dtype : undefined;
+  const plain = elementType(entry);
   const dtype: FloatDType = spec.f32 ? 'f32' : plain === 'f32' || plain === 'f16' ? plain : 'bf16';
   return { planned: { name, shape: wanted, dtype }, origin: { kind: 'values', name } };
 }

@@ -1,6 +1,7 @@
 import { badInput } from '../base/errors.js';
 import { elementCount, type FloatDType } from '../base/dtype.js';
 import type { Checkpoint, TensorEntry } from '../checkpoint/types.js';
+import { elementType } from '../formats/assembly.js';
 import type { LayoutUse, LinearShape } from '../layout/types.js';
 import type { LinearSpec } from '../nn/calls.js';
 import type { Model } from '../arch/types.js';
@@ -129,9 +130,7 @@ export function makePlan(
 
 const unpadded: ReturnType<typeof fitWidths> = { stored: new Map(), groups: new Map(), config: {}, notes: [] };
 
-function weightDType(entry: TensorEntry | undefined): FloatDType {
-  return entry?.encoding.kind === 'plain' ? scaleDType(entry.encoding.dtype) : 'bf16';
-}
+const weightDType = (entry: TensorEntry | undefined): FloatDType => scaleDType((entry && elementType(entry)) ?? 'bf16');
 
 function layoutUse(plans: readonly LinearPlan[]): LayoutUse {
   const groups = new Map<string, { scheme: Scheme; linears: string[] }>();

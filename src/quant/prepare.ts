@@ -5,6 +5,7 @@ import type { JobEnv } from '../backend/env.js';
 import { isFileOutput } from '../checkpoint/writer.js';
 import { calibrationTokens, type CalibrationSet } from '../arch/calibration.js';
 import { openModel, type OpenModel } from '../arch/open.js';
+import { rotated } from '../arch/rotate.js';
 import { checkEmitted } from '../targets/deploy/emit.js';
 import { checkFormats, holderOf, planTarget, requireOneScheme, type PlannedTarget } from './formats.js';
 import { sampledDigest } from './input.js';
@@ -32,12 +33,14 @@ export async function prepare(options: QuantizeOptions): Promise<Prepared> {
   checkFormats(formats, options.out, options.recipe);
   checkEmitted(options.emit ?? [], formats, isFileOutput(options.out));
   requireFoldable(options);
+  requireRotatable(options);
   // Block types decide the codes where GGUF is the only output; beside others, it follows their codes.
   const alone = formats.length === 1 && formats[0] === 'gguf';
   const { blocks, mixture, ...common } = options.recipe;
   const recipe: Recipe = alone ? { ...common, blocks: blocks ?? 'q4_k', ...(mixture && { mixture }) } : common;
-  const open = await openModel(input, { config });
+  let open = await openModel(input, { config });
   try {
+    if (recipe.rotation) open = await rotated(open, recipe.rotation.seed);
     if (recipe.method === 'autoround') requireTrainable(open);
     const scope = options.scope ?? defaultScope(open.model.modelType);
     const weights = await sampledDigest(open.checkpoint.files);
@@ -88,6 +91,27 @@ function requireFoldable({ recipe: { method }, formats }: QuantizeOptions): void
     expected: 'compressed-tensors, gptq, awq or safetensors',
     hint: 'Use --method gptq, which is better, or convert the result of --format safetensors.',
   });
+}
+
+/** What a rotation is at odds with, whatever the architecture. */
+function requireRotatable({ recipe: { rotation, method }, formats, states }: QuantizeOptions): void {
+  if (rotation === undefined) return;
+  if (method.startsWith('awq')) {
+    throw badUsage(`--rotate does not go together with --method ${method}`, {
+      expected: 'gptq, rtn or autoround',
+      hint: 'Scales of channels have nothing left to scale once outliers are spread over all of them.',
+    });
+  }
+  if (formats.includes('imatrix')) {
+    throw badUsage('--rotate does not go together with --format imatrix', {
+      hint: 'The statistics would be those of the rotated weights, which the importance matrix’s model does not have.',
+    });
+  }
+  if (states === 'bf16') {
+    throw badUsage('--rotate does not go together with --states bf16', {
+      hint: 'Rotated weights stay in fp32 until they are quantized.',
+    });
+  }
 }
 
 /** The plan alone: what becomes of each tensor, sizes. Reads headers only. */
@@ -150,6 +174,8 @@ export function statesOf(
   { device }: Pick<JobEnv, 'device'>,
 ): 'f32' | 'bf16' {
   if (states !== undefined) return states;
+  // Rotated weights are read in it: nothing may round them before they are quantized.
+  if (recipe.rotation) return 'f32';
   // Backward passes, as all training, are in fp32 there.
   if (device.kind === 'cpu' && recipe.method === 'autoround') return 'f32';
   const exact = device.kind === 'cpu' && [...plan.linears.values()].some(({ dtype }) => dtype !== 'bf16');

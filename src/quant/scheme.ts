@@ -2,6 +2,7 @@ import { badUsage } from '../base/errors.js';
 import type { FloatDType } from '../base/dtype.js';
 import type { Scheme as LayoutScheme } from '../layout/types.js';
 import { blockFormats, type BlockFormatName } from '../tensor/ops.js';
+import type { RotatedBy } from '../arch/rotate.js';
 import type { GgufType, Mixture } from '../targets/gguf-mixture.js';
 
 /** How a linear is rounded: on grids of a layout, or in GGML blocks. */
@@ -33,6 +34,8 @@ export interface Recipe {
   readonly targetBpw?: number;
   /** With `autoround`. */
   readonly rounding?: Rounding;
+  /** The model is rotated before anything else: see `rotated`. */
+  readonly rotation?: RotatedBy;
   /** Other schemes for some linears; where several fit, the last one counts. */
   readonly overrides?: readonly Override[];
 }

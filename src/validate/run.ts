@@ -4,6 +4,7 @@ import { writeFileAtomic } from '../base/files.js';
 import { tool } from '../base/version.js';
 import type { JobEnv } from '../backend/env.js';
 import { openModel, type OpenModel } from '../arch/open.js';
+import { rotated, rotationOf, type RotatedBy } from '../arch/rotate.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import { diagnose } from './diagnose.js';
 import { judge, type GateBounds, type Measurements } from './gates.js';
@@ -33,6 +34,8 @@ export interface ValidateOptions {
   /** Tokens a window; default 512, at most what both models were made for. */
   readonly seqLen?: number | undefined;
   readonly seed?: number | undefined;
+  /** What the candidate was rotated by, where no provenance beside it says so. */
+  readonly rotation?: RotatedBy | undefined;
   /** Arithmetic; default f32 on the CPU, bf16 on a GPU. */
   readonly dtype?: 'f32' | 'bf16' | undefined;
   /** Column of default bounds; default: by what the models are. */
@@ -103,7 +106,10 @@ export async function validateModels(
   const tokenizer = other && (await compareTokenizers(own, other, await excerpts(chosen.files)));
   if (!tokenizer) skipped.push({ part: 'tokenizer', reason: 'the candidate brings none: the reference\'s is used for both' }); // prettier-ignore
 
-  const sides = await compareModels(reference, candidate, windows, { dtype, resamples, seed }, env);
+  // Hidden states can be compared where both models have them in the same basis.
+  const rotation = options.rotation ?? (await rotationOf(candidate.checkpoint.path));
+  const basis = rotation && !(await rotationOf(reference.checkpoint.path)) ? await rotated(reference, rotation.seed) : reference; // prettier-ignore
+  const sides = await compareModels(basis, candidate, windows, { dtype, resamples, seed }, env);
   skipped.push(...sides.skipped);
   const plan = planGenerations(reference, candidate, options, dtype, env);
   if (typeof plan === 'string') skipped.push({ part: 'generations', reason: plan });
