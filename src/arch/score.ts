@@ -29,39 +29,55 @@ export interface Score {
   readonly window: number;
 }
 
-/**
- * Log-probabilities of a text's tokens. Up to the context it is one sequence; a longer one is cut into windows of the
- * context's length that know nothing of each other, so that the first token of each has no log-probability.
- * The model passes through the device block by block: one block's weights are resident, and the hidden states.
- * Errors: fewer than two tokens, ids outside the vocabulary, log-probabilities that are not finite.
- */
+/** Log-probabilities of one text's tokens, as `scoreAll` gives them. */
 export async function score(
   open: OpenModel,
   env: JobEnv,
   tokens: Int32Array,
   options: ScoreOptions = {},
 ): Promise<Score> {
+  return (await scoreAll(open, env, [tokens], options))[0]!;
+}
+
+/**
+ * Log-probabilities of the tokens of texts. Up to the context a text is one sequence; a longer one is cut into windows of
+ * the context's length that know nothing of each other, so that the first token of each has no log-probability.
+ * The model passes through the device block by block: one block's weights are resident, and the hidden states of all
+ * windows of all texts, as far as memory allows; each block is read once for as many.
+ * Errors: fewer than two tokens, ids outside the vocabulary, log-probabilities that are not finite.
+ */
+export async function scoreAll(
+  open: OpenModel,
+  env: JobEnv,
+  texts: readonly Int32Array[],
+  options: ScoreOptions = {},
+): Promise<Score[]> {
   const { model } = open;
   const window = Math.min(options.window ?? model.context, model.context);
-  check(tokens, model, window);
-  const passes = plan(open, env, tokens.length, window, options);
-  const logprobs = new Float64Array(tokens.length);
+  for (const tokens of texts) check(tokens, model, window);
+  const results = texts.map((tokens) => new Float64Array(tokens.length));
+  const batches = texts.flatMap((tokens, i) => cut(tokens, results[i]!, window, env));
+  const passes = plan(open, env, batches, options);
   const reader = new WeightReader(open, env.device, options.dtype ?? 'f32');
   const total = passes.length * (model.blocks.length + 1);
   for (const [p, batches] of passes.entries()) {
     using held = new Scope(env.device);
-    let states = await embed(reader, env, model, tokens, batches, held);
+    let states = await embed(reader, env, model, batches, held);
     for (const [i, block] of model.blocks.entries()) {
       stopReading(env);
-      states = await advance(reader, env, model, block, tokens, batches, states, held);
+      states = await advance(reader, env, model, block, batches, states, held);
       await env.device.sync();
       env.log.progress({ stage: 'score', done: p * (model.blocks.length + 1) + i + 1, total, data: { block: block.name } }); // prettier-ignore
     }
-    await readLogprobs(reader, env, model, tokens, batches, states, logprobs);
-    const through = batches.reduce((sum, { rows, length }) => sum + rows * length, 0);
+    await readLogprobs(reader, env, model, batches, states);
+    const through = batches.reduce((sum, { tokens }) => sum + tokens.length, 0);
     env.log.progress({ stage: 'score', done: (p + 1) * (model.blocks.length + 1), total, data: { tokens: through } });
   }
-  const scored = tokens.length - Math.ceil(tokens.length / window);
+  return results.map((logprobs) => summary(logprobs, window));
+}
+
+function summary(logprobs: Float64Array, window: number): Score {
+  const scored = logprobs.length - Math.ceil(logprobs.length / window);
   let sum = 0;
   for (const value of logprobs) if (!Number.isNaN(value)) sum += value;
   const meanLogprob = sum / scored;
@@ -83,27 +99,39 @@ function check(tokens: Int32Array, model: Model, window: number): void {
   }
 }
 
-/** Windows of one length that run together: tokens [from, from + rows * length). */
+/** Windows of one text and one length that run together. */
 interface Batch {
+  /** Where they begin in their text. */
   readonly from: number;
   readonly rows: number;
   readonly length: number;
+  /** [rows, length] */
+  readonly tokens: Int32Array;
+  /** Their part of the result. */
+  readonly logprobs: Float64Array;
 }
 
-function plan(open: OpenModel, env: JobEnv, count: number, window: number, options: ScoreOptions): Batch[][] {
-  const perBatch = Math.max(1, Math.floor((env.device.kind === 'cpu' ? 4096 : 16384) / window));
-  const all: Batch[] = [];
-  const full = Math.floor(count / window);
-  for (let w = 0; w < full; w += perBatch) {
-    all.push({ from: w * window, rows: Math.min(perBatch, full - w), length: window });
-  }
-  if (count % window > 0) all.push({ from: full * window, rows: 1, length: count % window });
+function cut(tokens: Int32Array, logprobs: Float64Array, window: number, { device }: JobEnv): Batch[] {
+  const perBatch = Math.max(1, Math.floor((device.kind === 'cpu' ? 4096 : 16384) / window));
+  const full = Math.floor(tokens.length / window);
+  const batch = (from: number, rows: number, length: number): Batch => {
+    const end = from + rows * length;
+    return { from, rows, length, tokens: tokens.subarray(from, end), logprobs: logprobs.subarray(from, end) };
+  };
+  const batches: Batch[] = [];
+  for (let w = 0; w < full; w += perBatch) batches.push(batch(w * window, Math.min(perBatch, full - w), window));
+  const rest = tokens.length % window;
+  if (rest > 0) batches.push(batch(full * window, 1, rest));
+  return batches;
+}
 
+/** Batches whose states are held at once. */
+function plan(open: OpenModel, env: JobEnv, all: readonly Batch[], options: ScoreOptions): Batch[][] {
   const { memory } = env.device.info() as { memory?: { free?: number } };
   const limit = env.device.memory().limit;
   const free = Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
   const budget = options.stateBytes ?? free / 4;
-  const bytes = (b: Batch) => b.rows * b.length * open.model.stateWidth * dtypeSize(options.dtype ?? 'f32');
+  const bytes = ({ tokens }: Batch) => tokens.length * open.model.stateWidth * dtypeSize(options.dtype ?? 'f32');
   const passes: Batch[][] = [];
   let used = Infinity;
   for (const batch of all) {
@@ -121,15 +149,14 @@ async function embed(
   reader: WeightReader,
   { device }: JobEnv,
   model: Model,
-  tokens: Int32Array,
   batches: readonly Batch[],
   held: Scope,
 ): Promise<Tensor[]> {
   using scope = new Scope(device);
   const weights = await reader.outer(scope, 'embedding');
-  return batches.map(({ from, rows, length }) => {
+  return batches.map(({ rows, length, tokens }) => {
     using inner = new Scope(device);
-    const ids = inner.from('i32', [rows, length], tokens.subarray(from, from + rows * length));
+    const ids = inner.from('i32', [rows, length], tokens);
     return inner.move(model.embed(ids, forwardContext(inner, model, weights, rows, length)), held);
   });
 }
@@ -139,17 +166,15 @@ async function advance(
   { device }: JobEnv,
   model: Model,
   block: Block,
-  tokens: Int32Array,
   batches: readonly Batch[],
   states: readonly Tensor[],
   held: Scope,
 ): Promise<Tensor[]> {
   using scope = new Scope(device);
   const weights = await reader.block(model.blocks.indexOf(block), scope);
-  return batches.map(({ from, rows, length }, b) => {
+  return batches.map(({ rows, length, tokens }, b) => {
     using inner = new Scope(device);
-    const own = tokens.subarray(from, from + rows * length);
-    const ctx = forwardContext(inner, model, weights, rows, length, { tokens: own });
+    const ctx = forwardContext(inner, model, weights, rows, length, { tokens });
     const next = inner.move(run(block.forward(states[b]!, ctx), ctx), held);
     held.free(states[b]!);
     return next;
@@ -164,18 +189,16 @@ async function readLogprobs(
   reader: WeightReader,
   { device }: JobEnv,
   model: Model,
-  tokens: Int32Array,
   batches: readonly Batch[],
   states: readonly Tensor[],
-  logprobs: Float64Array,
 ): Promise<void> {
   using scope = new Scope(device);
   const weights = await reader.outer(scope, 'head');
   const chunk = logitRows(model.vocab, device.kind);
-  for (const [b, { from, rows, length }] of batches.entries()) {
-    const count = rows * length;
+  for (const [b, { from, length, tokens, logprobs }] of batches.entries()) {
+    const count = tokens.length;
     const targets = new Int32Array(count);
-    for (let t = 0; t < count; t++) targets[t] = (t + 1) % length === 0 ? -1 : tokens[from + t + 1]!;
+    for (let t = 0; t < count; t++) targets[t] = (t + 1) % length === 0 ? -1 : tokens[t + 1]!;
     for (let t = 0; t < count; t += chunk) {
       using inner = new Scope(device);
       const end = Math.min(t + chunk, count);
@@ -184,10 +207,10 @@ async function readLogprobs(
       const loss = crossEntropy(inner, logits, inner.from('i32', [end - t], targets.subarray(t, end)));
       const values = await loss.float32();
       values.forEach((value, i) => {
-        if (targets[t + i]! >= 0) logprobs[from + t + i + 1] = finite(-value, from + t + i + 1);
+        if (targets[t + i]! >= 0) logprobs[t + i + 1] = finite(-value, from + t + i + 1);
       });
     }
-    for (let row = 0; row < rows; row++) logprobs[from + row * length] = Number.NaN;
+    for (let t = 0; t < count; t += length) logprobs[t] = Number.NaN;
   }
 }
 

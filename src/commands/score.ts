@@ -13,7 +13,10 @@ export const command = defineCommand({
     'so that the first token of each has no log-probability. One block of weights is in memory at a time.',
   arguments: { input: { ...input, value: 'model' } },
   options: {
-    text: list({ value: 'file', help: 'The text, UTF-8; several are scored one by one.' }),
+    text: list({
+      value: 'file',
+      help: 'The text, UTF-8; several are scored each on its own, in one pass over the weights.',
+    }),
     window: integer({ min: 2, defaultNote: "the model's context", help: 'Tokens of one sequence.' }),
     maxTokens: integer({ min: 2, help: 'Only the beginning of each text.' }),
     special: flag({ default: true, help: 'Put the tokens around a text that the tokenizer asks for (BOS).' }),
@@ -32,27 +35,29 @@ export const command = defineCommand({
   async run(given, io) {
     if (given.text.length === 0) throw badUsage('--text <file> is missing');
     const { openModel } = await import('../arch/open.js');
-    const { score } = await import('../arch/score.js');
+    const { scoreAll } = await import('../arch/score.js');
     const texts = await Promise.all(given.text.map((path) => readText(path, 'the text')));
     const open = await openModel(given.input, { config: given.config });
     try {
       for (const note of open.notes) io.log.info(note);
       const tokenizer = await open.tokenizer();
       using env = await openEnvironment(given, io);
+      const ids = await Promise.all(
+        texts.map(async (text) =>
+          (await tokenizer.encode(text, { special: given.special })).subarray(0, given.maxTokens),
+        ),
+      );
+      const started = performance.now();
+      const options = { dtype: given.dtype, ...(given.window !== undefined && { window: given.window }) };
+      const scores = await scoreAll(open, env, ids, options);
+      const tokens = ids.reduce((n, { length }) => n + length, 0);
+      io.log.info(`${count(tokens)} tokens in ${duration((performance.now() - started) / 1000)}`);
       const results = [];
       let [sum, scored] = [0, 0];
-      for (const [i, text] of texts.entries()) {
-        const all = await tokenizer.encode(text, { special: given.special });
-        const ids = given.maxTokens === undefined ? all : all.subarray(0, given.maxTokens);
-        const started = performance.now();
-        const options = { dtype: given.dtype, ...(given.window !== undefined && { window: given.window }) };
-        const { logprobs, ...numbers } = await score(open, env, ids, options);
-        io.log.info(
-          `${given.text[i]}: ${count(ids.length)} tokens in ${duration((performance.now() - started) / 1000)}`,
-        );
+      for (const [i, { logprobs, ...numbers }] of scores.entries()) {
         sum += numbers.meanLogprob * numbers.scored;
         scored += numbers.scored;
-        results.push({ file: given.text[i]!, ...numbers, tokens: await spelled(tokenizer, ids, logprobs) });
+        results.push({ file: given.text[i]!, ...numbers, tokens: await spelled(tokenizer, ids[i]!, logprobs) });
       }
       const perplexity = Math.exp(-sum / scored);
       const rows = results.map((r) => [r.file, `${count(r.tokens.length)} tokens`, `perplexity ${r.perplexity.toFixed(4)}`, `${r.meanLogprob.toFixed(5)} nats a token`]); // prettier-ignore
@@ -63,7 +68,7 @@ export const command = defineCommand({
           perplexity,
           meanLogprob: sum / scored,
           scored,
-          tokens: results.reduce((n, { tokens }) => n + tokens.length, 0),
+          tokens,
           logprobs: results.flatMap(({ tokens }) => tokens.map(({ logprob }) => logprob)),
           texts: results,
         },

@@ -1,6 +1,7 @@
-import { describe, expect, test } from 'vitest';
+import { describe, expect, test, vi } from 'vitest';
 import { openModel } from '../../src/arch/open.js';
-import { score } from '../../src/arch/score.js';
+import { score, scoreAll } from '../../src/arch/score.js';
+import { WeightReader } from '../../src/arch/weights.js';
 import { badInputMessage } from '../support/refusal.js';
 import { expected, fixture, relativeError, testEnv, trainedModel } from './support.js';
 
@@ -55,6 +56,19 @@ test('bf16 is near fp32; only one block is resident; nothing is left behind', as
   const block = open.model.blocks[0]!.tensors.reduce((n, t) => n + t.shape.reduce((a, b) => a * b, 1) * 2, 0);
   // Never the whole model: the embedding is larger than a block here, and logits are made in pieces.
   expect(env.device.memory().peak).toBeLessThan(embedding + block + 8 * 2 ** 20);
+  await open.close();
+});
+
+test('of several texts each block is read once, and each text scores as on its own', async () => {
+  const open = await openModel(fixture('v1.0', 'v1.0_checkpoint.bin'));
+  const tokens = expected(fixture('arch', 'dense-6m.expected.safetensors')).tokens!.i32;
+  const texts = [tokens, tokens.subarray(3, 30), tokens.subarray(10, 12)];
+  const alone = [];
+  for (const text of texts) alone.push(await score(open, env, text, { window: 24 }));
+  const reads = vi.spyOn(WeightReader.prototype, 'block');
+  expect(await scoreAll(open, env, texts, { window: 24 })).toEqual(alone);
+  expect(reads.mock.calls.map(([block]) => block)).toEqual([...open.model.blocks.keys()]);
+  reads.mockRestore();
   await open.close();
 });
 

@@ -1,6 +1,6 @@
 import { createHash } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
-import { score } from '../../arch/score.js';
+import { scoreAll } from '../../arch/score.js';
 import { TensorLoader } from '../../arch/load.js';
 import { openModel, type OpenModel } from '../../arch/open.js';
 import { vocabularyTensors, withVocabulary, type IdOf, type VocabularyTensor } from '../../arch/vocabulary.js';
@@ -235,10 +235,12 @@ async function generationConfig(path: string, sizes: { from: number; to: number 
 /** Errors: input, probabilities that are no numbers. */
 async function predict(open: OpenModel, tokenizer: Tokenizer, { texts, maxTokens }: RemapOptions, env: JobEnv): Promise<Prediction> {
   let [nats, scored, bytes, tokens] = [0, 0, 0, 0];
-  for (const { text } of texts) {
-    const ids = (await tokenizer.encode(text, { special: true })).subarray(0, maxTokens);
-    const { logprobs, scored: own, meanLogprob } = await score(open, env, ids);
-    const judged = ids.filter((_, i) => !Number.isNaN(logprobs[i]!));
+  const inputs = await Promise.all(
+    texts.map(async ({ text }) => (await tokenizer.encode(text, { special: true })).subarray(0, maxTokens)),
+  );
+  for (const [i, { logprobs, scored: own, meanLogprob }] of (await scoreAll(open, env, inputs)).entries()) {
+    const ids = inputs[i]!;
+    const judged = ids.filter((_, t) => !Number.isNaN(logprobs[t]!));
     nats -= meanLogprob * own;
     bytes += Buffer.byteLength(await tokenizer.decode(judged));
     [scored, tokens] = [scored + own, tokens + ids.length];
