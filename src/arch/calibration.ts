@@ -11,7 +11,10 @@ import { sampleTokens } from './sample.js';
 import { openSources, type Piece, type TextSource } from './text-sources.js';
 
 export interface CalibrationOptions {
-  /** Text files (.txt: one document; .jsonl: {"text"} a line), the small set that comes with the tool, or the model. */
+  /**
+   * Text files (.txt: one document; .jsonl: {"text"} a line), the small set that comes with the tool, or the model;
+   * `self` among files: the model writes what they do not hold.
+   */
   readonly source: readonly string[] | 'default' | 'self';
   readonly samples: number;
   readonly seqLen: number;
@@ -63,18 +66,44 @@ export async function calibrationTokens(
       expected: `at most ${open.model.context}`,
     });
   }
-  if (source === 'self') {
+  const self = source === 'self' || source.includes('self');
+  const files = source === 'default' ? await defaultFiles() : source === 'self' ? [] : source.filter((path) => path !== 'self'); // prettier-ignore
+  if (files.length === 0) {
+    if (!self) throw badUsage('No calibration file given', { hint: 'Name one: --calibration text.txt' });
     if (bpeDropout > 0) throw badUsage('--bpe-dropout respells text from files', { got: '--calibration self' });
-    const tokens = await sampleTokens(open, { samples, seqLen, seed }, env);
-    return finish([{ name: `the model itself (seed ${seed})`, windows: rowsOf(tokens, seqLen) }], seqLen, samples, []);
+    return finish([await written(open, samples, options, env)], seqLen, samples, []);
   }
-  const files = source === 'default' ? await defaultFiles() : source;
-  if (files.length === 0) throw badUsage('No calibration file given', { hint: 'Name one: --calibration text.txt' });
   const texts = await openSources(files);
   const packer = await Packer.make(await open.tokenizer(), seqLen, seed, bpeDropout);
-  const set = await gather(texts, packer, samples, seqLen);
-  requireIds(set.tokens, open);
-  return set;
+  const { parts, rest } = await gather(texts, packer, samples);
+  parts.forEach(({ windows }) => windows.forEach((window) => requireIds(window, open)));
+  const total = parts.reduce((sum, { windows }) => sum + windows.length, 0);
+  if (self && total < samples) {
+    return finish([...parts, await written(open, samples - total, options, env)], seqLen, samples, []);
+  }
+  if (total === 0) {
+    requireIds(rest, open);
+    return shorter(rest, parts, samples, seqLen);
+  }
+  const notices =
+    total < samples
+      ? [
+          `The calibration text holds ${total} windows of ${seqLen} tokens (${total * seqLen} tokens in all), ${samples} were asked for: ` +
+            `going on with ${total}. More text (--calibration file.txt), or text from the model itself (--calibration self), gives a better result.`,
+        ]
+      : [];
+  return finish(parts, seqLen, total, notices);
+}
+
+/** Text from the model itself. */
+async function written(
+  open: OpenModel,
+  samples: number,
+  { seqLen, seed }: CalibrationOptions,
+  env: JobEnv,
+): Promise<Share> {
+  const tokens = await sampleTokens(open, { samples, seqLen, seed }, env);
+  return { name: `the model itself (seed ${seed})`, windows: rowsOf(tokens, seqLen) };
 }
 
 /** Errors: input, an id without a row in the embedding. A GPU would read what lies behind it. */
@@ -102,12 +131,12 @@ interface Share {
   readonly windows: readonly Int32Array[];
 }
 
+/** At most `samples` windows, and the tokens at the end that fill none. */
 async function gather(
   texts: readonly TextSource[],
   packer: Packer,
   samples: number,
-  seqLen: number,
-): Promise<CalibrationSet> {
+): Promise<{ parts: readonly Share[]; rest: Int32Array }> {
   // A source that cannot fill its share is `dry`; what it misses is spread over the others, again and again.
   const dry = new Map<TextSource, { windows: readonly Int32Array[]; rest: Int32Array }>();
   let shares = new Map<TextSource, readonly Int32Array[]>();
@@ -133,22 +162,10 @@ async function gather(
     windows: shares.get(text) ?? dry.get(text)?.windows ?? [],
   }));
   const had = parts.reduce((sum, { windows }) => sum + windows.length, 0);
-  if (had < samples) {
-    const rest = packer.packTails([...dry.values()].map(({ rest }) => rest));
-    if (rest.windows.length > 0)
-      parts.push({ name: 'ends of the above', windows: rest.windows.slice(0, samples - had) });
-    const total = parts.reduce((sum, { windows }) => sum + windows.length, 0);
-    if (total === 0) return shorter(rest.rest, parts, samples, seqLen);
-  }
-  const notices: string[] = [];
-  const total = parts.reduce((sum, { windows }) => sum + windows.length, 0);
-  if (total < samples) {
-    notices.push(
-      `The calibration text holds ${total} windows of ${seqLen} tokens (${total * seqLen} tokens in all), ${samples} were asked for: ` +
-        `going on with ${total}. More text (--calibration file.txt), or text from the model itself (--calibration self), gives a better result.`,
-    );
-  }
-  return finish(parts, seqLen, total, notices);
+  if (had >= samples) return { parts, rest: new Int32Array() };
+  const ends = packer.packTails([...dry.values()].map(({ rest }) => rest));
+  if (ends.windows.length > 0) parts.push({ name: 'ends of the above', windows: ends.windows.slice(0, samples - had) });
+  return { parts, rest: ends.rest };
 }
 
 /** Less text than one window: one shorter window. */
@@ -166,16 +183,14 @@ function shorter(rest: Int32Array, parts: readonly Share[], samples: number, seq
 export const hashOfTokens = ({ buffer, byteOffset, byteLength }: Int32Array, n: number, seqLen: number): string =>
   createHash('sha256').update(`${n} x ${seqLen}\n`).update(new Uint8Array(buffer, byteOffset, byteLength)).digest('hex'); // prettier-ignore
 
-/** Windows of the sources one after another in turn, so that any batch is mixed. */
+/** Windows of the sources in turn, each as often as its share, so that any part of the set is mixed as the whole is. */
 function finish(parts: readonly Share[], seqLen: number, n: number, notices: readonly string[]): CalibrationSet {
   const tokens = new Int32Array(n * seqLen);
-  let row = 0;
-  for (let i = 0; row < n; i++) {
-    for (const { windows } of parts) {
-      const window = windows[i];
-      if (window) tokens.set(window, seqLen * row++);
-    }
-  }
+  const order = parts.flatMap(({ windows }) =>
+    windows.map((window, i) => ({ window, at: (i + 0.5) / windows.length })),
+  );
+  order.sort((a, b) => a.at - b.at); // stable: at one place in the order of the sources
+  order.forEach(({ window }, row) => tokens.set(window, seqLen * row));
   const hash = hashOfTokens(tokens, n, seqLen);
   const used = parts.filter(({ windows }) => windows.length > 0);
   const from = used.map(({ name, windows }) => `${name} ${windows.length}`).join(', ');

@@ -3,6 +3,7 @@ import { Random } from '../base/rng.js';
 import type { JobEnv } from '../backend/env.js';
 import { generate } from './generate.js';
 import type { OpenModel } from './open.js';
+import type { Model } from './types.js';
 import { ResidentModel } from './resident.js';
 
 export interface SampleOptions {
@@ -11,8 +12,11 @@ export interface SampleOptions {
   readonly seed: number;
 }
 
-/** Sequences drawn side by side: bounds the keys and values that are held. */
-const together = 32;
+/** Sequences drawn side by side; on a GPU as many as have keys and values of at most 2 GiB. */
+function together({ blocks, hidden }: Model, seqLen: number, { device }: JobEnv): number {
+  if (device.kind === 'cpu') return 32;
+  return Math.min(256, Math.max(32, Math.floor(2 ** 31 / (4 * blocks.length * hidden * seqLen))));
+}
 
 /**
  * Text from the model itself (Liu et al. 2023, LLM-QAT): [samples, seqLen] tokens, each sequence from BOS on (from a
@@ -31,8 +35,9 @@ export async function sampleTokens(
   const first = Array.from({ length: samples }, () => Int32Array.of(start()));
   if (seqLen === 1) return Int32Array.from(first, (prompt) => prompt[0]!);
   using resident = await load(open, env);
-  for (let from = 0; from < samples; from += together) {
-    const prompts = first.slice(from, from + together);
+  const many = together(model, seqLen, env);
+  for (let from = 0; from < samples; from += many) {
+    const prompts = first.slice(from, from + many);
     const drawn = await generate(resident, env, prompts, {
       maxNewTokens: seqLen - 1,
       stopIds: [],
@@ -43,7 +48,7 @@ export async function sampleTokens(
       tokens.set(prompts[i]!, (from + i) * seqLen);
       tokens.set(more, (from + i) * seqLen + 1);
     });
-    const done = Math.min(samples, from + together);
+    const done = Math.min(samples, from + many);
     env.log.progress({ stage: 'sampling calibration text', done, total: samples, detail: `${done * seqLen} tokens` });
   }
   return tokens;

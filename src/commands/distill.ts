@@ -52,7 +52,7 @@ const options = {
   calibration: list({
     value: 'file|self',
     section: text_,
-    help: 'Text to train on: .txt or .jsonl files, or self for text that the teacher writes. Default: a small set that comes with the tool.',
+    help: 'Text to train on: .txt or .jsonl files, self for text that the teacher writes, files and self for what they do not hold. Default: a small set that comes with the tool.',
   }),
   samples: integer({ min: 1, default: 1024, section: text_, help: 'Windows of text; a sixteenth of them judges and is not trained on.' }),
   seqLen: integer({ min: 2, section: text_, defaultNote: '2048, or the context of the model', help: 'Tokens a window.' }),
@@ -114,7 +114,7 @@ function jobOptions(given: Given, io: Io): DistillOptions {
   if (given.tokens !== undefined && given.epochs !== undefined) {
     throw badUsage('--tokens and --epochs both say how long to train', { expected: 'one of them' });
   }
-  const source = calibration.includes('self') ? 'self' : calibration.length > 0 ? calibration : 'default';
+  const source = calibration.length > 0 ? calibration : 'default';
   const optional = <K extends string, V>(key: K, value: V | undefined) =>
     (value === undefined ? {} : { [key]: value }) as { readonly [k in K]?: V };
   return {

@@ -108,7 +108,7 @@ const options = {
   calibration: list({
     value: 'file|self',
     section: calibrationSection,
-    help: 'Text to decide on: .txt or .jsonl files, or self for text that the model writes. Default: a small set that comes with the tool.',
+    help: 'Text to decide on: .txt or .jsonl files, self for text that the model writes, files and self for what they do not hold. Default: a small set that comes with the tool.',
   }),
   samples: integer({ min: 1, default: 64, section: calibrationSection, help: 'Windows of text.' }),
   seqLen: integer({
@@ -292,7 +292,7 @@ function commonOptions(given: Given, io: Io): JobOptions {
     version: string;
   };
   const { calibration } = given;
-  const source = calibration.includes('self') ? 'self' : calibration.length > 0 ? calibration : 'default';
+  const source = calibration.length > 0 ? calibration : 'default';
   return {
     input: given.input,
     out: given.out,

@@ -29,7 +29,7 @@ const options = {
     min: 0,
     max: 1e6,
     section: training,
-    defaultNote: '2 / steps, at most 0.02',
+    defaultNote: '0.01, at most 10 / steps',
     help: 'Learning rate block by block, in rounding cells: how far a weight moves a step.',
   }),
   warmup: number({ min: 0, max: 1, default: 0.05, section: training, help: 'Share of the steps over which the learning rate rises; it falls by a cosine.' }),
@@ -54,15 +54,16 @@ const options = {
     help: 'Then train the whole model against its teacher: scales alone, low-rank additions to the weights, or all quantized weights.',
   }),
   endToEndEpochs: integer({ min: 1, max: 1000, section: whole, defaultNote: 'as --epochs, at least 1', help: 'Rounds through the text.' }),
-  endToEndLr: number({ min: 0, max: 1e6, section: whole, defaultNote: '2 / steps, at most 0.02; 0.0001 without fake quantization', help: 'Learning rate, in rounding cells; absolute without fake quantization.' }),
+  endToEndLr: number({ min: 0, max: 1e6, section: whole, defaultNote: '0.01, at most 10 / steps; 0.0001 without fake quantization', help: 'Learning rate, in rounding cells; absolute without fake quantization.' }),
   maxSteps: integer({ min: 1, section: whole, help: 'End after this many steps.' }),
   klWeight: number({ min: 0, max: 1e6, section: whole, defaultNote: '1; 0 without fake quantization', help: 'Weight of the divergence from the teacher’s predictions.' }),
+  hiddenWeight: number({ min: 0, max: 1e6, section: whole, defaultNote: '5; 0 without fake quantization', help: 'Weight of the relative error of hidden states behind each layer.' }),
   ceWeight: number({ min: 0, max: 1e6, section: whole, defaultNote: '0; 1 without fake quantization', help: 'Weight of cross-entropy with the text.' }),
   rank: integer({ min: 1, max: 4096, default: 16, section: whole, help: 'Rank of the additions of --end-to-end lora.' }),
   calibration: list({
     value: 'file|self',
     section: text_,
-    help: 'Text to train on: .txt or .jsonl files, or self for text that the model writes. Default: a small set that comes with the tool.',
+    help: 'Text to train on: .txt or .jsonl files, self for text that the model writes, files and self for what they do not hold. Default: a small set that comes with the tool.',
   }),
   samples: integer({ min: 1, default: 128, section: text_, help: 'Windows of text; a sixteenth of them judges and is not trained on.' }),
   seqLen: integer({ min: 2, section: text_, defaultNote: '2048, or the context of the model', help: 'Tokens a window.' }),
@@ -106,7 +107,7 @@ function jobOptions(given: Given, io: Io): QatOptions {
     version: string;
   };
   const { calibration, fakeQuant } = given;
-  const source = calibration.includes('self') ? 'self' : calibration.length > 0 ? calibration : 'default';
+  const source = calibration.length > 0 ? calibration : 'default';
   const optional = <K extends string, V>(key: K, value: V | undefined) =>
     (value === undefined ? {} : { [key]: value }) as { readonly [k in K]?: V };
   return {
@@ -130,6 +131,7 @@ function jobOptions(given: Given, io: Io): QatOptions {
     ...optional('endToEndLr', given.endToEndLr),
     ...{ gradClip: given.gradClip, weightDecay: given.weightDecay, cleanInputs: given.cleanInputs, rank: given.rank },
     kl: given.klWeight ?? (fakeQuant ? 1 : 0),
+    hidden: given.hiddenWeight ?? (fakeQuant ? 5 : 0),
     crossEntropy: given.ceWeight ?? (fakeQuant ? 0 : 1),
     failOnAlarm: given.failOnGradientAlarm,
     ...{ seed: given.seed, shardSize: given.shardSize },

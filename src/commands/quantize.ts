@@ -73,7 +73,7 @@ export const quantizeOptions = {
   calibration: list({
     value: 'file|self',
     section: calibrationSection,
-    help: 'Text to calibrate on: .txt or .jsonl files, or self for text that the model writes. Default: a small set that comes with the tool.',
+    help: 'Text to calibrate on: .txt or .jsonl files, self for text that the model writes, files and self for what they do not hold. Default: a small set that comes with the tool.',
   }),
   samples: integer({ min: 1, default: 128, section: calibrationSection, help: 'Windows of text.' }),
   seqLen: integer({
@@ -154,17 +154,13 @@ export async function quantizeJob(given: QuantizeValues, io: Io): Promise<Quanti
     version: string;
   };
   const overrides = await overridesOf(given.override);
-  const self = given.calibration.includes('self');
   const wanted =
     given.format.includes('imatrix') ||
     given.method !== 'rtn' ||
     given.targetBpw !== undefined ||
     given.calibration.length > 0;
-  if (self && given.calibration.length > 1) {
-    throw badUsage('--calibration self does not go together with files', { got: given.calibration.join(', ') });
-  }
   requireLearnedRounding(given);
-  const source = self ? 'self' : given.calibration.length > 0 ? given.calibration : 'default';
+  const source = given.calibration.length > 0 ? given.calibration : 'default';
   return {
     input: given.input,
     out: given.out,

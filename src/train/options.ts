@@ -38,6 +38,7 @@ export interface QatOptions {
   /** Of the whole model's losses. */
   readonly crossEntropy: number;
   readonly kl: number;
+  readonly hidden: number;
   readonly rank: number;
   /** Probability that a block's training sequence comes from the full-precision model's states. */
   readonly cleanInputs: number;

@@ -34,13 +34,15 @@ import { StudentReader } from './student.js';
 
 const stage = 'qat end to end';
 /** Relative to a weight's learning rate, which is in rounding cells. */
-const rates: Rates = { weights: 1, scales: 0.1, lora: 1 };
+/** Where weights learn too, scales learn slowly: they would move all weights of a group at once (docs/training.md). */
+const rates: Rates = { weights: 1, scales: 0.03, lora: 1 };
+const ratesOf = ({ endToEnd }: QatOptions): Rates => (endToEnd === 'scales' ? { ...rates, scales: 0.1 } : rates);
 
 /**
- * Rounding cells a step: what lets a weight that is always pushed one way travel one cell under the cosine, which halves
- * the way. Many at once must not flip at random, so few steps do not make it larger than a fiftieth.
+ * Rounding cells a step: a hundredth, and in long runs what lets a weight that is always pushed one way travel five cells
+ * under the cosine, which halves the way (docs/training.md).
  */
-const defaultRate = (steps: number): number => Math.min(0.02, 2 / Math.max(1, steps));
+const defaultRate = (steps: number): number => Math.min(0.01, 10 / steps);
 
 /** Everything that the phases share. */
 interface Run {
@@ -139,14 +141,14 @@ function fingerprint(
   from: string | null,
 ): Record<string, Json> {
   const { groupSize, fakeQuant, epochs, endToEnd, endToEndEpochs, batch, lr = null, endToEndLr = null, warmup } = options; // prettier-ignore
-  const { weightDecay, gradClip, crossEntropy, kl, rank, cleanInputs, seed } = options;
+  const { weightDecay, gradClip, crossEntropy, kl, hidden, rank, cleanInputs, seed } = options;
   return {
     command: 'qat',
     tool: options.tool.version,
     input: teacher.checkpoint.fingerprint,
     recipe: {
       ...{ groupSize, fakeQuant, epochs, endToEnd, endToEndEpochs, batch, lr, endToEndLr, warmup, weightDecay },
-      ...{ gradClip, crossEntropy, kl, rank, cleanInputs, seed },
+      ...{ gradClip, crossEntropy, kl, hidden, rank, cleanInputs, seed },
       ...{ maxSteps: options.maxSteps ?? null, from },
     },
     calibration: { text: set.hash, description: set.description },
@@ -273,15 +275,17 @@ async function weightsOf(run: Run, scope: Scope) {
     }
     using work = new Scope(device);
     const codes = await codesNow(run, block.index, options.endToEnd === 'scales' ? scope : work);
-    blocks.push(await student.quantized(block, scope, learnedOf(options), rates, codes));
+    blocks.push(await student.quantized(block, scope, learnedOf(options), ratesOf(options), codes));
     await device.sync();
   }
-  const teacher = options.kl > 0 && (await loadTeacher(run.teacher, { ...run.env, device }, run.dtype, scope));
+  const teacher =
+    options.kl + options.hidden > 0 && (await loadTeacher(run.teacher, { ...run.env, device }, run.dtype, scope));
   return { device, outer, blocks, ...(teacher && { teacher }) };
 }
 
 async function endToEnd(run: Run, watch: AlarmWatch): Promise<EndToEndOutcome> {
   const { options, env, job, student, dtype, set, held, adam, resumeHint } = run;
+  const { crossEntropy, kl, hidden } = options;
   const known = job.data(stage);
   if (known !== undefined) return known as unknown as EndToEndOutcome;
   const { model } = student.open;
@@ -297,7 +301,9 @@ async function endToEnd(run: Run, watch: AlarmWatch): Promise<EndToEndOutcome> {
   const microBatch = microBatchOf(env, set, options.batch);
   using training = new EndToEnd({
     ...{ env, stage, model, job, resumeHint, held, microBatch, adam, ...first, replicas: others.all },
-    loss: { crossEntropy: options.crossEntropy, kl: options.kl, hidden: 0 },
+    loss: { crossEntropy, kl, hidden },
+    ...(hidden > 0 && { hiddenOf: model.blocks.map(({ index }) => index) }),
+    byPredictions: crossEntropy + kl > 0,
     recompute: mustRecompute(env, model, dtype, microBatch * set.seqLen),
     ...{ tokens: set.tokens, n: set.n, length: set.seqLen },
     ...{ epochs: options.endToEndEpochs, batch: options.batch, warmup: options.warmup },

@@ -103,7 +103,6 @@ describe('quantize refuses', () => {
     ['windows longer than the context', [v1, '-o', out('x'), '--seq-len', '100000'], 2, /--seq-len/],
     ['text that is not there', [v1, '-o', out('x'), '--calibration', 'nowhere.txt'], 1, /nowhere\.txt/],
     ['settings of learned rounding with another method', [v1, '-o', out('x'), '--rounding-steps', '9'], 2, /--rounding-steps goes with --method autoround/],
-    ['self beside files', [v1, '-o', out('x'), '--calibration', 'self', '--calibration', 'a.txt'], 2, /self/],
     ['a model that is not there', [out('nowhere'), '-o', out('x')], 1, /nowhere/],
   ]; // prettier-ignore
   for (const [what, args, code, message] of refused) {

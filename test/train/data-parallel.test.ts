@@ -136,7 +136,7 @@ describe('qat of a whole model on several devices', () => {
   const options = (name: string, more: Partial<QatOptions> = {}): QatOptions => ({
     ...{ input, tool, out: join(folder, `qat-${name}`), groupSize: 32, fakeQuant: true, calibration: text },
     ...{ epochs: 0, endToEnd: 'full', endToEndEpochs: 2, batch: 6, endToEndLr: 0.02, warmup: 0.1, weightDecay: 0 },
-    ...{ gradClip: 1, crossEntropy: 0.5, kl: 1, rank: 4, cleanInputs: 0.25, failOnAlarm: false, seed: 0 },
+    ...{ gradClip: 1, crossEntropy: 0.5, kl: 1, hidden: 1, rank: 4, cleanInputs: 0.25, failOnAlarm: false, seed: 0 },
     commandLine: 'deepseek-convert qat',
     ...more,
   });
@@ -145,7 +145,7 @@ describe('qat of a whole model on several devices', () => {
     ['scales', { endToEnd: 'scales' }],
     ['lora', { endToEnd: 'lora' }],
     ['full', { endToEnd: 'full' }],
-    ['no-fake-quant', { fakeQuant: false, endToEndLr: 1e-3, kl: 0, crossEntropy: 1 }],
+    ['no-fake-quant', { fakeQuant: false, endToEndLr: 1e-3, kl: 0, hidden: 0, crossEntropy: 1 }],
   ] as const)('%s: two follow one', async (name, more) => {
     const one = await runQat(options(name, more), alone);
     const two = await runQat(options(`${name}-two`, more), pair);

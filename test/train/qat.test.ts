@@ -28,7 +28,17 @@ const options = (name: string, more: Partial<QatOptions> = {}): QatOptions => ({
   fakeQuant: true,
   calibration: { source: [fixture('samples.jsonl')], samples: 24, seqLen: 32, seed: 0 },
   ...{ epochs: 1, endToEnd: 'full', endToEndEpochs: 1, batch: 3, lr: 0.05, endToEndLr: 0.05, warmup: 0.1 },
-  ...{ weightDecay: 0, gradClip: 1, crossEntropy: 0, kl: 1, rank: 4, cleanInputs: 0.25, failOnAlarm: false, seed: 0 },
+  ...{
+    weightDecay: 0,
+    gradClip: 1,
+    crossEntropy: 0,
+    kl: 1,
+    hidden: 2,
+    rank: 4,
+    cleanInputs: 0.25,
+    failOnAlarm: false,
+    seed: 0,
+  },
   tool: { name: 'deepseek-convert', version: 'test' },
   commandLine: 'deepseek-convert qat',
   ...more,
@@ -66,6 +76,10 @@ describe('qat of dense-6m', () => {
     expect(steps).toHaveLength(8);
     const kept = judgements.find(({ step }) => step === best)!;
     expect(kept.loss).toBe(Math.min(...judgements.map(({ loss }) => loss)));
+    // Steps count hidden states too; predictions alone judge.
+    for (const { loss, kl, hidden } of steps) expect(loss).toBeCloseTo(kl! + 2 * hidden!, 6);
+    for (const { hidden } of steps) expect(hidden).toBeGreaterThan(0);
+    for (const { loss, kl } of judgements) expect(loss).toBe(kl);
     const page = trainingReport(result);
     expect(page).toMatch(/<svg/);
     expect(page).not.toMatch(/https?:|NaN|Infinity/);

@@ -86,6 +86,29 @@ describe('calibration windows', () => {
     expect(filled.notices).toEqual([]);
   });
 
+  it('hold of every source its share in any part of the set', async () => {
+    const short = file('short.txt', sentence(1).repeat(6));
+    const { tokens, n, description } = await take({ source: [short, long], samples: 40 });
+    const few = Number(/short\.txt (\d+)/.exec(description)![1]);
+    const texts = await Promise.all(Array.from({ length: n }, (_, i) => tokenizer.decode(tokens.subarray(32 * i, 32 * (i + 1))))); // prettier-ignore
+    const at = texts.flatMap((text, i) => (text.includes('number 1 of') && !text.includes('number 2') ? [i] : []));
+    const places = Array.from({ length: few }, (_, i) => ((i + 0.5) * n) / few);
+    for (const place of places) expect(at.some((i) => Math.abs(i - place) <= 1)).toBe(true);
+  });
+
+  it('are written by the model where files hold too little and self stands beside them', async () => {
+    const path = file('few.txt', sentence(1).repeat(10));
+    const alone = await take({ source: [path], samples: 12 });
+    const both = await take({ source: [path, 'self'], samples: 12 });
+    expect(both.n).toBe(12);
+    expect(both.description).toBe(`12 x 32 tokens: few.txt ${alone.n}, the model itself (seed 0) ${12 - alone.n}`);
+    expect(both.notices).toEqual([]);
+    const own = await take({ source: 'self', samples: 12 - alone.n });
+    const rows = (set: typeof own) => new Set(Array.from({ length: set.n }, (_, i) => set.tokens.subarray(32 * i, 32 * (i + 1)).join())); // prettier-ignore
+    expect(rows(both)).toEqual(new Set([...rows(alone), ...rows(own)]));
+    expect((await take({ source: [long, 'self'] })).hash).toBe((await take({ source: [long] })).hash);
+  });
+
   it('treat the kinds of a .jsonl file as sources, and mix them', async () => {
     const lines = Array.from({ length: 60 }, (_, i) => ({
       text: sentence(i).repeat(3),
