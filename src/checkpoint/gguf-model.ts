@@ -2,6 +2,7 @@ import { readFile } from 'node:fs/promises';
 import type { FloatDType } from '../base/dtype.js';
 import { badInput } from '../base/errors.js';
 import { readSpan } from '../base/io.js';
+import { elementType } from '../formats/assembly.js';
 import type { GgufValue } from '../formats/gguf.js';
 import { isJsonObject, parseJson } from '../formats/json.js';
 import type { JsonObject } from '../formats/json.js';
@@ -61,15 +62,10 @@ function readWidened(metadata: ReadonlyMap<string, GgufValue>): Map<string, Floa
 /** Records tensors that become f32 only because GGUF wants them so: the way back then ends with the same bytes. */
 export function recordWidened(metadata: GgufMetadata, tensors: readonly GgufTensor[]): void {
   for (const dtype of ['bf16', 'f16'] as const) {
-    const names = tensors.filter(({ staysF32, entry }) => staysF32 && dtypeOf(entry) === dtype);
+    const names = tensors.filter(({ staysF32, entry }) => staysF32 && elementType(entry) === dtype);
     const value = names.map(({ entry }) => entry.name);
     if (value.length > 0) metadata.set(widenedKey(dtype), { type: 'array', of: 'string', value });
   }
-}
-
-function dtypeOf({ encoding }: TensorEntry): string | undefined {
-  if (encoding.kind === 'assembled') return dtypeOf(encoding.parts[0]!.entry);
-  return encoding.kind === 'plain' ? encoding.dtype : undefined;
 }
 
 /** Llama 3's scaling of rotary frequencies, as the factors that GGUF stores (its parameters are not in the file). */
