@@ -7,8 +7,8 @@ import type { GgufMetadata, GgufFileType } from '../checkpoint/gguf-config.js';
 import type { GgufTensor } from '../checkpoint/gguf-tensors.js';
 import { planKey } from '../checkpoint/types.js';
 import type { Checkpoint, PlannedTensor } from '../checkpoint/types.js';
-import { encodedBytes, encodingName, ggmlBlocks } from '../formats/ggml.js';
-import { kindOfGguf, mixtureType } from '../targets/gguf-mixture.js';
+import { encodedBytes, encodingName } from '../formats/ggml.js';
+import { fittingType, kindOfGguf, mixtureType } from '../targets/gguf-mixture.js';
 import { importanceOf, type Imatrix, type Importance } from '../targets/imatrix.js';
 import type { BlockFormatName } from '../tensor/ops.js';
 import { planTensor } from './convert-tensor.js';
@@ -42,22 +42,22 @@ export async function planGgufOutput(
   const size = (key: string): number => Number(metadata.get(`${metadata.get('general.architecture')!.value as string}.${key}`)?.value ?? 0); // prettier-ignore
   const [layers, experts] = [size('block_count'), size('expert_count')];
   const isMixture = blocks === 'q4_k_s' || blocks === 'q4_k_m';
+  const head = tied ? 'token_embd.weight' : 'output.weight';
   const typeOf = (name: string): BlockFormatName | undefined => {
-    if (!isMixture) return blocks;
+    // The head decides the answers: llama.cpp, too, keeps it at 6 bits or more.
+    if (!isMixture) return name === head && blocks !== undefined && blocks !== 'q8_0' ? 'q6_k' : blocks;
     const layer = Number(/^blk\.(\d+)\./.exec(name)?.[1] ?? 0);
     return mixtureType(blocks, kindOfGguf(name, tied), layer, layers, experts);
   };
   const planned = tensors.map((tensor) => {
-    const plan = planGgufTensor(tensor, dtype, typeOf(tensor.name), tied);
+    const plan = planGgufTensor(tensor, dtype, typeOf(tensor.name));
     if (plan.action !== 'encode' || imatrix === undefined) return plan;
     const stacked = tensor.shape.length === 3 ? tensor.shape[0]! : 1;
     const importance = importanceOf(imatrix, tensor.name, stacked, tensor.shape.at(-1)!);
     return importance === undefined ? plan : { ...plan, importance: tempered(importance) };
   });
-  const wider = planned.filter(
-    ({ action, to }) => blocks !== undefined && !isMixture && action === 'encode' && to !== blocks,
-  );
-  const more = wider.map(({ name, to }) => `${name} is stored as ${to}.`);
+  const more = standIns(planned, typeOf);
+  if (!isMixture && typeOf(head) !== blocks) more.unshift(`${head} is stored as ${typeOf(head)}.`);
   const outputs = [
     ...planned.map(({ output }) => output),
     ...[...computed].map(([name, values]) => ({ name, shape: [values.length], dtype: 'f32' as const })),
@@ -68,6 +68,18 @@ export async function planGgufOutput(
     more.push(`${known} tensors are rounded by the importance matrix.`);
   }
   return { tensors: planned, outputs, notes: [...notes, ...more], gguf: metadata, computed };
+}
+
+/** Which matrices are stored in other types than wanted, because the blocks do not divide their rows. */
+function standIns(planned: readonly PlannedConversion[], wanted: (name: string) => string | undefined): string[] {
+  const byType = new Map<string, string[]>();
+  for (const { name, to } of planned) {
+    if (to !== 'f32' && to !== (wanted(name) ?? to)) byType.set(to, [...(byType.get(to) ?? []), name]);
+  }
+  return [...byType].map(([type, [name, ...more]]) => {
+    const others = more.length === 0 ? '' : ` and ${more.length} more tensors`;
+    return `${name}${others}: stored as ${type}, because blocks of ${wanted(name!)} do not divide the rows.`;
+  });
 }
 
 /**
@@ -97,15 +109,11 @@ function planGgufTensor(
   { name, shape, entry, staysF32 }: GgufTensor,
   dtype: FloatDType | undefined,
   blocks: BlockFormatName | undefined,
-  tied: boolean,
 ): PlannedConversion {
   const stored = { ...entry, name, shape };
   if (staysF32) return planTensor(stored, 'f32');
   if (blocks === undefined) return planTensor(stored, dtype);
-  // The head decides the answers: llama.cpp, too, keeps it at 6 bits or more.
-  const isHead = name === (tied ? 'token_embd.weight' : 'output.weight');
-  const wanted = isHead && blocks !== 'q8_0' ? 'q6_k' : blocks;
-  const type = [wanted, 'q8_0' as const].find((candidate) => shape.at(-1)! % ggmlBlocks[candidate].values === 0);
+  const type = fittingType(shape.at(-1)!, blocks);
   if (type === undefined) return planTensor(stored, 'f16');
   const encoding = { kind: 'ggml', type } as const;
   return {

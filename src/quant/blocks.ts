@@ -1,20 +1,11 @@
 import type { LinearShape } from '../layout/types.js';
 import { blockFormats, type BlockFormatName } from '../tensor/ops.js';
-import type { GgufType } from '../targets/gguf-mixture.js';
+import { fittingType, type GgufType } from '../targets/gguf-mixture.js';
 import type { Bits, Scheme } from './scheme.js';
-
-/** What stands in for a type whose blocks of 256 do not divide a row, as in llama.cpp. */
-const smaller: Partial<Record<BlockFormatName, BlockFormatName>> = {
-  q2_k: 'q4_0',
-  q3_k: 'q4_0',
-  q4_k: 'q5_0',
-  q5_k: 'q5_1',
-  q6_k: 'q8_0',
-};
 
 /** The scheme of a linear of K columns in blocks of `wanted`, or of what fits in its place; undefined: nothing fits. */
 export function blockScheme(k: number, wanted: BlockFormatName): Scheme | undefined {
-  const type = [wanted, smaller[wanted]].find((one) => one !== undefined && k % blockFormats[one].values === 0);
+  const type = fittingType(k, wanted);
   if (type === undefined) return undefined;
   const { group, low, high, minima } = blockFormats[type];
   const bits = Math.log2(high + 1 - low);

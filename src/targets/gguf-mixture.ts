@@ -1,8 +1,21 @@
-import type { BlockFormatName } from '../tensor/ops.js';
+import { blockFormats, type BlockFormatName } from '../tensor/ops.js';
 
 /** Block types that GGUF files are quantized to, from the usual one down. */
 export const ggufTypes = ['q4_k', 'q5_k', 'q6_k', 'q8_0', 'q4_0', 'q3_k', 'q2_k'] as const satisfies BlockFormatName[];
 export type GgufType = (typeof ggufTypes)[number];
+
+/** What stands in for a type whose blocks of 256 do not divide a row (llama-quant.cpp, tensor_type_fallback). */
+const smaller: Partial<Record<BlockFormatName, BlockFormatName>> = {
+  q2_k: 'q4_0',
+  q3_k: 'q4_0',
+  q4_k: 'q5_0',
+  q5_k: 'q5_1',
+  q6_k: 'q8_0',
+};
+
+/** The block type of rows of `columns`: the one that is wanted, or what fits in its place; undefined: nothing fits. */
+export const fittingType = (columns: number, wanted: BlockFormatName): BlockFormatName | undefined =>
+  [wanted, smaller[wanted]].find((type) => type !== undefined && columns % blockFormats[type].values === 0);
 
 /** llama.cpp's mixtures of block types: most tensors in Q4_K, the sensitive ones in more bits. */
 export const mixtures = ['q4_k_s', 'q4_k_m'] as const;
