@@ -38,7 +38,7 @@ export const distillOptions = {
     help: 'Largest learning rate: how far a value moves a step, in parts of the root mean square of its tensor.',
   }),
   distillBatch: integer({ min: 1, max: 4096, default: 8, section, help: 'Windows of text a step.' }),
-  distillHidden: number({ min: 0, max: 1e6, default: 5, section, help: 'Weight of the relative error of hidden states behind each layer; that of the divergence from the dense predictions is 1.' }),
+  distillHidden: number({ min: 0, max: 1e6, default: 20, section, help: 'Weight of the relative error of hidden states behind each layer; that of the divergence from the dense predictions is 1.' }),
   distillRank: integer({ min: 1, max: 4096, default: 16, section, help: 'Rank of the additions of --distill-train lora.' }),
   failOnGradientAlarm: flag({ section, help: 'Stop with exit code 3 when gradients vanish, explode or are not finite.' }),
   trainingReport: text({ value: 'training.html', section, help: 'Write losses and gradient norms as one self-contained HTML file.' }),

@@ -57,7 +57,7 @@ const options = {
   endToEndLr: number({ min: 0, max: 1e6, section: whole, defaultNote: '0.01, at most 10 / steps; 0.0001 without fake quantization', help: 'Learning rate, in rounding cells; absolute without fake quantization.' }),
   maxSteps: integer({ min: 1, section: whole, help: 'End after this many steps.' }),
   klWeight: number({ min: 0, max: 1e6, section: whole, defaultNote: '1; 0 without fake quantization', help: 'Weight of the divergence from the teacher’s predictions.' }),
-  hiddenWeight: number({ min: 0, max: 1e6, section: whole, defaultNote: '5; 0 without fake quantization', help: 'Weight of the relative error of hidden states behind each layer.' }),
+  hiddenWeight: number({ min: 0, max: 1e6, section: whole, defaultNote: '20; 0 without fake quantization', help: 'Weight of the relative error of hidden states behind each layer.' }),
   ceWeight: number({ min: 0, max: 1e6, section: whole, defaultNote: '0; 1 without fake quantization', help: 'Weight of cross-entropy with the text.' }),
   rank: integer({ min: 1, max: 4096, default: 16, section: whole, help: 'Rank of the additions of --end-to-end lora.' }),
   calibration: list({
@@ -131,7 +131,7 @@ function jobOptions(given: Given, io: Io): QatOptions {
     ...optional('endToEndLr', given.endToEndLr),
     ...{ gradClip: given.gradClip, weightDecay: given.weightDecay, cleanInputs: given.cleanInputs, rank: given.rank },
     kl: given.klWeight ?? (fakeQuant ? 1 : 0),
-    hidden: given.hiddenWeight ?? (fakeQuant ? 5 : 0),
+    hidden: given.hiddenWeight ?? (fakeQuant ? 20 : 0),
     crossEntropy: given.ceWeight ?? (fakeQuant ? 0 : 1),
     failOnAlarm: given.failOnGradientAlarm,
     ...{ seed: given.seed, shardSize: given.shardSize },

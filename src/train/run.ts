@@ -35,7 +35,7 @@ import { StudentReader } from './student.js';
 const stage = 'qat end to end';
 /** Relative to a weight's learning rate, which is in rounding cells. */
 /** Where weights learn too, scales learn slowly: they would move all weights of a group at once (docs/training.md). */
-const rates: Rates = { weights: 1, scales: 0.03, lora: 1 };
+const rates: Rates = { weights: 1, scales: 0.01, lora: 1 };
 const ratesOf = ({ endToEnd }: QatOptions): Rates => (endToEnd === 'scales' ? { ...rates, scales: 0.1 } : rates);
 
 /**
