@@ -194,7 +194,7 @@ class Device : public Napi::ObjectWrap<Device> {
   std::deque<std::function<void()>> queue_;
   std::deque<std::function<void()>> io_, io_later_;
   int later_threads_ = 0, later_most_ = 1;  // so many at most work on io_later_, when nothing else waits
-  uint64_t enqueued_ = 0, launched_ = 0;  // task counts
+  uint64_t enqueued_ = 0, launched_ = 0, complete_ = 0;  // task counts
   bool stop_ = false;
   std::string failure_;  // of the first failed op; later ops are skipped until it has been reported
   std::atomic<bool> trace_{false};                  // each op is waited for and timed
@@ -244,13 +244,18 @@ class Device : public Napi::ObjectWrap<Device> {
   }
   // Blocks the calling I/O thread until task `ticket` and all before it are complete. False: the device is closing.
   bool wait_for(uint64_t ticket) {
-    if (ticket == 0) return true;
+    uint64_t launched;
     {
       std::unique_lock lock(mutex_);
       progress_.wait(lock, [&] { return stop_ || launched_ >= ticket; });
       if (stop_) return false;
+      // A fence waits for all that was launched, also behind the ticket: nobody needs a second one.
+      if (complete_ >= ticket) return true;
+      launched = launched_;
     }
-    backend_->fence(context_);
+    const bool good = backend_->fence(context_) == 0;
+    std::lock_guard lock(mutex_);
+    if (good) complete_ = std::max(complete_, launched);
     return true;
   }
   void drain() {

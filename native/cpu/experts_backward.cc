@@ -109,3 +109,48 @@ extern "C" int dc_cpu_route_backward(dc_context* c, const dc_call* call) {
   });
   return 0;
 }
+
+extern "C" int dc_cpu_choice_gradient(dc_context* c, const dc_call* call) {
+  const dc_tensor &ds = call->t[0], &scores = call->t[1], &gains = call->t[2];
+  const int64_t T = scores.dim[0], E = scores.dim[1];
+  const double active = double(call->i[0]), temperature = call->f[0], scale = call->f[1];
+  if (!(active > 0 && active < double(E))) return fail(c, "%g chosen of %ld", active, long(E));
+  // With tau this far below one score its p is active / E: so tau lies that far below something between all scores.
+  const double shift = temperature * std::log(active / (double(E) - active));
+  parallel_for(c, T, row_grain(E * 64), [&](int64_t begin, int64_t end) {
+    std::vector<float> s(static_cast<size_t>(E)), g(static_cast<size_t>(E));
+    std::vector<double> q(static_cast<size_t>(E));
+    for (int64_t t = begin; t < end; t++) {
+      load_strided(s.data(), scores, t * scores.stride[0], scores.stride[1], E);
+      load_strided(g.data(), gains, t * gains.stride[0], gains.stride[1], E);
+      double low = INFINITY, high = -INFINITY, tau = 0;
+      for (const float v : s) low = std::min<double>(low, v), high = std::max<double>(high, v), tau += v;
+      low -= shift, high -= shift, tau = tau / double(E) - shift;
+      auto choose = [&] {  // sum p
+        double sum = 0;
+        for (size_t e = 0; e < size_t(E); e++) {
+          const double p = 1 / (1 + std::exp((tau - s[e]) / temperature));
+          sum += p;
+          q[e] = p * (1 - p);
+        }
+        return sum;
+      };
+      for (int i = 0; i < 60; i++) {
+        const double excess = choose() - active;
+        if (!(std::abs(excess) > 1e-12 * double(E))) break;
+        (excess > 0 ? low : high) = tau;
+        double slope = 0;
+        for (const double v : q) slope += v;
+        const double next = tau + excess * temperature / slope;
+        tau = next > low && next < high ? next : (low + high) / 2;
+      }
+      choose();
+      double weight = 0, mean = 0;
+      for (size_t e = 0; e < size_t(E); e++) weight += q[e], mean += q[e] * g[e];
+      mean /= std::max(weight, 1e-30);
+      for (size_t e = 0; e < size_t(E); e++) g[e] = float(scale / temperature * q[e] * (g[e] - mean));
+      store_strided(ds, t * ds.stride[0], ds.stride[1], g.data(), E);
+    }
+  });
+  return 0;
+}

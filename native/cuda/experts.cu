@@ -1,4 +1,7 @@
 // Mixture of experts: routing, stable sort by expert, weighted combination; their gradients.
+#include <vector>
+
+#include "assign.h"
 #include "cuda.cuh"
 
 namespace dc {
@@ -78,6 +81,47 @@ __global__ void route_tokens(float* w, int32_t* idx, dc_tensor logits, const flo
   }
   const float factor = normalize ? scale / (total + 1e-20f) : scale;
   for (int j = lane; j < k; j += 32) w[t * k + j] *= factor;
+}
+
+// A warp per token, its scores in shared memory. `shift`: how far below a score tau lies where that score's p is active / E.
+__global__ void choice_grad(dc_tensor ds, dc_tensor s, dc_tensor c, float active, float temperature, float shift, float scale, int64_t tokens, int E) {
+  extern __shared__ float memory[];
+  const int lane = threadIdx.x & 31;
+  const int64_t t = blockIdx.x * int64_t(blockDim.x / 32) + (threadIdx.x >> 5);
+  if (t >= tokens) return;
+  float* score = memory + (threadIdx.x >> 5) * E;
+  float low = INFINITY, high = -INFINITY, sum = 0;
+  for (int e = lane; e < E; e += 32) {
+    const float v = score[e] = load(s.data, s.dtype, t * s.stride[0] + e * s.stride[1]);
+    low = fminf(low, v), high = fmaxf(high, v), sum += v;
+  }
+  low = -warp_max(-low) - shift, high = warp_max(high) - shift;
+  const float rate = 1.f / temperature;
+  float tau = warp_sum(sum) / float(E) - shift;
+  auto chosen = [&](int e) { return 1.f / (1.f + expf((tau - score[e]) * rate)); };
+  // Newton's steps within what brackets tau, the last one from where it squares an error that is small already.
+  for (int i = 0; i < 40; i++) {
+    float p = 0, slope = 0;
+    for (int e = lane; e < E; e += 32) {
+      const float x = chosen(e);
+      p += x, slope += x * (1.f - x);
+    }
+    const float excess = warp_sum(p) - active;
+    (excess > 0 ? low : high) = tau;
+    const float next = tau + excess * temperature / warp_sum(slope);
+    tau = next >= low && next <= high ? next : 0.5f * (low + high);
+    if (!(fabsf(excess) > 1e-3f)) break;
+  }
+  float weight = 0, mean = 0;
+  for (int e = lane; e < E; e += 32) {
+    const float x = chosen(e), q = x * (1.f - x);
+    score[e] = q;
+    weight += q;
+    mean += q * load(c.data, c.dtype, t * c.stride[0] + e * c.stride[1]);
+  }
+  mean = warp_sum(mean) / fmaxf(warp_sum(weight), 1e-30f);
+  for (int e = lane; e < E; e += 32)
+    store(ds.data, ds.dtype, t * ds.stride[0] + e * ds.stride[1], scale * rate * score[e] * (load(c.data, c.dtype, t * c.stride[0] + e * c.stride[1]) - mean));
 }
 
 constexpr int CHUNK = 256;
@@ -295,4 +339,35 @@ extern "C" int dc_cuda_route_backward(dc_context* c, const dc_call* call) {
   if (shared > 48 << 10) return fail(c, "route_backward: %d experts are more than this kernel holds", E);
   route_grad<<<unsigned(ceil_div(tokens, warps)), warps * 32, shared, c->stream>>>(dlogits, data<float>(dw), logits, data<int32_t>(idx), int(call->i[0]), int(call->i[1]), float(call->f[0]), tokens, E, k);
   return launched(c, "route_backward");
+}
+
+extern "C" int dc_cuda_choice_gradient(dc_context* c, const dc_call* call) {
+  const dc_tensor &ds = call->t[0], &s = call->t[1], &gains = call->t[2];
+  const int E = int(s.dim[1]), warps = 4;
+  const int64_t tokens = s.dim[0];
+  const double active = double(call->i[0]), temperature = call->f[0];
+  if (!(active > 0 && active < E)) return fail(c, "choice_gradient: %g chosen of %d", active, E);
+  if (tokens == 0) return 0;
+  const size_t shared = size_t(warps) * E * 4;
+  if (shared > 48 << 10) return fail(c, "choice_gradient: %d experts are more than this kernel holds", E);
+  choice_grad<<<unsigned(ceil_div(tokens, warps)), warps * 32, shared, c->stream>>>(ds, s, gains, float(active), float(temperature), float(temperature * log(active / (E - active))), float(call->f[1]), tokens, E);
+  return launched(c, "choice_gradient");
+}
+
+extern "C" int dc_cuda_assign(dc_context* c, const dc_call* call) {
+  const dc_tensor &place = call->t[0], &prices = call->t[1], &scores = call->t[2], &capacities = call->t[3];
+  const int64_t items = scores.dim[0], places = scores.dim[1];
+  std::vector<float> s(static_cast<size_t>(items * places));
+  std::vector<double> price(static_cast<size_t>(places));
+  std::vector<int32_t> capacity(static_cast<size_t>(places)), chosen(static_cast<size_t>(items));
+  DC_CUDA(cudaMemcpyAsync(s.data(), scores.data, s.size() * 4, cudaMemcpyDeviceToHost, c->stream));
+  DC_CUDA(cudaMemcpyAsync(price.data(), prices.data, price.size() * 8, cudaMemcpyDeviceToHost, c->stream));
+  DC_CUDA(cudaMemcpyAsync(capacity.data(), capacities.data, capacity.size() * 4, cudaMemcpyDeviceToHost, c->stream));
+  DC_CUDA(cudaStreamSynchronize(c->stream));
+  const char* wrong = assign_balanced(chosen.data(), price.data(), s.data(), capacity.data(), items, int(places), call->f[0]);
+  if (wrong) return fail(c, "assign: %s", wrong);
+  DC_CUDA(cudaMemcpyAsync(place.data, chosen.data(), chosen.size() * 4, cudaMemcpyHostToDevice, c->stream));
+  DC_CUDA(cudaMemcpyAsync(prices.data, price.data(), price.size() * 8, cudaMemcpyHostToDevice, c->stream));
+  DC_CUDA(cudaStreamSynchronize(c->stream));
+  return 0;
 }

@@ -29,8 +29,11 @@ export interface BlockVisitor {
    * wrote is durable: when this resolves, or, where there is `flush`, when that resolves.
    */
   finish(block: Block, weights: Weights): Promise<{ readonly data: Json; readonly detail?: string }>;
-  /** Makes durable what finished blocks have written; the next block may be under way. */
-  flush?(): Promise<void>;
+  /**
+   * Makes durable what finished blocks have written, the last of them that with index `last`, after which a later run may
+   * have to go on; the next block may be under way.
+   */
+  flush?(last: number): Promise<void>;
 }
 
 /** One call at which all batches of a block stand. */
@@ -44,6 +47,8 @@ export interface Site {
   readonly weights: Weights;
   /** Tokens of all batches together. */
   readonly tokens: number;
+  /** Whether each use, and the answer, gets the same tensors: batches stay suspended here and are not recomputed. */
+  readonly held: boolean;
   /**
    * Hands out the calls of all batches, in order; `call.x` is valid until the handler's promise resolves. May be used
    * several times. Under a tight budget each use recomputes the block up to here: use it as seldom as you can.
@@ -216,6 +221,7 @@ export class BlockWalk {
       linears: call.linears,
       weights: this.weights,
       tokens: this.options.set.n * this.options.set.seqLen,
+      held: held !== undefined,
       each: async (handle) => {
         for (let b = 0; b < this.geometry.batches.length; b++) {
           const one = held?.[b] ?? (await this.#replay(b, index));

@@ -105,7 +105,7 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
     const last = done.at(-1)!.i;
     const behind = needed(last) ? blocks[last]!.index : undefined;
     if (behind !== undefined) await Promise.all(all.map((one) => one.commit(behind)));
-    await visitor.flush?.();
+    await visitor.flush?.(blocks[last]!.index);
     // The last one first: of the blocks before it there are no states to go on from.
     for (const { i, seconds, data } of done.toReversed()) {
       await job.mark(blockStep(stage, blocks[i]!.index), { seconds: round(seconds), result: data });

@@ -1,12 +1,11 @@
 import { Random } from '../base/rng.js';
-import { fill, gather, gemm, reduce, scatterAdd, unary } from '../tensor/ops.js';
+import { binary, gather, gemm, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { clusterNeurons } from './cluster.js';
 import { membership } from './masks.js';
 import type { Measured } from './measured.js';
 import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
 import { columnMeans, energies } from './score.js';
-import { largest } from './largest.js';
 import { chooseShared, evenCapacities } from './shared.js';
 import { layOut, sharedNeurons } from './split.js';
 
@@ -59,7 +58,7 @@ export async function baselineSplit(
     return finish(shared, rest, expertOf, await fitter.ridge(scope, unary(work, 'sqrt', energy)));
   }
 
-  const marked = await markers(work, h, Math.min(h.dim(0), markerTokens));
+  const marked = markers(work, h, Math.min(h.dim(0), markerTokens));
   const rates = await columnMeans(work, marked).float32();
   const { shared, rest } = chooseShared(rates, room);
   const part = gather(work, marked, work.from('i32', [rest.length], rest), 1);
@@ -83,25 +82,22 @@ function shuffled(n: number, random: Random): Int32Array {
   return order;
 }
 
-/** f32 [rows, I]: 1 where a neuron is among the largest of its token; tokens evenly spread. */
-async function markers(s: Scope, h: Tensor, rows: number): Promise<Tensor> {
-  using work = new Scope(s.device);
-  const n = h.dim(1);
+/** f32 [rows, I]: 1 where a neuron is among the largest of its token (and where it equals one); tokens evenly spread. */
+function markers(s: Scope, h: Tensor, rows: number): Tensor {
   const step = h.dim(0) / rows;
+  using work = new Scope(s.device);
   const picked = Int32Array.from({ length: rows }, (_, i) => Math.floor(i * step));
-  const sizes = gather(work, h, work.from('i32', [rows], picked));
-  const idx = largest(await unary(work, 'abs', sizes, 0, 0, sizes).float32(), n, activeNeurons);
-  const active = idx.length / rows;
-  const marks = s.zeros('f32', [rows * n, 1]);
-  const places = work.from(
-    'i32',
-    [idx.length],
-    idx.map((neuron, i) => Math.floor(i / active) * n + neuron),
-  );
-  const ones = work.empty('f32', [idx.length, 1]);
-  fill(ones, 1);
-  scatterAdd(marks, ones, places);
-  return marks.view(rows, n);
+  const sizes = gather(s, h, work.from('i32', [rows], picked));
+  unary(s, 'abs', sizes, 0, 0, sizes);
+  // The largest of a row goes far below the others, as often as there are active ones; then what lies there is marked.
+  const far = 1e30;
+  for (let i = 0; i < Math.min(activeNeurons, h.dim(1)); i++) {
+    using pass = new Scope(s.device);
+    const top = reduce(pass, 'max', sizes, 1).view(rows, 1);
+    binary(s, 'sub', sizes, binary(pass, 'equal', sizes, top), { alpha: far, out: sizes });
+  }
+  unary(s, 'affine', sizes, -1 / far, 0, sizes);
+  return unary(s, 'clamp', sizes, 0, 1, sizes);
 }
 
 /** Of each cluster the neuron whose markers are most like the cluster's mean (cosine). */

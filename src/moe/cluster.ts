@@ -1,7 +1,6 @@
 import { Random } from '../base/rng.js';
-import { binary, copyInto, gather, gemm, matmulT, reduce, unary } from '../tensor/ops.js';
+import { assign, binary, copyInto, gather, gemm, matmulT, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
-import { assignBalanced } from './assign.js';
 import { membership } from './masks.js';
 
 const iterations = 8;
@@ -26,9 +25,11 @@ export async function clusterNeurons(
   const features = neuronFeatures(scope, z, Math.min(tokens, featureTokens));
   let centres = await firstCentres(scope, features, experts, new Random(seed, 1));
   let assigned: Int32Array = new Int32Array(n).fill(-1);
-  const prices = new Float64Array(experts);
+  const room = scope.from('i32', [experts], capacities);
+  const prices = scope.zeros('f64', [experts]);
   for (let i = 0; i < iterations; i++) {
-    const next = assignBalanced(await affinity(features, centres), capacities, { prices });
+    using step = new Scope(device);
+    const next = await assign(step, affinity(step, features, centres), room, prices).int32();
     let moved = 0;
     for (let neuron = 0; neuron < n; neuron++) if (next[neuron] !== assigned[neuron]) moved++;
     assigned = next;
@@ -86,13 +87,9 @@ function draw(weights: Float64Array, random: Random): number {
 }
 
 /** 2 f.c - |c|^2 for each neuron and centre: larger is nearer. [n, experts]. */
-async function affinity(features: Tensor, centres: Tensor): Promise<Float32Array> {
-  using scope = new Scope(features.device);
-  const products = await matmulT(scope, features, centres).float32();
-  const squares = await reduce(scope, 'sumsq', centres, 1).float32();
-  const experts = squares.length;
-  for (let i = 0; i < products.length; i++) products[i] = 2 * products[i]! - squares[i % experts]!;
-  return products;
+function affinity(s: Scope, features: Tensor, centres: Tensor): Tensor {
+  const squares = reduce(s, 'sumsq', centres, 1);
+  return matmulT(s, features, centres, { alpha: 2, bias: unary(s, 'neg', squares) });
 }
 
 /** Centre of each expert's neurons: [experts, tokens]. */

@@ -1,7 +1,7 @@
 import { open, readdir, rm } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { badInput, bug } from '../base/errors.js';
-import { ioError, renameDurable } from '../base/files.js';
+import { fsyncPath, ioError, renameDurable } from '../base/files.js';
 import type { Job } from '../base/job.js';
 import type { Device } from '../backend/device.js';
 import type { LinearSpec, Weights } from '../nn/calls.js';
@@ -65,6 +65,8 @@ const fewTokens = 512;
  */
 export class AllOnCheck implements Disposable {
   #states: Tensor[] = [];
+  /** The block whose states are on disk for certain. */
+  #durable: number | undefined;
   #scope: Scope;
 
   /** `models`: the dense one, then the mixtures. `tokens` is cut to a few. */
@@ -93,7 +95,7 @@ export class AllOnCheck implements Disposable {
     }
   }
 
-  /** All models go through block `index`; what they have become is on disk when this resolves. */
+  /** All models go through block `index`; what they have become is in a file, and on disk after `flush`. */
   async advance(index: number, weightsOf: (model: number, s: Scope) => Promise<Weights>): Promise<void> {
     const next = new Scope(this.device);
     const states: Tensor[] = [];
@@ -111,8 +113,7 @@ export class AllOnCheck implements Disposable {
   }
 
   async #save(index: number): Promise<void> {
-    const path = this.#path(index);
-    const growing = `${path}.tmp`;
+    const growing = `${this.#path(index)}.tmp`;
     try {
       const file = await open(growing, 'w');
       let at = 0;
@@ -120,20 +121,27 @@ export class AllOnCheck implements Disposable {
         await this.device.writeFile(state.buffer, state.byteOffset, file.fd, at, state.bytes);
         at += state.bytes;
       }
-      await file.sync();
       await file.close();
     } catch (error) {
       throw ioError(error, 'write', growing);
     }
-    await renameDurable(growing, path);
+  }
+
+  /** Makes durable what the models were after block `index`: a run that goes on behind it begins there. */
+  async flush(index: number): Promise<void> {
+    const path = this.#path(index);
+    await fsyncPath(`${path}.tmp`);
+    await renameDurable(`${path}.tmp`, path);
     for (const name of await readdir(dirname(path))) {
-      const other = /^all-on-(\d+)\.bin$/.exec(name);
-      // The block before stays until the journal has this one.
-      if (other && Number(other[1]) < index - 1) await rm(join(dirname(path), name), { force: true });
+      const other = Number(/^all-on-(\d+)\.bin(\.tmp)?$/.exec(name)?.[1] ?? index);
+      // The one flushed before stays until the journal has this one.
+      if (other < index && other !== this.#durable) await rm(join(dirname(path), name), { force: true });
     }
+    this.#durable = index;
   }
 
   async load(index: number): Promise<void> {
+    this.#durable = index;
     const path = this.#path(index);
     const shape = [this.tokens.length, this.models[0]!.stateWidth];
     try {

@@ -1,7 +1,6 @@
 import type { FloatDType } from '../base/dtype.js';
-import { binary, cast, cholesky, choleskySolve, gather, gemm, hessianAdd, matmulT, normAdd } from '../tensor/ops.js';
+import { binary, cast, cholesky, choleskySolve, gather, gemm, hessianAdd, matmulT, normAdd, reduce, unary } from '../tensor/ops.js'; // prettier-ignore
 import { Scope, type Tensor } from '../tensor/tensor.js';
-import { largest } from './largest.js';
 import { membership } from './masks.js';
 import type { Measured } from './measured.js';
 import { choose, scoresOf, type Router } from './router.js';
@@ -55,13 +54,19 @@ export interface RouterJudgement {
   readonly overlap: number;
 }
 
+/** The K experts with the largest energies, f32 [T, R], of each token (ties to the lower index): i32 [T, K]. */
+export function bestExperts(s: Scope, energy: Tensor, active: number): Tensor {
+  const top = unary(s, 'clamp', reduce(s, 'max', energy, 1), 1e-30, Infinity);
+  return choose(s, binary(s, 'div', energy, top.view(-1, 1)), active);
+}
+
 /** `energy` f32 [T, R]: the energies of the experts on the tokens `x` [T, C]. */
 export async function judgeRouter(x: Tensor, energy: Tensor, router: Router, active: number): Promise<RouterJudgement> {
   using s = new Scope(x.device);
   const [tokens, experts] = energy.shape as [number, number];
   const chosen = await choose(s, scoresOf(s, x, router), active).int32();
   const values = await energy.float32();
-  const best = largest(values, experts, active);
+  const best = await bestExperts(s, energy, active).int32();
   let [all, kept, oracle, both] = [0, 0, 0, 0];
   for (let i = 0; i < values.length; i++) all += values[i]!;
   /** The last token that each expert was chosen for. */

@@ -33,20 +33,45 @@ export function mixtureOutput(
   return expertCombine(s, y, order.place, ones, base);
 }
 
-/** A larger share of the neurons than this is computed faster all at once than gathered by expert. */
+/** A larger share of the neurons than this is computed faster all at once and masked than gathered by expert. */
 const mostOn = 0.5;
 export const runsWhole = (shape: MoeShape): boolean => shape.active + shape.shared > mostOn * pieces(shape);
 
-/** The same from weights in the order of the split and in x's precision: all neurons, those of other experts set to zero. */
-export function maskedOutput(
-  s: Scope,
-  x: Tensor,
-  router: Router,
-  w: FfnWeights,
-  shape: MoeShape,
-  activation: FfnSpec['activation'],
-): Tensor {
-  using work = new Scope(s.device);
-  const h = swiglu(work, matmulT(work, x, w.gate), matmulT(work, x, w.up), activation);
-  return matmulT(s, applyMask(work, h, routingMask(work, x, router, shape), shape), w.down);
+/** The neurons of a layer on its inputs, in the order of the split and in the inputs' precision. */
+export class Activations {
+  readonly #scope: Scope;
+  readonly #kept = new Map<Tensor, Tensor>();
+
+  /** `w`: in the order of the split, in the inputs' precision. What is kept lives in `scope`. */
+  constructor(
+    scope: Scope,
+    readonly w: Pick<FfnWeights, 'gate' | 'up'>,
+    readonly router: Router,
+    readonly shape: MoeShape,
+    readonly activation: FfnSpec['activation'],
+  ) {
+    this.#scope = scope;
+  }
+
+  /** For x [T, C]: all neurons, and the same with those of experts that are off set to zero; [T, capacity]. */
+  of(s: Scope, x: Tensor): { readonly whole: Tensor; readonly masked: Tensor } {
+    const { w, router, shape, activation } = this;
+    const [gate, up] = [matmulT(s, x, w.gate), matmulT(s, x, w.up)];
+    const whole = swiglu(s, gate, up, activation);
+    s.free(gate, up);
+    return { whole, masked: applyMask(s, whole, routingMask(s, x, router, shape), shape) };
+  }
+
+  /** `masked` of x, made in the scope `from`, is there when x comes again. */
+  keep(x: Tensor, masked: Tensor, from: Scope): void {
+    this.#kept.set(x, from.move(masked, this.#scope));
+  }
+
+  /** `masked` of x for the last time, computed unless it was kept: the same values. It lives in `s`. */
+  take(s: Scope, x: Tensor): Tensor {
+    const kept = this.#kept.get(x);
+    if (!kept) return this.of(s, x).masked;
+    this.#kept.delete(x);
+    return this.#scope.move(kept, s);
+  }
 }

@@ -1,25 +1,13 @@
 import type { Site } from '../arch/stream.js';
-import type { FfnSpec } from '../nn/mlp.js';
-import {
-  binary,
-  cast,
-  cholesky,
-  choleskySolve,
-  copyInto,
-  gather,
-  gemm,
-  hessianAdd,
-  matmulT,
-  swiglu,
-} from '../tensor/ops.js';
+import { binary, cast, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { relativeError } from './judge.js';
 import { maskOf } from './masks.js';
+import type { Activations } from './mixture.js';
 import { choose, scoresOf, type Router } from './router.js';
-import type { FfnWeights } from './sample.js';
-import { capacity, type MoeShape } from './shape.js';
+import type { MoeShape } from './shape.js';
 
-/** Ridge penalties that are tried, relative to the mean of the diagonal; the one that judges best is taken. */
+/** Ridge penalties, relative to the mean of the diagonal, tried in turn; the one that judges best is taken. */
 const penalties = [1e-3, 1e-2, 1e-1, 1];
 /** Fewer tokens than this cannot judge. */
 const fewest = 64;
@@ -38,22 +26,22 @@ export interface Held {
 
 /**
  * Masked least squares (METHODS, "refit"): with H~ the neurons that routing leaves on, W' = W + (Y - W H~) H~' (H~ H~' +
- * lambda I)^-1 makes those that are on stand in for those that are off. `w` stands in the order of the split. Tokens for
- * which `isHeld` is true stay out. Undefined where no penalty makes held-out tokens better.
+ * lambda I)^-1 makes those that are on stand in for those that are off. `down` f32 or 16 bit [C, capacity] stands in the
+ * order of the split. Tokens for which `isHeld` is true stay out; lambda grows until their error does. With `keep` the
+ * activations stay where the batches' next pass finds them. Undefined where no penalty makes held-out tokens better.
  */
 export async function refitDown(
   scope: Scope,
   site: Site,
-  w: FfnWeights,
-  ffn: FfnSpec,
-  router: Router,
-  shape: MoeShape,
+  activations: Activations,
+  down: Tensor,
   held: Held,
   isHeld: (token: number) => boolean,
+  keep = false,
 ): Promise<Refit | undefined> {
   if (held.masked.dim(0) < fewest) return undefined;
   using work = new Scope(scope.device);
-  const [total, hidden] = [capacity(shape), w.down.dim(0)];
+  const [hidden, total] = down.shape as [number, number];
   const gram = work.zeros('f32', [total, total]);
   const cross = work.zeros('f32', [total, hidden]);
   let from = 0;
@@ -62,31 +50,31 @@ export async function refitDown(
     const rows: number[] = [];
     for (let row = 0; row < call.x.dim(0); row++) if (!isHeld(from + row)) rows.push(row);
     from += call.x.dim(0);
-    if (rows.length === 0) return;
-    const x = gather(step, call.x, step.from('i32', [rows.length], Int32Array.from(rows)));
-    const h = swiglu(step, matmulT(step, x, w.gate), matmulT(step, x, w.up), ffn.activation);
-    const masked = applyMask(step, h, routingMask(step, x, router, shape), shape);
-    const off = binary(step, 'sub', h, masked, { out: h });
-    hessianAdd(gram, masked, { alpha: 1 / site.tokens });
-    const missing = matmulT(step, off, w.down);
-    gemm(step, masked.transpose(), missing, { alpha: 1 / site.tokens, beta: 1, out: cross });
+    const { whole, masked } = activations.of(step, call.x);
+    const off = binary(step, 'sub', whole, masked, { out: whole });
+    const idx = step.from('i32', [rows.length], Int32Array.from(rows));
+    const [seen, missing] = [gather(step, masked, idx), matmulT(step, gather(step, off, idx), down)];
+    hessianAdd(gram, seen, { alpha: 1 / site.tokens });
+    gemm(step, seen.transpose(), missing, { alpha: 1 / site.tokens, beta: 1, out: cross });
+    if (keep) activations.keep(call.x, masked, step);
   });
   const plain = work.empty('f32', [hidden, total]);
-  copyInto(plain, w.down);
-  const outputs = (h: Tensor, down: Tensor) => matmulT(work, h, down, { fast: 'split' });
+  copyInto(plain, down);
+  const outputs = (h: Tensor, columns: Tensor) => matmulT(work, h, columns, { fast: 'split' });
   const target = outputs(held.whole, plain);
-  let best: { error: number; lambda: number; down: Tensor } | undefined;
+  let best: { lambda: number; down: Tensor } | undefined;
   let least = await relativeError(outputs(held.masked, plain), target);
+  let before = Infinity;
   for (const lambda of penalties) {
     const { factor, info } = cholesky(work, gram, lambda);
-    if ((await info.int32())[0] === 0) {
-      const change = choleskySolve(work, factor, cross);
-      const down = binary(work, 'add', plain, change.transpose());
-      const error = await relativeError(outputs(held.masked, down), target);
-      if (error < least) [least, best] = [error, { error, lambda, down }];
-      work.free(change);
-    }
-    work.free(factor, info);
+    const change = choleskySolve(work, factor, cross);
+    const refitted = binary(work, 'add', plain, change.transpose());
+    work.free(factor, change);
+    const [[bad], error] = await Promise.all([info.int32(), relativeError(outputs(held.masked, refitted), target)]);
+    if (bad !== 0) continue;
+    if (error < least) [least, best] = [error, { lambda, down: refitted }];
+    if (error > before) break;
+    before = error;
   }
   if (!best) return undefined;
   return { down: cast(scope, best.down, 'f32'), lambda: best.lambda };

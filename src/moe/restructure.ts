@@ -1,6 +1,5 @@
-import { gather, gemm, unary } from '../tensor/ops.js';
+import { assign, gather, gemm, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
-import { assignBalanced } from './assign.js';
 import { baselineSplit } from './baseline.js';
 import { clusterNeurons } from './cluster.js';
 import { maskOf, membership } from './masks.js';
@@ -29,7 +28,8 @@ export async function restructure(scope: Scope, measured: Measured, options: Spl
 
   const capacities = evenCapacities(rest.length, shape.routed);
   let expertOf = await clusterNeurons(scope.device, z, capacities, seed);
-  const prices = new Float64Array(shape.routed);
+  const room = work.from('i32', [shape.routed], capacities);
+  const prices = work.zeros('f64', [shape.routed]);
   const rounds = shape.active < shape.routed ? options.rounds : 0;
   for (let round = 0; ; round++) {
     using step = new Scope(scope.device);
@@ -37,7 +37,7 @@ export async function restructure(scope: Scope, measured: Measured, options: Spl
     const last = round === rounds;
     const router = await fitRouter(last ? scope : step, fitter, energy, last ? options.finalSteps : options.steps);
     if (last) return { split: layOut(shape, shared, rest, expertOf), router, scores, expertOf, rest };
-    expertOf = await reassign(step, z, x, router, capacities, shape.active, prices);
+    expertOf = await reassign(step, z, x, router, room, shape.active, prices);
   }
 }
 
@@ -58,12 +58,10 @@ async function reassign(
   z: Tensor,
   x: Tensor,
   router: Router,
-  capacities: Int32Array,
+  room: Tensor,
   active: number,
-  prices: Float64Array,
+  prices: Tensor,
 ): Promise<Int32Array> {
-  const experts = capacities.length;
-  const mask = maskOf(s, choose(s, scoresOf(s, x, router), active), experts);
-  const kept = await gemm(s, z.transpose(), mask).float32();
-  return assignBalanced(kept, capacities, { prices });
+  const mask = maskOf(s, choose(s, scoresOf(s, x, router), active), room.dim(0));
+  return await assign(s, gemm(s, z.transpose(), mask), room, prices).int32();
 }

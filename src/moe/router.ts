@@ -1,5 +1,5 @@
 import { Random } from '../base/rng.js';
-import { adamw, binary, cast, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT, reduce, route, unary } from '../tensor/ops.js'; // prettier-ignore
+import { adamw, binary, cast, choiceGradient, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT, reduce, route, unary } from '../tensor/ops.js'; // prettier-ignore
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { ConvertError } from '../base/errors.js';
 import { columnMeans } from './score.js';
@@ -89,7 +89,7 @@ export class RouterFitter {
 
   /**
    * Adam on the energy that a soft choice of K experts loses: per token sum_e p_e c_e is raised, where p = sigmoid((s -
-   * tau) / temperature), tau such that about sum p = K, c f32 [T, R] the experts' energies. Starts from `start`, whose
+   * tau) / temperature), tau such that sum p = K, c f32 [T, R] the experts' energies. Starts from `start`, whose
    * scores have deviation 1.
    */
   async train(scope: Scope, start: Router, c: Tensor, steps: number): Promise<Router> {
@@ -112,7 +112,9 @@ export class RouterFitter {
       const rate = learningRate * 0.5 * (1 + Math.cos(Math.PI * progress));
       const idx = batches.at(step - 1);
       const xb = gather(work, x, idx);
-      const gradient = lossGradient(work, matmulT(work, xb, weight, { bias }), gather(work, c, idx), active, temperature, gain); // prettier-ignore
+      const scores = matmulT(work, xb, weight, { bias });
+      const scale = -gain / batch;
+      const gradient = choiceGradient(work, scores, gather(work, c, idx), { active, temperature, scale });
       adam[0]!.step(gemm(work, gradient.transpose(), xb), step, rate * unit);
       if (intercept) adam[1]!.step(reduce(work, 'sum', gradient, 0), step, rate);
     }
@@ -137,66 +139,6 @@ async function total(s: Scope, kind: 'sum' | 'sumsq', x: Tensor): Promise<number
 async function deviation(s: Scope, x: Tensor): Promise<number> {
   const [mean, square] = [(await total(s, 'sum', x)) / x.count, (await total(s, 'sumsq', x)) / x.count];
   return Math.sqrt(Math.max(square - mean * mean, 0));
-}
-
-/** d loss / d scores [B, R] for loss = -gain mean_t sum_e p_te c_te under sum_e p_te = K. */
-function lossGradient(s: Scope, scores: Tensor, c: Tensor, active: number, temperature: number, gain: number): Tensor {
-  const [tokens, experts] = scores.shape as [number, number];
-  const row = (v: Tensor) => v.view(tokens, 1);
-  const tau = startThreshold(s, scores, active);
-  const p = softChoice(s, scores, row(tau), temperature);
-  // One Newton step on sum p(tau) = K: d(sum p)/d tau = -sum p (1 - p) / temperature.
-  const excess = unary(s, 'affine', reduce(s, 'sum', p, 1), temperature, -temperature * active);
-  const slope = unary(s, 'clamp', reduce(s, 'sum', bell(s, p), 1), 1e-2, Infinity);
-  const move = unary(s, 'clamp', binary(s, 'div', excess, slope), -temperature, temperature);
-  const q = bell(s, softChoice(s, scores, row(binary(s, 'add', tau, move)), temperature));
-  const weighted = binary(s, 'mul', q, c);
-  const total = unary(s, 'clamp', reduce(s, 'sum', q, 1), 1e-9, Infinity);
-  const mean = binary(s, 'div', reduce(s, 'sum', weighted, 1), total);
-  const gradient = binary(s, 'sub', c, row(mean), { out: weighted });
-  binary(s, 'mul', gradient, q, { out: gradient });
-  return unary(s, 'affine', gradient, -gain / (temperature * tokens), 0, gradient).view(tokens, experts);
-}
-
-/** sigmoid((s - tau) / temperature) */
-function softChoice(s: Scope, scores: Tensor, tau: Tensor, temperature: number): Tensor {
-  const u = binary(s, 'sub', scores, tau);
-  unary(s, 'affine', u, 1 / temperature, 0, u);
-  return unary(s, 'sigmoid', u, 0, 0, u);
-}
-
-/** p (1 - p) */
-function bell(s: Scope, p: Tensor): Tensor {
-  const square = unary(s, 'square', p);
-  return binary(s, 'sub', p, square, { out: square });
-}
-
-/** Where the threshold of the K best would be if a token's scores were normally distributed. f32 [B]. */
-function startThreshold(s: Scope, scores: Tensor, active: number): Tensor {
-  const experts = scores.dim(1);
-  const mean = reduce(s, 'mean', scores, 1);
-  const variance = unary(s, 'affine', reduce(s, 'sumsq', scores, 1), 1 / experts, 1e-12);
-  binary(s, 'sub', variance, unary(s, 'square', mean), { out: variance });
-  unary(s, 'clamp', variance, 0, Infinity, variance);
-  const sd = unary(s, 'sqrt', variance, 0, 0, variance);
-  return binary(s, 'add', mean, sd, { alpha: normalQuantile(1 - active / experts) });
-}
-
-/** Inverse of the standard normal distribution function, by bisection on Abramowitz & Stegun 7.1.26. */
-export function normalQuantile(p: number): number {
-  const cdf = (x: number): number => {
-    const t = 1 / (1 + (0.3275911 * Math.abs(x)) / Math.SQRT2);
-    const tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
-    const erf = 1 - tail * Math.exp((-x * x) / 2);
-    return 0.5 * (1 + Math.sign(x) * erf);
-  };
-  let [low, high] = [-6, 6];
-  for (let i = 0; i < 50; i++) {
-    const middle = (low + high) / 2;
-    if (cdf(middle) < p) low = middle;
-    else high = middle;
-  }
-  return (low + high) / 2;
 }
 
 /** Adam (Kingma & Ba 2015) without decay, in place; the betas are those of a short run. */

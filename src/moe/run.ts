@@ -207,14 +207,15 @@ async function convertBlocks(context: Context, writer: CheckpointWriter): Promis
   const { blocks, hidden } = open.model;
   const tokens = set?.tokens.subarray(0, set.seqLen) ?? randomTokens(open, options.seed ?? 0);
   using check = new StandingTest(env, job, open, plan, refits(options) || plan.method === 'drop', tokens);
-  const done = blocks.filter(({ index }) => job.done(blockStep(stage, index))).at(-1);
-  await check.begin(done?.index);
+  // Blocks are marked together, the last one first: the work goes on behind the last of those without a gap.
+  const todo = blocks.findIndex(({ index }) => !job.done(blockStep(stage, index)));
+  await check.begin((todo === -1 ? blocks.at(-1) : blocks[todo - 1])?.index);
   const common = { open, env, reader, job, stage, resumeHint: `Go on with: ${options.commandLine}` };
   if (set === undefined) {
     const copies = { env, plan, writer, reader, check, seed: options.seed ?? 0, dropRatio: dropRatioOf(options) };
     await eachBlock(common, (block, weights) => convertCopies(block, weights, copies));
   } else {
-    using visitor = new SplitVisitor({
+    await using visitor = new SplitVisitor({
       env,
       plan,
       split: splitOptions(options),
@@ -225,6 +226,7 @@ async function convertBlocks(context: Context, writer: CheckpointWriter): Promis
         tokensThatFit(sampleBytes(hidden, plan.shape.ffn, plan.shape.routed), env, options.budget),
         Math.max(sampleEnough, goodTokens * hidden),
       ),
+      budget: options.budget,
       check,
     });
     await streamBlocks(

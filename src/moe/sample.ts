@@ -37,6 +37,14 @@ export function tokensThatFit(bytes: number, { device }: Pick<JobEnv, 'device'>,
   return Math.max(4096, Math.min(262_144, Math.floor(free / 3 / bytes)));
 }
 
+/** Bytes of device memory that are not in use just now, at most `budget`. */
+export function freeBytes({ device }: Pick<JobEnv, 'device'>, budget = Infinity): number {
+  const { memory } = device.info() as { memory?: { free?: number } };
+  const { limit, used, reserved } = device.memory();
+  const free = memory?.free === undefined ? 8e9 : memory.free + reserved - used;
+  return Math.min(free, limit > 0 ? limit - used : Infinity, budget);
+}
+
 export interface FfnWeights {
   /** [I, C], [I, C], [C, I] */
   readonly gate: Tensor;

@@ -3,6 +3,7 @@ import type { Job } from '../base/job.js';
 import type { Weights } from '../nn/calls.js';
 import type { OpenModel } from '../arch/open.js';
 import { WeightReader } from '../arch/weights.js';
+import { cast } from '../tensor/ops.js';
 import { Scope } from '../tensor/tensor.js';
 import { AllOnCheck, MadeWeights, type Exactness } from './exactness.js';
 import type { MoePlan } from './plan.js';
@@ -39,8 +40,7 @@ export class StandingTest implements Disposable {
   /** `store` is absent for a layer that stays dense; `weights` are the dense block's, in the stream's precision. */
   async advance(index: number, store: LayerStore | undefined, weights: Weights): Promise<void> {
     using scope = new Scope(this.env.device);
-    const anchor = weights.get(this.open.model.blocks[index]!.tensors[0]!.name);
-    const dense = anchor.dtype === 'f32' ? weights : await this.#reader.block(index, scope);
+    const dense = await this.#exact(index, weights, scope);
     await this.#check.advance(index, (model, s) => {
       if (model === 0) return Promise.resolve(dense);
       if (store) return Promise.resolve(store.weights(s, dense, model === 2));
@@ -48,6 +48,24 @@ export class StandingTest implements Disposable {
       addConstants(s, made, this.plan, index, false);
       return Promise.resolve(made);
     });
+  }
+
+  /** The dense block as it is stored, in fp32: read again only where the stream's precision is another. */
+  async #exact(index: number, weights: Weights, scope: Scope): Promise<Weights> {
+    const exact = new MadeWeights(weights);
+    for (const { name } of this.open.model.blocks[index]!.tensors) {
+      const stored = this.open.tensors.get(name);
+      if (!stored || weights.get(name).dtype === 'f32') continue;
+      const { encoding } = stored.entry;
+      const same = !stored.linear && encoding.kind === 'plain' && encoding.dtype === weights.get(name).dtype;
+      exact.add(name, same ? cast(scope, weights.get(name), 'f32') : await this.#reader.tensor(name, scope));
+    }
+    return exact;
+  }
+
+  /** See `AllOnCheck.flush`. */
+  async flush(index: number): Promise<void> {
+    await this.#check.flush(index);
   }
 
   async end(): Promise<{ split: Exactness; output: Exactness }> {

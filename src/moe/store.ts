@@ -1,3 +1,4 @@
+import { allEnded } from '../base/ended.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
 import type { Weights } from '../nn/calls.js';
 import { copyInto, unary } from '../tensor/ops.js';
@@ -23,21 +24,23 @@ export class LayerStore {
     this.#layer = plan.source.model.blocks[index]!.name;
   }
 
+  /** Writes all its tensors beside each other: the device's transfers take turns anyway. */
   async write(writer: CheckpointWriter): Promise<void> {
     const { plan, networks, router } = this;
     const { container, shape } = plan;
-    await writer.write(`${container.router(this.#layer)}.weight`, router.weight.source());
-    if (router.bias) await writer.write(container.bias!(this.#layer), router.bias.source());
-    const put = async ({ gate, up, down }: NetworkNames, w: { gate: Tensor; up: Tensor; down: Tensor }) => {
-      await writer.write(`${gate}.weight`, w.gate.source());
-      await writer.write(`${up}.weight`, w.up.source());
-      await writer.write(`${down}.weight`, w.down.source());
+    const writes: Promise<void>[] = [];
+    const put = (name: string, x: Tensor) => writes.push(writer.write(name, x.source()));
+    const putNetwork = (names: NetworkNames, w: { gate: Tensor; up: Tensor; down: Tensor }) => {
+      for (const part of ['gate', 'up', 'down'] as const) put(`${names[part]}.weight`, w[part]);
     };
+    put(`${container.router(this.#layer)}.weight`, router.weight);
+    if (router.bias) put(container.bias!(this.#layer), router.bias);
     const { gate, up, down, shared } = networks;
     for (let e = 0; e < shape.routed; e++) {
-      await put(container.expert(this.#layer, e), { gate: gate.at(e), up: up.at(e), down: down.at(e) });
+      putNetwork(container.expert(this.#layer, e), { gate: gate.at(e), up: up.at(e), down: down.at(e) });
     }
-    if (shared) await put(container.sharedExpert!(this.#layer), shared);
+    if (shared) putNetwork(container.sharedExpert!(this.#layer), shared);
+    await allEnded(writes);
   }
 
   /**

@@ -81,5 +81,6 @@ export async function convertCopies(
   }
   await check.advance(block.index, store, weights);
   await writer.flush();
+  await check.flush(block.index);
   return { data: null, detail: store ? `${plan.shape.routed} copies` : 'stays dense' };
 }

@@ -1,5 +1,6 @@
+import { allEnded } from '../base/ended.js';
 import type { Json } from '../base/job.js';
-import type { FloatDType } from '../base/dtype.js';
+import { dtypeSize } from '../base/dtype.js';
 import type { JobEnv } from '../backend/env.js';
 import type { CheckpointWriter } from '../checkpoint/types.js';
 import type { Call, ExpertsCall, ForwardContext, LinearCall, Weights } from '../nn/calls.js';
@@ -10,11 +11,10 @@ import { cast, gather, matmulT } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { StandingTest } from './standing-test.js';
 import { baselineSplit } from './baseline.js';
-import { heldEnergies, judgeRouter, relativeError, staticErrors } from './judge.js';
-import { largest } from './largest.js';
+import { bestExperts, heldEnergies, judgeRouter, relativeError, staticErrors } from './judge.js';
 import { maskOf } from './masks.js';
 import { measure, type Measured } from './measured.js';
-import { maskedOutput, mixtureOutput, runsWhole } from './mixture.js';
+import { Activations, mixtureOutput, runsWhole } from './mixture.js';
 import { writeThrough } from './output.js';
 import { ffnOf, type MoePlan } from './plan.js';
 import { applyMask, refitDown, routingMask, type Refit } from './refit.js';
@@ -22,7 +22,8 @@ import { detailOf, toJson, type LayerReport } from './report.js';
 import { restructure } from './restructure.js';
 import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
 import type { Router } from './router.js';
-import { captureSample, heldOut, heldPart, type FfnWeights, type Sample } from './sample.js';
+import { captureSample, freeBytes, heldOut, heldPart, type FfnWeights, type Sample } from './sample.js';
+import { capacity } from './shape.js';
 import { arrange, cut, cutDowns, type Experts, type Split } from './split.js';
 import { storeRouter } from './store-router.js';
 import { LayerStore } from './store.js';
@@ -37,6 +38,8 @@ export interface VisitorOptions {
   readonly reader: WeightReader;
   /** Tokens of a sample at most. */
   readonly sampleTokens: number;
+  /** Bytes of device memory to work in; default: what is free. */
+  readonly budget: number | undefined;
   readonly check: StandingTest;
 }
 
@@ -46,8 +49,11 @@ interface Converted {
   readonly output: (s: Scope, x: Tensor) => Tensor;
 }
 
-/** Divides the feed-forward part of each block as the calibration stream comes by, and writes the block out. */
-export class SplitVisitor implements BlockVisitor, Disposable {
+/**
+ * Divides the feed-forward part of each block as the calibration stream comes by, and writes the block out while the next
+ * one is under way.
+ */
+export class SplitVisitor implements BlockVisitor, AsyncDisposable {
   readonly #options: VisitorOptions;
   /** Holds what was made of the current block. */
   #scope: Scope | undefined;
@@ -56,6 +62,8 @@ export class SplitVisitor implements BlockVisitor, Disposable {
   #report: LayerReport | undefined;
   /** Outputs made at the gate/up call, for the down call of the same pass. */
   readonly #outputs = new WeakMap<ForwardContext, Tensor>();
+  /** Of finished blocks; keeps what they are made of until then. */
+  #writing: Promise<void> = Promise.resolve();
 
   constructor(options: VisitorOptions) {
     this.#options = options;
@@ -70,7 +78,7 @@ export class SplitVisitor implements BlockVisitor, Disposable {
   }
 
   async visit(site: Site): Promise<void> {
-    const { env, plan, reader, refit, split, sampleTokens } = this.#options;
+    const { env, plan, reader, refit, split, sampleTokens, budget } = this.#options;
     const { shape, container } = plan;
     const timer = new Timer();
     const ffn = ffnOf(site.block);
@@ -84,9 +92,12 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     const made = await restructure(scope, measured, options);
     await timer.mark('split', env);
 
-    const arranged = arrange(work, made.split, w);
+    const arranged = arrange(scope, made.split, w);
     const held = this.#hold(work, sample, made);
-    const refitted = refit ? await refitDown(work, site, arranged, ffn, made.router, shape, held, heldOut) : undefined;
+    const activations = new Activations(scope, arranged, made.router, shape, ffn.activation);
+    const bytes = site.tokens * capacity(shape) * dtypeSize(reader.dtype);
+    const keep = site.held && runsWhole(shape) && bytes <= freeBytes(env, budget) / 2;
+    const refitted = refit ? await refitDown(work, site, activations, arranged.down, held, heldOut, keep) : undefined;
     await timer.mark('refit', env);
 
     // What is stored is cut from the weights as they lie in the file, not as the forward pass reads them.
@@ -96,28 +107,25 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     const networks = cut(scope, shape, { ...stored, down: refitted?.down ?? stored.down }, plan.weighting, plan.dtype);
     const before = refitted && this.#unrefitted(scope, networks, stored.down);
     this.#store = new LayerStore(plan, site.block.index, networks, router, before);
-    const dtype = reader.dtype;
     const plain = { ...arranged, down: refitted ? refitted.down : arranged.down };
-    this.#converted = { ffn, output: this.#output(scope, plain, made.router, ffn, dtype) };
+    this.#converted = { ffn, output: this.#output(scope, plain, activations) };
     await timer.mark('cut', env);
     this.#report = await this.#judge(site, measured, w, options, made, arranged, held, refitted, timer);
   }
 
   /** How a batch gets from the input of the layer to its output, as routed. */
-  #output(
-    scope: Scope,
-    w: FfnWeights,
-    router: Router,
-    { activation }: FfnSpec,
-    dtype: FloatDType,
-  ): Converted['output'] {
-    const { shape } = this.#options.plan;
+  #output(scope: Scope, w: FfnWeights, activations: Activations): Converted['output'] {
+    const { dtype } = this.#options.reader;
+    const { shape, router, activation } = activations;
     if (!runsWhole(shape)) {
       const experts = cut(scope, shape, w, { routedDown: 1, sharedDown: 1, normalized: false }, dtype);
       return (s, x) => mixtureOutput(s, x, router, experts, shape.active, activation);
     }
-    const own = { gate: cast(scope, w.gate, dtype), up: cast(scope, w.up, dtype), down: cast(scope, w.down, dtype) };
-    return (s, x) => maskedOutput(s, x, router, own, shape, activation);
+    const down = cast(scope, w.down, dtype);
+    return (s, x) => {
+      using work = new Scope(s.device);
+      return matmulT(s, activations.take(work, x), down);
+    };
   }
 
   /** The same networks with down_proj as it was. */
@@ -163,7 +171,7 @@ export class SplitVisitor implements BlockVisitor, Disposable {
     const target = outputs(held.whole, down);
     const error = (h: Tensor, columns: Tensor) => relativeError(outputs(h, columns), target);
     const energy = heldEnergies(s, measured, made.rest, made.expertOf, routed);
-    const best = s.from('i32', [sample.held, active], largest(await energy.float32(), routed, active));
+    const best = bestExperts(s, energy, active);
     const oracle = applyMask(s, held.whole, maskOf(s, best, routed, shared), shape);
     const baseline = async (kind: Exclude<SplitKind, 'fitted'>): Promise<number> => {
       using work = new Scope(env.device);
@@ -207,18 +215,30 @@ export class SplitVisitor implements BlockVisitor, Disposable {
 
   async finish(block: Block, weights: Weights): Promise<{ data: Json; detail: string }> {
     const { env, plan, writer, reader, check } = this.#options;
-    await writeThrough(plan.tensors, block.index, writer, reader, env.device);
-    await this.#store?.write(writer);
     await check.advance(block.index, this.#store, weights);
-    await writer.flush();
-    const report = this.#report;
-    this[Symbol.dispose]();
+    // One block's weights wait for their file at most.
+    await this.#writing;
+    const [scope, store, report] = [this.#scope, this.#store, this.#report];
+    [this.#scope, this.#converted, this.#store, this.#report] = [undefined, undefined, undefined, undefined];
+    this.#writing = (async () => {
+      using _kept = scope;
+      const through = writeThrough(plan.tensors, block.index, writer, reader, env.device);
+      await allEnded([through, ...(store ? [store.write(writer)] : [])]);
+    })();
+    this.#writing.catch(() => undefined); // reported by whoever waits for it next
     return { data: toJson(report ?? null), detail: detailOf(report) };
   }
 
-  [Symbol.dispose](): void {
+  async flush(last: number): Promise<void> {
+    const { writer, check } = this.#options;
+    await this.#writing;
+    await writer.flush();
+    await check.flush(last);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#writing.catch(() => undefined);
     this.#scope?.[Symbol.dispose]();
-    [this.#scope, this.#converted, this.#store, this.#report] = [undefined, undefined, undefined, undefined];
   }
 }
 

@@ -91,6 +91,16 @@ export function gradientCases(forFloats: ForFloats): void {
         const { idx } = ops.route(in_.s, logits, options);
         return [ops.routeBackward(in_.s, in_.normal('f32', [77, 6]), { logits, idx }, options)];
       });
+  for (const [experts, active] of [
+    [64, 48],
+    [7, 3],
+    [130, 1],
+  ] as const)
+    // prettier-ignore
+    forFloats(`choice_gradient ${active} of ${experts}`, (in_, d) => {
+      const [scores, c] = [in_.normal(d, [77, experts]), ops.unary(in_.s, 'square', in_.normal(d, [77, experts]))];
+      return [ops.choiceGradient(in_.s, scores, c, { active, temperature: 0.25, scale: -0.01 })];
+    });
   forFloats('expert_combine_backward, grouped_outer', (in_, d) => {
     const { w, idx } = ops.route(in_.s, in_.normal('f32', [70, 16]), { topK: 3, scoring: 'softmax' });
     const order = ops.expertSort(in_.s, idx, 16);

@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import {
+  choiceGradient,
   expertCombine,
   expertCombineBackward,
   expertSort,
@@ -10,7 +11,7 @@ import {
   type RouteOptions,
 } from '../../src/tensor/ops.js';
 import { Scope } from '../../src/tensor/tensor.js';
-import { nmse, onDevices, tensor, valuesOf } from './support.js';
+import { bytesOf, nmse, onDevices, rounded, tensor, valuesOf } from './support.js';
 
 /** d f / d x_i by central differences. */
 async function slopes(x: Float64Array, f: (x: Float64Array) => Promise<number>, step = 1e-2): Promise<Float64Array> {
@@ -46,6 +47,70 @@ onDevices('gradients of experts', (device, random) => {
     const { idx } = route(s, x, options);
     const got = routeBackward(s, tensor(s, 'f32', [T, K], dw), { logits: x, idx }, options);
     expect(nmse(await valuesOf(got), await slopes(logits, f))).toBeLessThan(1e-4);
+  });
+
+  /** Of the soft choice in double precision, tau by bisection: value and, by central differences, its slopes. */
+  function softChoice(scores: Float64Array, c: Float64Array, experts: number, active: number, temperature: number) {
+    const value = (row: Float64Array, gains: Float64Array): number => {
+      let [low, high] = [Math.min(...row) - 50 * temperature, Math.max(...row) + 50 * temperature];
+      const p = (tau: number) => row.map((v) => 1 / (1 + Math.exp((tau - v) / temperature)));
+      const chosen = (tau: number) => {
+        let sum = 0;
+        for (const v of row) sum += 1 / (1 + Math.exp((tau - v) / temperature));
+        return sum;
+      };
+      for (let i = 0; i < 60; i++) {
+        const middle = (low + high) / 2;
+        if (chosen(middle) > active) low = middle;
+        else high = middle;
+      }
+      return dot(p(low), gains);
+    };
+    return scores.map((_, i) => {
+      const first = i - (i % experts);
+      const [row, gains] = [scores, c].map((x) => x.slice(first, first + experts)) as [Float64Array, Float64Array];
+      const at = (d: number) => value(row.with(i - first, scores[i]! + d), gains);
+      const step = 1e-4 * temperature;
+      return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step);
+    });
+  }
+
+  it.each([
+    [9, 7, 3, 1, 'f32'],
+    [9, 65, 48, 0.25, 'f32'],
+    [6, 2, 1, 0.5, 'f32'],
+    [5, 40, 39, 1, 'f32'],
+    [3, 64, 1, 0.05, 'f32'],
+    [4, 33, 8, 0.7, 'bf16'],
+  ] as const)(
+    'choice_gradient, %i tokens, %i of which %i, temperature %d, %s: differences',
+    async (tokens, experts, active, temperature, dtype) => {
+      using s = new Scope(device());
+      const scores = rounded(dtype, random.normals(tokens * experts));
+      const c = rounded(
+        dtype,
+        random.normals(tokens * experts).map((v) => v * v),
+      );
+      const want = softChoice(scores, c, experts, active, temperature).map((v) => -0.125 * v);
+      // One side by columns, the other with gaps.
+      const x = tensor(s, dtype, [tokens, experts], scores, { order: [1, 0] });
+      const gains = tensor(s, dtype, [tokens, experts], c, { pad: 3 });
+      const got = choiceGradient(s, x, gains, { active, temperature, scale: -0.125 });
+      expect(nmse(await valuesOf(got), want)).toBeLessThan(1e-9);
+      const again = choiceGradient(s, x, gains, { active, temperature, scale: -0.125 });
+      expect(await bytesOf(again)).toEqual(await bytesOf(got));
+    },
+  );
+
+  it('choice_gradient of equal scores, and of scores far apart', async () => {
+    using s = new Scope(device());
+    const c = [1, 2, 3, 6, 1, 2, 3, 6];
+    const x = tensor(s, 'f32', [2, 4], [2, 2, 2, 2, 900, -900, 2, 2]);
+    const got = await valuesOf(
+      choiceGradient(s, x, tensor(s, 'f32', [2, 4], c), { active: 2, temperature: 0.5, scale: 1 }),
+    );
+    // p = 1/2 everywhere: q / temperature = 1/2 times c less its mean; one taken, one out: the others share one place.
+    expect(nmse(got, [-1, -0.5, 0, 1.5, 0, 0, -0.75, 0.75])).toBeLessThan(1e-11);
   });
 
   it('expert_combine: differences', async () => {

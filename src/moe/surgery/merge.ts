@@ -1,6 +1,5 @@
-import { binary, cast, choleskyRetry, choleskySolve, gather, gemm, hessianAdd, matmulT, reduce, unary } from '../../tensor/ops.js'; // prettier-ignore
+import { assign, binary, cast, choleskyRetry, choleskySolve, gather, gemm, hessianAdd, matmulT, reduce, unary } from '../../tensor/ops.js'; // prettier-ignore
 import { Scope, type Tensor } from '../../tensor/tensor.js';
-import { assignBalanced } from '../assign.js';
 import type { FfnWeights } from '../sample.js';
 
 /**
@@ -21,7 +20,8 @@ export async function alignNeurons(base: FfnWeights, other: FfnWeights): Promise
     const size = Math.sqrt((await sizeOf(a)) * (await sizeOf(b)));
     if (size > 0) gemm(s, a, b.transpose(), { alpha: 1 / size, beta: 1, out: likeness });
   }
-  return assignBalanced(await likeness.float32(), new Int32Array(width).fill(1));
+  const room = s.from('i32', [width], new Int32Array(width).fill(1));
+  return await assign(s, likeness, room, s.zeros('f64', [width])).int32();
 }
 
 async function sizeOf(x: Tensor): Promise<number> {

@@ -1,5 +1,5 @@
 import { Scope, type Tensor } from '../tensor.js';
-import { ensure, ensureDType, ensureShape } from './check.js';
+import { ensure, ensureContiguous, ensureDType, ensureFloat, ensureShape } from './check.js';
 import { binary, gather, reduce, unary } from './math.js';
 import { softmax } from './layers.js';
 
@@ -130,4 +130,40 @@ export function routeBackward(
   const d = s.empty('f32', logits.shape);
   d.device.run('route_backward', [d, dw, logits, idx], [scorings[o.scoring], +!!o.normalize], [o.scale ?? 1]);
   return d;
+}
+
+/**
+ * Gradient for scores [T, E] of `scale` times the sum of p c, where a soft choice p = sigmoid((s - tau) / temperature)
+ * has tau such that `active` of a token's E are chosen in all: f32 [T, E]. `c` [T, E]: what choosing is worth.
+ */
+export function choiceGradient(
+  s: Scope,
+  scores: Tensor,
+  c: Tensor,
+  { active, temperature, scale }: { active: number; temperature: number; scale: number },
+): Tensor {
+  ensureFloat('choice_gradient', scores, c);
+  ensureShape('choice_gradient', 'c', c, ...scores.shape);
+  ensure(active > 0 && active < scores.dim(1), 'choice_gradient', `${active} chosen`, scores);
+  const d = s.empty('f32', scores.shape);
+  d.device.run('choice_gradient', [d, scores, c], [active], [temperature, scale]);
+  return d;
+}
+
+/**
+ * Assigns n items to E places with `capacities` i32 [E] (their sum is n) so that the sum of scores f32 [n, E] is within n
+ * `epsilon` deviations of the scores of the largest: the place of each item, i32 [n]. `prices` f64 [E], from an assignment
+ * with like scores (zeros: from none): this one starts there and leaves its own.
+ * An auction with epsilon-scaling (Bertsekas & Castanon 1989), on the host: scores that are not finite are refused.
+ */
+export function assign(s: Scope, scores: Tensor, capacities: Tensor, prices: Tensor, epsilon = 1e-3): Tensor {
+  ensureShape('assign', 'scores', scores, -1, -1);
+  for (const t of [capacities, prices]) ensureShape('assign', 'one a place', t, scores.dim(1));
+  ensureDType('assign', 'f32', scores);
+  ensureDType('assign', 'i32', capacities);
+  ensureDType('assign', 'f64', prices);
+  ensureContiguous('assign', scores, capacities, prices);
+  const place = s.empty('i32', [scores.dim(0)]);
+  place.device.run('assign', [place, prices, scores, capacities], [], [epsilon]);
+  return place;
 }

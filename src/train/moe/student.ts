@@ -3,7 +3,7 @@ import { withMlp } from '../../arch/decoder.js';
 import type { OpenModel } from '../../arch/open.js';
 import type { Block, Model } from '../../arch/types.js';
 import { WeightReader } from '../../arch/weights.js';
-import { normalQuantile } from '../../moe/router.js';
+import { normalQuantile } from '../../moe/quantile.js';
 import type { ForwardContext } from '../../nn/calls.js';
 import { moeLayer, whole, type MoeSpec } from '../../nn/moe.js';
 import { binary, cast, copyInto, reduce, unary } from '../../tensor/ops.js';

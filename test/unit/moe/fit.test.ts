@@ -3,13 +3,13 @@ import { describe, expect, it } from 'vitest';
 import { Random } from '../../../src/base/rng.js';
 import type { Site } from '../../../src/arch/stream.js';
 import { clusterNeurons } from '../../../src/moe/cluster.js';
-import { judgeRouter } from '../../../src/moe/judge.js';
-import { maskedOutput, mixtureOutput } from '../../../src/moe/mixture.js';
+import { bestExperts, judgeRouter } from '../../../src/moe/judge.js';
+import { Activations, mixtureOutput } from '../../../src/moe/mixture.js';
 import { applyMask, refitDown, routingMask } from '../../../src/moe/refit.js';
 import { RouterFitter } from '../../../src/moe/router.js';
 import { heldOut, neurons } from '../../../src/moe/sample.js';
 import { cut } from '../../../src/moe/split.js';
-import { random } from '../../../src/tensor/ops.js';
+import { matmulT, random } from '../../../src/tensor/ops.js';
 import { Scope } from '../../../src/tensor/tensor.js';
 import { fixture, testEnv } from '../../arch/support.js';
 
@@ -84,6 +84,12 @@ describe('trained router', () => {
   );
 });
 
+it('the best experts of each token, ties to the lower index', async () => {
+  using s = new Scope(env.device);
+  const energy = s.from('f32', [3, 4], Float32Array.from([1, 3e4, 3e4, 2e4, 0, 0, 0, 0, 1e-9, 4e-9, 3e-9, 9e-9]));
+  expect([...(await bestExperts(s, energy, 2).int32())]).toEqual([1, 2, 0, 1, 3, 1]);
+});
+
 describe('clusters', () => {
   it('finds groups of neurons that fire together', async () => {
     const [tokens, groups, each] = [400, 5, 6];
@@ -127,7 +133,8 @@ describe('refit of down_proj', () => {
     env.device.run('gather', [held, x, rows], [0], []);
     const whole = neurons(s, held, w, ffn);
     const masked = applyMask(s, whole, routingMask(s, held, router, shape), shape);
-    const refit = await refitDown(s, site, w, ffn, router, shape, { whole, masked }, heldOut);
+    const activations = new Activations(s, w, router, shape, ffn.activation);
+    const refit = await refitDown(s, site, activations, w.down, { whole, masked }, heldOut, true);
     expect(refit?.lambda).toBe(r.lambda);
     expect(worst(await refit!.down.float32(), r.refit.flat())).toBeLessThan(1e-4);
     expect(r.after).toBeLessThan(r.before);
@@ -148,7 +155,7 @@ describe('a layer as routed', () => {
     const x = normal(6, 40, 5);
     const experts = cut(s, shape, w, { routedDown: 1, sharedDown: 1, normalized: false }, 'f32');
     const byExpert = await mixtureOutput(s, x, router, experts, shape.active, 'silu').float32();
-    const byMask = await maskedOutput(s, x, router, w, shape, 'silu').float32();
+    const byMask = await matmulT(s, new Activations(s, w, router, shape, 'silu').take(s, x), w.down).float32();
     expect(worst(byMask, [...byExpert])).toBeLessThan(1e-4);
   });
 });

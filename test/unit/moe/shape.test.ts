@@ -3,8 +3,7 @@ import { expertWidth, type Padding } from '../../../src/moe/shape.js';
 import { chooseShared, evenCapacities } from '../../../src/moe/shared.js';
 import { layOut, sharedNeurons } from '../../../src/moe/split.js';
 import { loadOf } from '../../../src/moe/judge.js';
-import { largest } from '../../../src/moe/largest.js';
-import { normalQuantile } from '../../../src/moe/router.js';
+import { normalQuantile } from '../../../src/moe/quantile.js';
 
 describe('widths of experts', () => {
   it.each<[number, number, Padding, number]>([
@@ -49,10 +48,6 @@ describe('figures', () => {
     expect(load.dead).toBe(1);
     const entropy = -[0.5, 0.375, 0.125].reduce((sum, p) => sum + p * Math.log(p), 0) / Math.log(4);
     expect(load.entropy).toBeCloseTo(entropy, 12);
-  });
-
-  it('largest of each row, ties to the lower index', () => {
-    expect([...largest(Float32Array.from([1, 3, 3, 2, 0, 0, 0, 0]), 4, 2)]).toEqual([1, 2, 0, 1]);
   });
 
   it('quantiles of the normal distribution', () => {
