@@ -5,7 +5,7 @@ import { describe, expect, test } from 'vitest';
 import { openModel } from '../../src/arch/open.js';
 import { archCase, fixture, testEnv, trainedModel } from '../arch/support.js';
 import { OnnxSession } from './onnxruntime.js';
-import { convert, ourLogits, python, relativeError, someTokens, workFolder } from './support.js';
+import { checkOnnx, convert, ourLogits, python, relativeError, someTokens, workFolder } from './support.js';
 
 const env = testEnv();
 const work = workFolder();
@@ -56,7 +56,7 @@ describe.each(models)('%s as ONNX with fused matrices', (name, path) => {
   test.skipIf(!path)('logits in ONNX Runtime equal ours, with the cache too', async () => {
     const out = join(work, `onnx-${name}`);
     await convert({ input: path!, format: 'onnx', dtype: 'f32', fuse: new Set(['qkv', 'gate-up']) }, out, env);
-    const { operators } = await python<{ operators: string[] }>('check_onnx.py', out);
+    const [operators] = await checkOnnx(out);
     if (name === 'INT4 codes') expect(operators).toContain('com.microsoft.MatMulNBits');
     const open = await openModel(path!);
     const { model } = open;

@@ -79,6 +79,10 @@ for kind, token in special.special_token_ids.items():
     key = names.get(kind)
     if key and (key not in got_keys or value(key) != token):
         problems.append(f"{key}: {value(key) if key in got_keys else None} for {token}")
+for kind, want in special.add_special_token.items():
+    key = f"tokenizer.ggml.add_{kind}_token"
+    if key not in got_keys or value(key) != want:
+        problems.append(f"{key}: {value(key) if key in got_keys else None} for {want}")
 if special.chat_template is not None and (K.Tokenizer.CHAT_TEMPLATE not in got_keys or value(K.Tokenizer.CHAT_TEMPLATE) != special.chat_template):
     problems.append("chat template differs")
 
@@ -117,4 +121,8 @@ for name in want_tensors.keys() & got_tensors.keys():
         problems.append(f"{name}: other values")
 known = {v for holder in (K.General, K.LLM, K.Attention, K.Rope, K.Tokenizer) for v in vars(holder).values() if isinstance(v, str)}
 unknown = sorted(k for k in got_keys if k not in {v.replace("{arch}", arch) for v in known})
-print(json.dumps({"problems": problems, "keys": len(got_keys), "tensors": len(got_tensors), "unknown_keys": unknown}))
+compared = expected.keys() | lists.keys() | {names[kind] for kind in special.special_token_ids if kind in names}
+compared |= {f"tokenizer.ggml.add_{kind}_token" for kind in special.add_special_token}
+compared |= {K.Tokenizer.CHAT_TEMPLATE} if special.chat_template is not None else set()
+more = sorted(got_keys - compared)
+print(json.dumps({"problems": problems, "tensors": len(got_tensors), "unknown_keys": unknown, "more_keys": more}))

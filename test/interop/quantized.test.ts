@@ -9,7 +9,7 @@ import { defaultRecipe, type Recipe } from '../../src/quant/scheme.js';
 import { archCase, fixture, testEnv, trainedModel } from '../arch/support.js';
 import { llamaScore } from './llama.js';
 import { OnnxSession } from './onnxruntime.js';
-import { heldOut, ourLogits, python, relativeError, someTokens, workFolder } from './support.js';
+import { checkOnnx, heldOut, ourLogits, python, relativeError, someTokens, workFolder } from './support.js';
 
 const env = testEnv();
 const work = workFolder();
@@ -75,9 +75,9 @@ describe.each(cases)('%s quantized', (name, path, recipe) => {
     const open = await openModel(join(out, 'onnx'));
     const { model } = open;
     expect(open.layout?.name).toBe('matmulnbits');
-    const { operators } = await python<{ operators: string[] }>('check_onnx.py', join(out, 'onnx'));
+    const [operators] = await checkOnnx(join(out, 'onnx'));
     expect(operators).toContain('com.microsoft.MatMulNBits');
-    expect(operators.includes('com.microsoft.QMoE')).toBe(model.blocks.some(({ moe }) => moe !== undefined));
+    expect(operators!.includes('com.microsoft.QMoE')).toBe(model.blocks.some(({ moe }) => moe !== undefined));
     const tokens = someTokens(20, model.vocab);
     const want = await ourLogits(join(out, 'compressed-tensors'), env, tokens);
     const session = await OnnxSession.open(join(out, 'onnx'), model);

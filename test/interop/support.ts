@@ -28,6 +28,12 @@ export async function python<T>(script: string, ...args: string[]): Promise<T> {
   return JSON.parse(stdout) as T;
 }
 
+/** onnx.checker on folders; returns the operators of each. */
+export async function checkOnnx(...folders: string[]): Promise<string[][]> {
+  const checked = await python<{ operators: string[] }[]>('check_onnx.py', ...folders);
+  return checked.map(({ operators }) => operators);
+}
+
 /** What `convert` does. */
 export async function convert(options: ConvertOptions, out: string, env: JobEnv): Promise<void> {
   const plan = await planConversion(options);
