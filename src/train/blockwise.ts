@@ -61,7 +61,9 @@ interface Learned {
 export const blockName = (block: Block): string => `qat block ${block.index}`;
 const codesPath = (job: Job, block: Block): string => job.statePath(`codes-${block.index}.bin`);
 const statesPath = (job: Job, block: Block): string => job.statePath(`states-${block.index}.bin`);
-const codeTensors = (all: readonly Codes[]): Tensor[] => all.flatMap(({ codes, grid }) => [codes, grid.scale]);
+/** What is kept of codes that learn. */
+export const codeTensors = (all: readonly Codes[]): Tensor[] =>
+  all.flatMap(({ codes, grid }) => [codes, grid.scale, ...(grid.zero ? [grid.zero] : [])]);
 
 /** Codes of a block as block-wise training left them. */
 export async function trainedCodes(options: Pick<BlockwiseOptions, 'job' | 'student'>, block: Block, scope: Scope) {

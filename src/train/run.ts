@@ -14,7 +14,7 @@ import { Scope } from '../tensor/tensor.js';
 import { defaultAdam, type AdamOptions } from '../tune/parameters.js';
 import { requireTrainable } from '../tune/trainable.js';
 import type { Codes, Learned, LearningWeights, Rates } from '../tune/weights.js';
-import { trainBlocks, trainedCodes, type BlockRecord } from './blockwise.js';
+import { codeTensors, trainBlocks, trainedCodes, type BlockRecord } from './blockwise.js';
 import { EndToEnd, type EndToEndOutcome } from './end-to-end.js';
 import type { QatOptions, QatResult } from './options.js';
 import { asJson, sameTensors, storedNames, verifyCodes, writeCodes, writeRest, writeValue } from './output.js';
@@ -247,7 +247,6 @@ async function blockwise(run: Run, watch: AlarmWatch): Promise<BlockRecord[]> {
 }
 
 const finalPath = (job: Job, block: number): string => job.statePath(`final-${block}.bin`);
-const codeTensors = (all: readonly Codes[]) => all.flatMap(({ codes, grid }) => [codes, grid.scale]);
 const values = (part: LearningWeights) => part.plain.map(({ parameter }) => parameter.value);
 
 /** Codes that the training so far has led to. */

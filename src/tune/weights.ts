@@ -1,13 +1,24 @@
 import { bug } from '../base/errors.js';
 import type { FloatDType } from '../base/dtype.js';
 import type { LinearSpec, Weights } from '../nn/calls.js';
-import { binary, cast, copyInto, dequantize, fakeQuant, gemm, quantize, random, type Grid } from '../tensor/ops.js';
+import {
+  binary,
+  cast,
+  copyInto,
+  dequantize,
+  fakeQuant,
+  fill,
+  gemm,
+  quantize,
+  random,
+  type Grid,
+} from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { Parameter } from './parameters.js';
 
 /** What of a quantized linear learns. */
 export type Learned =
-  /** Weights (straight through their rounding) and scales. */
+  /** Weights (straight through their rounding), scales, and zero points where there are any. */
   | { readonly kind: 'full' }
   /** Scales alone; codes are fixed. */
   | { readonly kind: 'scales' }
@@ -20,7 +31,7 @@ export interface Codes {
   readonly names: readonly string[];
   /** i8 [names x N, K]. */
   readonly codes: Tensor;
-  /** Scales f32 [names x N, G]. */
+  /** Scales and zero points f32 [names x N, G]. */
   readonly grid: Grid;
   /** Precision in which scales are stored. */
   readonly stored: FloatDType;
@@ -42,6 +53,7 @@ export class QuantizedUnit {
   readonly #codes: Codes;
   readonly #learned: Learned;
   readonly #scale: Tensor;
+  readonly #zero: Tensor | undefined;
   readonly #latent: Tensor | undefined;
   readonly #low: { readonly a: Tensor; readonly b: Tensor } | undefined;
   readonly parameters: readonly Parameter[];
@@ -49,11 +61,11 @@ export class QuantizedUnit {
   private constructor(
     codes: Codes,
     learned: Learned,
-    tensors: { scale: Tensor; latent?: Tensor; low?: { a: Tensor; b: Tensor } },
+    tensors: { scale: Tensor; zero?: Tensor | undefined; latent?: Tensor; low?: { a: Tensor; b: Tensor } },
     parameters: readonly Parameter[],
   ) {
     [this.#codes, this.#learned, this.parameters] = [codes, learned, parameters];
-    [this.#scale, this.#latent, this.#low] = [tensors.scale, tensors.latent, tensors.low];
+    [this.#scale, this.#zero, this.#latent, this.#low] = [tensors.scale, tensors.zero, tensors.latent, tensors.low];
   }
 
   /** Weights begin at the centres of their cells; `codes` is used up (its tensors may be freed but for `scales`). */
@@ -75,7 +87,9 @@ export class QuantizedUnit {
     const latent = dequantize(scope, codes.codes, grid);
     if (learned.kind === 'full') {
       const weights = of('weight', latent, rates.weights * cell);
-      return new QuantizedUnit(codes, learned, { scale, latent }, [weights, scales]);
+      const zero = grid.zero && copyOf(scope, grid.zero);
+      const zeros = zero ? [of('zero', zero, rates.weights)] : []; // in cells as they are
+      return new QuantizedUnit(codes, learned, { scale, zero, latent }, [weights, scales, ...zeros]);
     }
     const [rows, columns] = [latent.dim(0), latent.dim(1)];
     const rank = Math.min(learned.rank, rows, columns);
@@ -103,6 +117,17 @@ export class QuantizedUnit {
     return stored === 'f32' ? this.#scale : cast(scope, cast(scope, this.#scale, stored), 'f32');
   }
 
+  /** Scales and zero points as they are stored. */
+  #grid(scope: Scope): Grid {
+    const { grid } = this.#codes;
+    const scale = this.#storedScale(scope);
+    if (!this.#zero) return { ...grid, scale };
+    const ones = scope.empty('f32', this.#zero.shape);
+    fill(ones, 1);
+    const { low, high } = grid;
+    return { ...grid, scale, zero: fakeQuant(scope, this.#zero, { scale: ones, low, high, group: 1 }) };
+  }
+
   #weights(scope: Scope): Tensor {
     if (!this.#latent) throw bug('weights of a linear whose codes are fixed');
     if (!this.#low) return this.#latent;
@@ -111,7 +136,7 @@ export class QuantizedUnit {
 
   /** The quantized weights [rows, K], by recordable operations. */
   value(scope: Scope, dtype: FloatDType): Tensor {
-    const grid = { ...this.#codes.grid, scale: this.#storedScale(scope) };
+    const grid = this.#grid(scope);
     if (this.#learned.kind === 'scales') return dequantize(scope, this.#codes.codes, grid, dtype);
     return fakeQuant(scope, this.#weights(scope), grid, dtype);
   }
@@ -119,7 +144,8 @@ export class QuantizedUnit {
   /** What has been learned, as it is to be stored. */
   result(scope: Scope): Codes {
     using work = new Scope(scope.device);
-    const grid = { ...this.#codes.grid, scale: copyOf(scope, this.#storedScale(work)) };
+    const { zero, ...now } = this.#grid(work);
+    const grid = { ...now, scale: copyOf(scope, now.scale), ...(zero && { zero: copyOf(scope, zero) }) };
     if (this.#learned.kind === 'scales') return { ...this.#codes, grid };
     return { ...this.#codes, codes: quantize(scope, this.#weights(work), grid), grid };
   }

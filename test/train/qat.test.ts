@@ -123,6 +123,20 @@ describe('qat of dense-6m', () => {
     60_000,
   );
 
+  test('from an asymmetric start, an interrupted run ends with the same bytes too', async () => {
+    const from = join(folder, 'asymmetric');
+    const common = { input: options('').input, out: from, tool: options('').tool, commandLine: '' };
+    const recipe = { ...defaultRecipe, method: 'rtn', symmetric: false } as const;
+    await quantize({ ...common, recipe, formats: ['compressed-tensors'] }, env);
+    const more = { from, endToEnd: 'none' } as const;
+    const result = await runQat(options('zeros', more), env);
+    const job = options('zeros-again', more);
+    const stop = interrupted(({ stage, done }) => stage === 'qat blocks' && done === 2);
+    await expect(runQat(job, stop)).rejects.toThrow(/interrupt/i);
+    expect((await runQat(job, env)).resumed).toBe(true);
+    expect(hashes(job.out)).toEqual(hashes(result.out));
+  }, 60_000);
+
   test('low-rank additions learn', async () => {
     const from = join(folder, 'rounded');
     const result = await runQat(options('lora', { from, epochs: 0, endToEnd: 'lora', endToEndEpochs: 1 }), env);
