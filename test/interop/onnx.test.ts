@@ -4,7 +4,7 @@ import { describe, expect, test } from 'vitest';
 import { openModel } from '../../src/arch/open.js';
 import { archCase, fixture, testEnv, trainedModel } from '../arch/support.js';
 import { OnnxSession } from './onnxruntime.js';
-import { convert, ourLogits, python, relativeError, someTokens, workFolder } from './support.js';
+import { checkOnnx, convert, ourLogits, relativeError, someTokens, workFolder } from './support.js';
 
 const env = testEnv();
 const work = workFolder();
@@ -12,15 +12,31 @@ const int4 = trainedModel('dense-6m-int4-llmcompressor');
 /** Of the largest logit. */
 const bound = 1e-3;
 
+/**
+ * The error of logits [S, V]. Graphs in f16 round every activation, and where two experts are nearly equal the router
+ * may then choose the other: all tokens but every fifth count, to 1e-2.
+ */
+function errorOf(got: Float32Array, want: Float32Array, vocab: number, type: 'float32' | 'float16'): number {
+  if (type === 'float32') return relativeError(got, want);
+  const rows = Array.from({ length: want.length / vocab }, (_, i) => [i * vocab, (i + 1) * vocab] as const);
+  const errors = rows.map(([from, to]) => relativeError(got.subarray(from, to), want.subarray(from, to)));
+  return errors.sort((a, b) => a - b)[Math.floor(0.8 * errors.length)]! / 10;
+}
+
 /** Prefill in one call; prefill, then one token after another with the cache. Both against our logits. */
-async function compare(folder: string, path: string, batch: number, length: number): Promise<void> {
+async function compare(
+  folder: string,
+  path: string,
+  [batch, length]: readonly [number, number],
+  type: 'float32' | 'float16' = 'float32',
+): Promise<void> {
   const open = await openModel(path);
   const { model } = open;
   const tokens = someTokens(batch * length, model.vocab);
   const want = await ourLogits(path, env, tokens, batch);
-  const session = await OnnxSession.open(folder, model);
+  const session = await OnnxSession.open(folder, model, type);
   const [whole] = await session.run(tokens, batch, [length]);
-  expect(relativeError(whole!, want), 'prefill').toBeLessThan(bound);
+  expect(errorOf(whole!, want, model.vocab, type), 'prefill').toBeLessThan(bound);
   const first = length - 4;
   const parts = await session.run(tokens, batch, [first, 1, 1, 1, 1]);
   const joined = new Float32Array(want.length);
@@ -33,7 +49,7 @@ async function compare(folder: string, path: string, batch: number, length: numb
     }
     at += size;
   }
-  expect(relativeError(joined, want), 'decoding with the cache').toBeLessThan(bound);
+  expect(errorOf(joined, want, model.vocab, type), 'decoding with the cache').toBeLessThan(bound);
   await session.close();
   await open.close();
 }
@@ -46,6 +62,7 @@ async function readBack(folder: string, path: string): Promise<void> {
 
 /** Rotary frequencies that change with the length of the text; choices of sparse attention. */
 const refused = new Set(['llama-caps', 'llama-dynamic', 'llama-longrope', 'deepseek_v32', 'deepseek_v4']);
+const written: string[] = [];
 const cases = readdirSync(fixture('arch'), { withFileTypes: true }).filter((entry) => entry.isDirectory());
 describe.each(cases.map(({ name }) => name).filter((name) => !name.includes('_vl') && !name.includes('ocr')))(
   '%s',
@@ -59,11 +76,17 @@ describe.each(cases.map(({ name }) => name).filter((name) => !name.includes('_vl
         return;
       }
       await done;
-      await compare(out, path, 2, 12);
+      written.push(out);
+      await compare(out, path, [2, 12]);
       await readBack(out, path);
     });
   },
 );
+
+test('onnx.checker passes all of them', async () => {
+  expect(written.length).toBeGreaterThan(15);
+  expect(await checkOnnx(...written)).toHaveLength(written.length);
+});
 
 describe.each([
   ['dense-6m', trainedModel('v1.0', 'v1.0_checkpoint.bin')],
@@ -72,18 +95,24 @@ describe.each([
   test.skipIf(path === undefined)('logits in ONNX Runtime equal ours', async () => {
     const out = join(work, name);
     await convert({ input: path!, format: 'onnx', dtype: 'f32' }, out, env);
-    await compare(out, path!, 1, 100);
+    await compare(out, path!, [1, 100]);
     await readBack(out, path!);
-    const checked = await python<{ nodes: number; operators: string[] }>('check_onnx.py', out);
-    expect(checked.operators).toContain('com.microsoft.GroupQueryAttention');
+    const [operators] = await checkOnnx(out);
+    expect(operators).toContain('com.microsoft.GroupQueryAttention');
+  });
+
+  test.skipIf(path === undefined)('in f16 too', async () => {
+    const out = join(work, `${name}-f16`);
+    await convert({ input: path!, format: 'onnx', dtype: 'f16' }, out, env);
+    await compare(out, path!, [1, 60], 'float16');
   });
 });
 
 test.skipIf(!int4)('INT4 codes that llm-compressor chose run as MatMulNBits', async () => {
   const out = join(work, 'int4');
   await convert({ input: int4!, format: 'onnx', dtype: 'f32' }, out, env);
-  await compare(out, int4!, 1, 60);
+  await compare(out, int4!, [1, 60]);
   await readBack(out, int4!);
-  const checked = await python<{ operators: string[] }>('check_onnx.py', out);
-  expect(checked.operators).toContain('com.microsoft.MatMulNBits');
+  const [operators] = await checkOnnx(out);
+  expect(operators).toContain('com.microsoft.MatMulNBits');
 });
