@@ -139,7 +139,9 @@ export class GgufTarget implements Target {
   store(scope: Scope, { linear }: LinearPlan, scheme: Scheme, coded: Coded, source: Source): Stored {
     const place = this.#places.get(linear.name);
     const own = this.#plan.linears.get(linear.name)?.scheme?.blocks;
-    if (!place || !own) throw bug(`${linear.name} has no place in the GGUF file`);
+    // Beside other formats: what no block type divides is written with what is not quantized.
+    if (!own) return { tensors: [] };
+    if (!place) throw bug(`${linear.name} has no place in the GGUF file`);
     if (coded.blocks) return { tensors: this.#place(scope, place, coded.blocks) };
     // Codes of another target's grid: as they are where the type can say them, else rounded anew.
     const same = blocksOfCodes(scope, own, scheme, coded);

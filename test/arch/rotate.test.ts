@@ -35,6 +35,14 @@ describe('Hadamard matrices', () => {
     expect(hadamardOrder(26)).toBe(2);
   });
 
+  it.each([24, 128, 224])('spread each of %d channels over all of them', async (size) => {
+    using scope = new Scope(env.device);
+    const identity = Float32Array.from({ length: size * size }, (_, i) => Number(i % (size + 1) === 0));
+    const q = scope.from('f32', [size, size], identity);
+    rotateRows(q, { size, order: size, seed: 5, stream: 0 });
+    for (const value of await q.float32()) expect(Math.abs(value) * Math.sqrt(size)).toBeCloseTo(1, 5);
+  });
+
   it('turn rows on the right, and parts of columns on the left, by one orthogonal matrix', async () => {
     using scope = new Scope(env.device);
     const rotation = { size: 26, order: 2, seed: 3, stream: 1 };
