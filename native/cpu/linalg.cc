@@ -4,6 +4,7 @@
 
 #include "blas.h"
 #include "gemm.h"
+#include "kernels/elementwise.h"
 #include "kernels/gemm.h"
 #include "kernels/sweep.h"
 #include "matrices.h"
@@ -75,6 +76,58 @@ void add_lower(dc_context* c, float* h, int64_t ldh, int64_t n, const float* a, 
   });
 }
 
+// The same of bf16 rows X [tokens, n]: alpha X'X on the processor's unit for bf16. Products are exact; sums over kFlush
+// tokens go to H.
+void add_lower_bf16(dc_context* c, const Panels& kernel, float* h, int64_t ldh, int64_t n, const uint16_t* x, int64_t ldx,
+                    int64_t tokens, float alpha) {
+  constexpr int64_t kFlush = 1024;
+  // Squares of the triangle: large ones read fewer operands, many keep all threads busy.
+  const int64_t width = kernel.mr;
+  int64_t side = up(256, width);
+  auto squares = [&] { return (n + side - 1) / side * ((n + side - 1) / side + 1) / 2; };
+  while (side > 2 * width && squares() < 4 * c->threads) side = up(side / 2, width);
+  const int64_t lines = up(n, width), depth = kernel.depth, most = std::min(kFlush, up(tokens, kernel.step));
+  static thread_local Scratch pack_a, pack_b;
+  auto* a = reinterpret_cast<uint16_t*>(pack_a.take(size_t(lines * most / 2)));
+  auto* b = reinterpret_cast<uint16_t*>(pack_b.take(size_t(lines * most / 2)));
+  for (int64_t t0 = 0; t0 < tokens; t0 += kFlush) {
+    const int64_t positions = std::min(kFlush, tokens - t0);
+    // Panels by blocks of `depth` tokens.
+    parallel_for(c, lines / width, 1, [&](int64_t begin, int64_t end) {
+      const int64_t i0 = begin * width, i1 = std::min(end * width, n);
+      for (int64_t p = 0; p < positions; p += depth) {
+        const int64_t k = std::min(depth, positions - p), line = up(k, kernel.step);
+        const uint16_t* from = x + (t0 + p) * ldx + i0;
+        kernel.pack_a(a + lines * p + i0 * line, from, DC_BF16, 1, ldx, i1 - i0, k);
+        kernel.pack_b(b + lines * p + i0 * line, from, DC_BF16, 1, ldx, i1 - i0, k);
+      }
+    });
+    parallel_for(c, squares(), 1, [&](int64_t begin, int64_t end) {
+      static thread_local Scratch sums;
+      float* sum = sums.take(size_t(side * side));
+      int64_t row = 0;
+      for (int64_t t = begin; t < end; t++) {
+        while ((row + 1) * (row + 2) / 2 <= t) row++;
+        const int64_t i0 = row * side, i1 = std::min(i0 + side, n);
+        const int64_t j0 = (t - row * (row + 1) / 2) * side, j1 = std::min(j0 + side, n);
+        for (int64_t p = 0; p < positions; p += depth) {
+          const int64_t line = up(std::min(depth, positions - p), kernel.step);
+          const uint16_t *left = a + lines * p, *right = b + lines * p;
+          if (i0 != j0) {
+            kernel.block(sum, side, left + i0 * line, right + j0 * line, i1 - i0, j1 - j0, line, p > 0);
+            continue;
+          }
+          for (int64_t i = i0; i < i1; i += width)  // what lies above the diagonal is not wanted
+            kernel.block(sum + (i - i0) * side, side, left + i * line, right + j0 * line, std::min(width, i1 - i),
+                         std::min(i + width, j1) - j0, line, p > 0);
+        }
+        for (int64_t i = i0; i < i1; i++)
+          element_kernels().axpy(h + i * ldh + j0, alpha, sum + (i - i0) * side, std::min(i + 1, j1) - j0);
+      }
+    });
+  }
+}
+
 }  // namespace
 
 extern "C" int dc_cpu_hessian_add(dc_context* c, const dc_call* call) {
@@ -94,6 +147,10 @@ extern "C" int dc_cpu_hessian_add(dc_context* c, const dc_call* call) {
     if (blas && to > from) {
       c->blas->ssyrk(kRowMajor, kLower, kTranspose, int(k), int(to - from), alpha, data<float>(x) + from * ldx, int(ldx),
                      1, h.row(e, 0), int(h.stride));
+      continue;
+    }
+    if (x.dtype == DC_BF16 && !present(weight) && bf16_panels()) {
+      add_lower_bf16(c, *bf16_panels(), h.row(e, 0), h.stride, k, data<uint16_t>(x) + from * ldx, ldx, to - from, alpha);
       continue;
     }
     for (int64_t t = from; t < to; t += kDepth) {

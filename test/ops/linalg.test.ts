@@ -2,9 +2,9 @@ import { describe, expect, it } from 'vitest';
 import { cholesky, choleskySolve, hessianAdd, symmetrize } from '../../src/tensor/ops.js';
 import { Scope } from '../../src/tensor/tensor.js';
 import { activations, gram, nmse, noise } from './quant-cases.js';
-import { onDevices } from './support.js';
+import { onDevices, rounded, tensor } from './support.js';
 
-onDevices('linear algebra', (device) => {
+onDevices('linear algebra', (device, random) => {
   const lower = (h: ArrayLike<number>, k: number, fill = 0) =>
     Float64Array.from(h, (v, i) => (i % k <= Math.floor(i / k) ? v : fill));
   const toBf16 = (x: Float32Array) => Uint16Array.from(new Uint32Array(Float32Array.from(x).buffer), (u) => u >>> 16);
@@ -32,6 +32,24 @@ onDevices('linear algebra', (device) => {
         expect(nmse(lower(got, k), expected)).toBeLessThan(1e-12);
       });
     }
+    for (const [t, k] of [
+      [1, 3],
+      [31, 33],
+      [1300, 70],
+      [45, 300],
+      [130, 530],
+    ] as const) {
+      it(`takes bf16 rows of a wider matrix, X [${t}, ${k}]`, async () => {
+        using s = new Scope(device());
+        const x = rounded('bf16', random.normals(t * k));
+        const start = random.normals(k * k);
+        const h = s.from('f32', [k, k], Float32Array.from(start));
+        hessianAdd(h, tensor(s, 'bf16', [t, k], x, { pad: 5 }), { alpha: 0.5 });
+        const got = await h.float32();
+        const expected = gram(Float32Array.from(x), k).map((v, i) => 0.5 * v + Math.fround(start[i]!));
+        expect(nmse(lower(got, k), lower(expected, k))).toBeLessThan(1e-12);
+      });
+    }
     it('takes bf16, row weights, and rows of a wider matrix', async () => {
       using s = new Scope(device());
       const [t, k] = [90, 40];
@@ -45,18 +63,19 @@ onDevices('linear algebra', (device) => {
       const scaled = x.map((v, i) => v * Math.sqrt(weight[Math.floor(i / k)]!));
       expect(nmse(lower(await h.float32(), k), lower(gram(scaled, k), k))).toBeLessThan(1e-12);
     });
-    it('keeps experts apart, also those without rows', async () => {
-      using s = new Scope(device());
-      const [t, k, offsets] = [100, 24, Int32Array.of(0, 37, 37, 38, 100)];
-      const x = activations(4, t, k);
-      const h = s.from('f32', [4, k, k], new Float32Array(4 * k * k));
-      hessianAdd(h, s.from('f32', [t, k], x), { offsets: s.from('i32', [5], offsets) });
-      const got = await h.float32();
-      for (let e = 0; e < 4; e++) {
-        const expected = lower(gram(x.subarray(offsets[e]! * k, offsets[e + 1]! * k), k), k);
-        expect(nmse(lower(got.subarray(e * k * k, (e + 1) * k * k), k), expected)).toBeLessThan(1e-12);
-      }
-    });
+    for (const dtype of ['f32', 'bf16'] as const)
+      it(`keeps experts apart, also those without rows, ${dtype}`, async () => {
+        using s = new Scope(device());
+        const [t, k, offsets] = [100, 24, Int32Array.of(0, 37, 37, 38, 100)];
+        const x = Float32Array.from(rounded(dtype, activations(4, t, k)));
+        const h = s.from('f32', [4, k, k], new Float32Array(4 * k * k));
+        hessianAdd(h, tensor(s, dtype, [t, k], x), { offsets: s.from('i32', [5], offsets) });
+        const got = await h.float32();
+        for (let e = 0; e < 4; e++) {
+          const expected = lower(gram(x.subarray(offsets[e]! * k, offsets[e + 1]! * k), k), k);
+          expect(nmse(lower(got.subarray(e * k * k, (e + 1) * k * k), k), expected)).toBeLessThan(1e-12);
+        }
+      });
   });
 
   it('symmetrize mirrors the lower triangle, batched', async () => {

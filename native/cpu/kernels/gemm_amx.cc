@@ -21,24 +21,6 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Lines -> panels of 32: per 32 positions two tiles of 16 lines, each line's 32 positions together.
-void pack_a(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
-  const auto* from = static_cast<const uint16_t*>(src);
-  auto* to = static_cast<uint16_t*>(dst);
-  for (int64_t i0 = 0; i0 < lines; i0 += L)
-    for (int64_t p0 = 0; p0 < k; p0 += KB)
-      for (int64_t i = i0; i < i0 + L; i++, to += KB) {
-        const int64_t n = i < lines ? (k - p0 < KB ? k - p0 : KB) : 0;
-        const uint16_t* line = from + i * line_stride + p0 * position_stride;
-        if (position_stride == 1 && n == KB) {
-          memcpy(to, line, KB * 2);
-          continue;
-        }
-        for (int64_t p = 0; p < n; p++) to[p] = line[p * position_stride];
-        for (int64_t p = n; p < KB; p++) to[p] = 0;
-      }
-}
-
 // 8 x 8 transpose of 32-bit values: rows `src_stride` apart -> rows `dst_stride` apart.
 inline void transpose_8(uint16_t* dst, int64_t dst_stride, const uint16_t* src, int64_t src_stride) {
   __m256i r[8], t[8], s[8];
@@ -59,25 +41,65 @@ inline void transpose_8(uint16_t* dst, int64_t dst_stride, const uint16_t* src, 
   }
 }
 
-// Lines -> panels of 32: per 32 positions two tiles of 16 lines; position 2r + e of line j stands in row r at 2j + e.
-void pack_b(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
+// 16 x 16 of them: a tile of one operand becomes one of the other.
+inline void transpose_16(uint16_t* dst, const uint16_t* src, int64_t src_stride) {
+  for (int x = 0; x < 16; x += 8)
+    for (int y = 0; y < 16; y += 8) transpose_8(dst + y * KB + x * 2, KB, src + x * src_stride + y * 2, src_stride);
+}
+
+// 32 positions of 16 lines that lie side by side -> row r of the tile holds positions 2r and 2r + 1 of each line.
+inline void pair_positions(uint16_t* dst, const uint16_t* src, int64_t position_stride) {
+  for (int r = 0; r < 16; r++, src += 2 * position_stride, dst += KB) {
+    const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + position_stride));
+    const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + 16), _mm256_permute2x128_si256(low, high, 0x31));
+  }
+}
+
+// Calls tile(to, from, lines, positions) for every tile of 16 lines x 32 positions, in the order of panels of 32 lines;
+// both counts may fall short at the edges.
+template <class Tile>
+void each_tile(void* dst, const void* src, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k,
+               const Tile& tile) {
   const auto* from = static_cast<const uint16_t*>(src);
   auto* to = static_cast<uint16_t*>(dst);
   for (int64_t i0 = 0; i0 < lines; i0 += L)
     for (int64_t p0 = 0; p0 < k; p0 += KB)
       for (int64_t i = i0; i < i0 + L; i += 16, to += kTile) {
-        const uint16_t* tile = from + i * line_stride + p0 * position_stride;
-        const int64_t n = k - p0 < KB ? k - p0 : KB, m = lines - i < 0 ? 0 : lines - i < 16 ? lines - i : 16;
-        if (position_stride == 1 && n == KB && m == 16) {
-          for (int x = 0; x < 16; x += 8)
-            for (int y = 0; y < 16; y += 8) transpose_8(to + y * 32 + x * 2, 32, tile + x * line_stride + y * 2, line_stride);
-          continue;
-        }
+        const int64_t m = lines - i < 0 ? 0 : lines - i < 16 ? lines - i : 16, n = k - p0 < KB ? k - p0 : KB;
         if (m < 16 || n < KB) memset(to, 0, kTile * 2);
-        for (int64_t p = 0; p < n; p++)
-          for (int64_t j = 0; j < m; j++)
-            to[p / 2 * 32 + j * 2 + p % 2] = tile[j * line_stride + p * position_stride];
+        tile(to, from + i * line_stride + p0 * position_stride, m, n);
       }
+}
+
+// Row i of a tile: the 32 positions of line i.
+void pack_a(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
+  each_tile(dst, src, line_stride, position_stride, lines, k, [=](uint16_t* to, const uint16_t* from, int64_t m, int64_t n) {
+    if (line_stride == 1 && m == 16 && n == KB) {
+      alignas(64) uint16_t pairs[kTile];
+      pair_positions(pairs, from, position_stride);
+      transpose_16(to, pairs, KB);
+      return;
+    }
+    for (int64_t i = 0; i < m; i++) {
+      if (position_stride == 1)
+        memcpy(to + i * KB, from + i * line_stride, size_t(n) * 2);
+      else
+        for (int64_t p = 0; p < n; p++) to[i * KB + p] = from[i * line_stride + p * position_stride];
+    }
+  });
+}
+
+// Row r of a tile: positions 2r and 2r + 1 of line 0, then of line 1, ...
+void pack_b(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
+  each_tile(dst, src, line_stride, position_stride, lines, k, [=](uint16_t* to, const uint16_t* from, int64_t m, int64_t n) {
+    if (m == 16 && n == KB && position_stride == 1) return transpose_16(to, from, line_stride);
+    if (m == 16 && n == KB && line_stride == 1) return pair_positions(to, from, position_stride);
+    for (int64_t p = 0; p < n; p++)
+      for (int64_t j = 0; j < m; j++) to[p / 2 * KB + j * 2 + p % 2] = from[j * line_stride + p * position_stride];
+  });
 }
 
 void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
