@@ -16,12 +16,16 @@ export interface Refit {
   /** down_proj in the order of the split, f32 [C, capacity]. */
   readonly down: Tensor;
   readonly lambda: number;
+  /** On held-out tokens, without it and with it. */
+  readonly errors: { readonly routed: number; readonly refit: number };
 }
 
-/** Tokens that were left out of fitting: hidden neurons under the routing's mask, and without it. f32 [T, capacity]. */
+/** Tokens that were left out of fitting. */
 export interface Held {
+  /** Hidden neurons under the routing's mask, f32 [T, capacity]. */
   readonly masked: Tensor;
-  readonly whole: Tensor;
+  /** The dense layer's output, f32 [T, C]. */
+  readonly target: Tensor;
 }
 
 /**
@@ -60,25 +64,28 @@ export async function refitDown(
   });
   const plain = work.empty('f32', [hidden, total]);
   copyInto(plain, down);
-  const outputs = (h: Tensor, columns: Tensor) => matmulT(work, h, columns, { fast: 'split' });
-  const target = outputs(held.whole, plain);
+  const errorOf = (columns: Tensor) => relativeError(outputOf(work, held.masked, columns), held.target);
   let best: { lambda: number; down: Tensor } | undefined;
-  let least = await relativeError(outputs(held.masked, plain), target);
+  const routed = await errorOf(plain);
+  let least = routed;
   let before = Infinity;
   for (const lambda of penalties) {
     const { factor, info } = cholesky(work, gram, lambda);
     const change = choleskySolve(work, factor, cross);
     const refitted = binary(work, 'add', plain, change.transpose());
     work.free(factor, change);
-    const [[bad], error] = await Promise.all([info.int32(), relativeError(outputs(held.masked, refitted), target)]);
+    const [[bad], error] = await Promise.all([info.int32(), errorOf(refitted)]);
     if (bad !== 0) continue;
     if (error < least) [least, best] = [error, { lambda, down: refitted }];
     if (error > before) break;
     before = error;
   }
   if (!best) return undefined;
-  return { down: cast(scope, best.down, 'f32'), lambda: best.lambda };
+  return { down: cast(scope, best.down, 'f32'), lambda: best.lambda, errors: { routed, refit: least } };
 }
+
+/** A layer's output from its hidden neurons h f32 [T, I] and columns f32 [C, I]. */
+export const outputOf = (s: Scope, h: Tensor, columns: Tensor): Tensor => matmulT(s, h, columns, { fast: 'split' });
 
 /** f32 [T, pieces]: 1 where a token uses an expert (shared ones: always). */
 export const routingMask = (s: Scope, x: Tensor, router: Router, { routed, active, shared }: MoeShape): Tensor =>

@@ -41,9 +41,9 @@ export async function restructure(scope: Scope, measured: Measured, options: Spl
   }
 }
 
-/** Energy of each expert on each token, f32 [T, R]. */
+/** Energy of each expert on each token, f32 [T, R]. One factor is 0 or 1, the other one a measurement: TF32 will do. */
 function expertEnergies(s: Scope, z: Tensor, expertOf: Int32Array, experts: number): Tensor {
-  return gemm(s, z, membership(s, expertOf, experts));
+  return gemm(s, z, membership(s, expertOf, experts), { fast: true });
 }
 
 async function fitRouter(scope: Scope, fitter: RouterFitter, energy: Tensor, steps: number): Promise<Router> {
@@ -63,5 +63,5 @@ async function reassign(
   prices: Tensor,
 ): Promise<Int32Array> {
   const mask = maskOf(s, choose(s, scoresOf(s, x, router), active), room.dim(0));
-  return await assign(s, gemm(s, z.transpose(), mask), room, prices).int32();
+  return await assign(s, gemm(s, z.transpose(), mask, { fast: true }), room, prices).int32();
 }

@@ -17,7 +17,7 @@ import { measure, type Measured } from './measured.js';
 import { Activations, mixtureOutput, runsWhole } from './mixture.js';
 import { writeThrough } from './output.js';
 import { ffnOf, type MoePlan } from './plan.js';
-import { applyMask, refitDown, routingMask, type Refit } from './refit.js';
+import { applyMask, outputOf, refitDown, routingMask, type Held, type Refit } from './refit.js';
 import { detailOf, toJson, type LayerReport } from './report.js';
 import { restructure } from './restructure.js';
 import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
@@ -93,7 +93,8 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
     await timer.mark('split', env);
 
     const arranged = arrange(scope, made.split, w);
-    const held = this.#hold(work, sample, made);
+    const hold = this.#hold(work, sample, made);
+    const held = { ...hold, target: outputOf(work, hold.whole, cast(work, arranged.down, 'f32')) };
     const activations = new Activations(scope, arranged, made.router, shape, ffn.activation);
     const bytes = site.tokens * capacity(shape) * dtypeSize(reader.dtype);
     const keep = site.held && runsWhole(shape) && bytes <= freeBytes(env, budget) / 2;
@@ -157,7 +158,7 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
     options: SplitOptions,
     made: Restructured,
     arranged: FfnWeights,
-    held: { readonly whole: Tensor; readonly masked: Tensor },
+    held: Held & { readonly whole: Tensor },
     refitted: Refit | undefined,
     timer: Timer,
   ): Promise<LayerReport> {
@@ -167,9 +168,8 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
     const { sample } = measured;
     using s = new Scope(env.device);
     const down = cast(s, arranged.down, 'f32');
-    const outputs = (h: Tensor, columns: Tensor) => matmulT(s, h, columns, { fast: 'split' });
-    const target = outputs(held.whole, down);
-    const error = (h: Tensor, columns: Tensor) => relativeError(outputs(h, columns), target);
+    const { target } = held;
+    const error = (h: Tensor, columns: Tensor) => relativeError(outputOf(s, h, columns), target);
     const energy = heldEnergies(s, measured, made.rest, made.expertOf, routed);
     const best = bestExperts(s, energy, active);
     const oracle = applyMask(s, held.whole, maskOf(s, best, routed, shared), shape);
@@ -184,8 +184,7 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
       held: sample.held,
       router: await judgeRouter(heldPart(sample).x, energy, made.router, active),
       errors: {
-        routed: await error(held.masked, down),
-        ...(refitted && { refit: await error(held.masked, refitted.down) }),
+        ...(refitted?.errors ?? { routed: await error(held.masked, down) }),
         oracle: await error(oracle, down),
         ...(await staticErrors(measured, w, shape, target)),
         randomSplit: await baseline('random'),

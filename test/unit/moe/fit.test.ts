@@ -134,7 +134,15 @@ describe('refit of down_proj', () => {
     const whole = neurons(s, held, w, ffn);
     const masked = applyMask(s, whole, routingMask(s, held, router, shape), shape);
     const activations = new Activations(s, w, router, shape, ffn.activation);
-    const refit = await refitDown(s, site, activations, w.down, { whole, masked }, heldOut, true);
+    const refit = await refitDown(
+      s,
+      site,
+      activations,
+      w.down,
+      { masked, target: matmulT(s, whole, w.down) },
+      heldOut,
+      true,
+    );
     expect(refit?.lambda).toBe(r.lambda);
     expect(worst(await refit!.down.float32(), r.refit.flat())).toBeLessThan(1e-4);
     expect(r.after).toBeLessThan(r.before);
