@@ -43,9 +43,14 @@ type Provenance = Pick<HistoryRecord, 'tool' | 'recipe' | 'inputs' | 'outputs'> 
 
 const isWeights = (name: string): boolean => /\.(safetensors|bin|pt|pth|gguf|onnx|data)$/.test(name);
 
+/** Several outputs of one job: the folder of each. */
+interface Several {
+  readonly outputs: readonly { readonly folder: string }[];
+}
+
 /**
- * Adds a finished conversion to the history beside its output, from what the provenance file says. A history that
- * cannot be written is a warning: the output is complete.
+ * Adds a finished conversion to the history beside its output, from what the provenance file says; of several outputs
+ * each. A history that cannot be written is a warning: the output is complete.
  */
 export async function recordConversion(out: string, io: Io): Promise<void> {
   const path = resolve(out);
@@ -53,36 +58,46 @@ export async function recordConversion(out: string, io: Io): Promise<void> {
   try {
     const isFolder = (await stat(path)).isDirectory();
     const file = isFolder ? join(path, 'deepseek-convert.json') : join(folder, `${parse(path).name}.deepseek-convert.json`); // prettier-ignore
-    const provenance = (await readJsonFile(file)) as Provenance | undefined;
+    const provenance = (await readJsonFile(file)) as Provenance | Several | undefined;
     if (provenance === undefined) return;
-    const { tool, recipe, inputs, outputs, validation } = provenance;
-    const hash = createHash('sha256');
-    for (const { sha256 } of outputs.filter(({ name }) => isWeights(name))) hash.update(sha256);
-    const id = hash.digest('hex').slice(0, 12);
-    const needed = new Set(inputs.map(({ sha256 }) => sha256));
-    const earlier = (await readHistory(folder)).filter((record) => record.id !== id);
-    const parent = earlier.findLast((record) => record.outputs.some(({ sha256 }) => needed.has(sha256)));
-    const record: HistoryRecord = {
-      schema,
-      version: 1,
-      id,
-      parent: parent?.id ?? null,
-      time: new Date().toISOString(),
-      command: io.settings.command,
-      commandLine: io.commandLine,
-      out: basename(path),
-      bytes: outputs.reduce((sum, { bytes }) => sum + bytes, 0),
-      tool,
-      recipe,
-      inputs,
-      outputs,
-      validation: validation ?? null,
-    };
-    // One write of one line: two conversions that end at once do not mix.
-    await appendFile(join(folder, historyName), `${JSON.stringify(record)}\n`, { flag: appendNoLink });
+    if (!isSeveral(provenance)) return await record(folder, basename(path), provenance, io);
+    for (const { folder: part } of provenance.outputs) {
+      const own = (await readJsonFile(join(path, part, 'deepseek-convert.json'))) as Provenance;
+      await record(folder, `${basename(path)}/${part}`, own, io);
+    }
   } catch (error) {
     io.log.warn(`The conversion is not in the history of ${folder}: ${(error as Error).message}`);
   }
+}
+
+const isSeveral = (provenance: Provenance | Several): provenance is Several => !('inputs' in provenance);
+
+async function record(folder: string, out: string, provenance: Provenance, io: Io): Promise<void> {
+  const { tool, recipe, inputs, outputs, validation } = provenance;
+  const hash = createHash('sha256');
+  for (const { sha256 } of outputs.filter(({ name }) => isWeights(name))) hash.update(sha256);
+  const id = hash.digest('hex').slice(0, 12);
+  const needed = new Set(inputs.map(({ sha256 }) => sha256));
+  const earlier = (await readHistory(folder)).filter((one) => one.id !== id);
+  const parent = earlier.findLast((one) => one.outputs.some(({ sha256 }) => needed.has(sha256)));
+  const line: HistoryRecord = {
+    schema,
+    version: 1,
+    id,
+    parent: parent?.id ?? null,
+    time: new Date().toISOString(),
+    command: io.settings.command,
+    commandLine: io.commandLine,
+    out,
+    bytes: outputs.reduce((sum, { bytes }) => sum + bytes, 0),
+    tool,
+    recipe,
+    inputs,
+    outputs,
+    validation: validation ?? null,
+  };
+  // One write of one line: two conversions that end at once do not mix.
+  await appendFile(join(folder, historyName), `${JSON.stringify(line)}\n`, { flag: appendNoLink });
 }
 
 /** All conversions of a folder, oldest first; none where there is no history. Error: a line that is no record. */

@@ -151,9 +151,9 @@ export async function withTargets(
 async function writerOf(run: Run, i: number, accept: Accept | undefined): Promise<CheckpointWriter> {
   const { options, prepared, set, job, env } = run;
   const { open, targets } = prepared;
-  const { format, output, writing } = targets[i]!;
+  const { format, plan, output, writing } = targets[i]!;
   const { companions, files } = open.checkpoint;
-  const card = modelCard(options, format, prepared, set);
+  const card = modelCard(options, format, plan, set);
   const deployed = {
     name: basename(resolve(options.out)).replace(/\.gguf$/, ''),
     context: open.model.context,
@@ -171,7 +171,9 @@ async function writerOf(run: Run, i: number, accept: Accept | undefined): Promis
       ...writing.extraFiles,
       ...deployment(options.emit ?? [], format, deployed),
     ]),
-    card: (validation) => `${card}${measuredSection(reportsOf(run), validation)}`,
+    ...(format !== 'imatrix' && {
+      card: (validation: Json | undefined) => `${card}${measuredSection(reportsOf(run), validation)}`,
+    }),
     provenance: {
       tool: options.tool,
       recipe: { command: options.commandLine, ...fingerprint(options, prepared, set, env) },

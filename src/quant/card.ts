@@ -10,10 +10,18 @@ import type { QuantizeOptions } from './options.js';
 export function modelCard(
   { input, tool, recipe }: QuantizeOptions,
   format: string,
-  { plan }: { readonly plan: QuantPlan },
+  plan: QuantPlan,
   set: CalibrationSet | undefined,
 ): string {
   const name = basename(resolve(input));
+  const calibrated =
+    set === undefined
+      ? 'No calibration text was used.'
+      : `Calibration: ${set.description} (SHA-256 of the tokens ${set.hash}).`;
+  if (format === 'imatrix') {
+    const what = `Energies of the inputs of \`${name}\`'s linears by ${tool.name} ${tool.version}, for llama.cpp's quantizer and \`${tool.name} convert --imatrix\`.`;
+    return [`# ${name}, importance matrix`, '', what, '', calibrated, ''].join('\n');
+  }
   const schemes = plan.use.groups.map(
     ({ scheme, linears }) => `- ${describeScheme(scheme)}: ${linears.length} linears`,
   );
@@ -31,9 +39,7 @@ export function modelCard(
     ...list('Linears left in high precision', left),
     ...list('Notes', plan.notes.map((note) => `- ${note}`)), // prettier-ignore
     '',
-    set === undefined
-      ? 'No calibration text was used.'
-      : `Calibration: ${set.description} (SHA-256 of the tokens ${set.hash}).`,
+    calibrated,
     '',
     'Inputs, recipe and the measured error of each linear stand in `deepseek-convert.json`.',
     '',

@@ -29,6 +29,8 @@ export type QuantFormat = (typeof quantFormats)[number];
 /** One output of a job, decided from headers. */
 export interface PlannedTarget {
   readonly format: QuantFormat;
+  /** What becomes of the linears in it. */
+  readonly plan: QuantPlan;
   readonly output: OutputPlan;
   /** What the checkpoint writer needs beside tensors and provenance. */
   readonly writing: Pick<WriterOptions, 'format' | 'config' | 'gguf' | 'onnx'> & {
@@ -131,14 +133,14 @@ export async function planTarget(
   alone: boolean,
 ): Promise<PlannedTarget> {
   const { quantization_config: _q, compression_config: _c, ...config } = open.checkpoint.config;
-  const common = { format, notes: [] };
+  const common = { format, plan, notes: [] };
   const plainConfig = { ...config, ...plan.config };
   switch (format) {
     case 'gguf': {
       const blocks = alone ? plan : ggufPlan(open, plan, recipe, selection);
       const file = await planGgufOutput(open, blocks, recipe);
       return {
-        ...{ ...common, output: file.plan, notes: file.notes },
+        ...{ ...common, plan: blocks, output: file.plan, notes: file.notes },
         writing: { format: 'gguf', gguf: file.metadata, config: plainConfig, extraFiles: new Map() },
         open: (_reader, env) => file.target(env),
         verify: (folder, probes, env) => verifyGguf(folder, blocks, probes, env),

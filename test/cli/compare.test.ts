@@ -95,14 +95,27 @@ describe('history', () => {
     for (const part of ['Content-Security-Policy', 'int4', String(records[0]!.id)]) expect(page).toContain(part);
   });
 
+  it('tells of several outputs of one job one by one; the card of each says what it holds', async () => {
+    const out = join(folder, 'several');
+    const run = await cli(['quantize', v1, '-o', out, '--method', 'rtn', '--group-size', '32', '--format', 'gptq,gguf', '--no-validate', ...common]); // prettier-ignore
+    expect(run.code, run.stderr).toBe(0);
+    expect(run.stderr).not.toContain('not in the history');
+    const { records } = json<{ records: object[] }>(await cli(['history', folder, '--json']));
+    expect(records.slice(2)).toMatchObject([{ out: 'several/gptq' }, { out: 'several/gguf' }]);
+    const card = (format: string) => readFileSync(join(out, format, 'README.md'), 'utf8');
+    expect(card('gptq')).toContain('int4 g32 symmetric');
+    expect(card('gguf')).not.toContain('int4 g32 symmetric');
+    expect(card('gguf')).toMatch(/q4_k/i);
+  });
+
   it('a failed gate leaves no line; a damaged one is named', async () => {
     const run = await cli(['quantize', v1, '-o', join(folder, 'bad'), '--method', 'rtn', '--validate-samples', '2', '--max-kl', '1e-9', ...common]); // prettier-ignore
     expect(run.code).toBe(3);
     expect(existsSync(join(folder, 'bad'))).toBe(false);
-    expect(json<{ records: object[] }>(await cli(['history', folder, '--json'])).records).toHaveLength(2);
+    expect(json<{ records: object[] }>(await cli(['history', folder, '--json'])).records).toHaveLength(4);
     appendFileSync(join(folder, 'deepseek-convert-history.jsonl'), '{"half": \n');
     const read = await cli(['history', folder]);
     expect(read.code).toBe(1);
-    expect(read.stderr).toMatch(/history\.jsonl, line 3/);
+    expect(read.stderr).toMatch(/history\.jsonl, line 5/);
   });
 });
