@@ -2,9 +2,10 @@
 //   npm run bench:cpu [-- name filter] [-- --threads N]
 import { spawn, type ChildProcessWithoutNullStreams } from 'node:child_process';
 import { existsSync } from 'node:fs';
-import { availableParallelism } from 'node:os';
+import { availableParallelism, cpus } from 'node:os';
 import { resolve } from 'node:path';
 import { createInterface } from 'node:readline';
+import { pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
 import type { Device } from '../../src/backend/device.js';
 import { openDevice } from '../../src/backend/load.js';
@@ -156,8 +157,9 @@ const { isa, blas } = withBlas.info() as { isa: string; blas: { path: string | n
 const python = '.venv/bin/python';
 const peer = existsSync(python) ? new Peer(python) : undefined;
 const versions = await peer?.versions();
+const { commit } = (await import(pathToFileURL(resolve('test/bench/commit.mjs')).href)) as { commit: string };
 console.log(
-  `${threads} threads, kernels: ${isa}, OpenBLAS: ${blas.path ?? 'not found'}, ` +
+  `commit ${commit}, ${cpus()[0]!.model}, ${threads} threads, kernels: ${isa}, OpenBLAS: ${blas.path ?? 'not found'}, ` +
     (versions ? `torch ${versions.torch}, numpy ${versions.numpy}` : `no ${python}: ours alone`),
 );
 console.log('Best of all rounds; the contestants take turns, so that noise meets all of them.\n');

@@ -4,11 +4,12 @@
 //     [--quick]: one seed, 25% off, 64 experts, less text, static mask and this tool only
 // Needs ../shared/text; converts and validates 4 models for each setting and seed, which takes minutes. With
 // --distill-tokens it also makes each model distilled, and says what share of the loss is left.
-import { spawnSync, execFileSync } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { availableParallelism, cpus, tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
+import { commit } from './commit.mjs';
 
 const text = { type: 'string' };
 const { values: given, positionals } = parseArgs({
@@ -78,7 +79,6 @@ function measure(parts, off, seed, args) {
   };
 }
 
-const commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8' }).trim();
 console.log(
   `commit ${commit}, ${cpus()[0].model}, ${options.threads} threads; ${options.samples} x ${options['seq-len']} tokens`,
 );

@@ -1,10 +1,11 @@
 // `quantize --method gptq` from file to file beside the plain PyTorch GPTQ loop on the same layers, in turns.
 //   npm run bench:ptq [-- MODEL] [--samples 128] [--seq-len 512] [--threads N] [--rounds 1]
-import { execFileSync, spawnSync } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { availableParallelism, cpus, tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
+import { commit } from './commit.mjs';
 
 const { values: options, positionals } = parseArgs({
   options: {
@@ -53,7 +54,6 @@ const peer = () => {
   return { ...run, ...JSON.parse(run.stdout) };
 };
 
-const commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8' }).trim();
 const flags = readFileSync('/proc/cpuinfo', 'utf8');
 const isa = ['amx_bf16', 'avx512f', 'avx2'].find((name) => flags.includes(name)) ?? 'base';
 console.log(`commit ${commit}, ${cpus()[0].model} (${isa}), ${options.threads} threads`);

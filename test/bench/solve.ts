@@ -1,10 +1,11 @@
 // GPTQ of one K x K linear, the Hessian given: factor and sweep on our ops, beside the same in PyTorch, in turns.
 //   npm run bench:solve [-- 1024 4096] [-- --threads N] [-- --rounds N]
-import { execFileSync, spawn } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { availableParallelism, cpus } from 'node:os';
 import { resolve } from 'node:path';
 import { createInterface } from 'node:readline';
+import { pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
 import { openDevice } from '../../src/backend/load.js';
 import {
@@ -60,7 +61,7 @@ async function answer<T>(): Promise<T> {
 
 const version = child ? `torch ${await answer<string>()}` : `no ${python}: ours alone`;
 const { isa } = device.info() as { isa: string };
-const commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8' }).trim();
+const { commit } = (await import(pathToFileURL(resolve('test/bench/commit.mjs')).href)) as { commit: string };
 console.log(`commit ${commit}, ${cpus()[0]!.model}, ${threads} threads, kernels ${isa}, ${version}`);
 console.log('Best of all rounds, in turns. "CPU": seconds of all processors together.\n');
 console.log(`${'case'.padEnd(34)}    wall ms     CPU ms   torch: wall x    CPU x`);
