@@ -49,22 +49,35 @@ extern "C" int dc_cpu_int4_matmul(dc_context* c, const dc_call* call) {
   if (present(bias)) load_row(offset.data(), bias.data, bias.dtype, n);
 
   if (m <= 16 && group % 8 == 0) {
-    const int64_t word_count = (k + 7) / 8, padded = word_count * 8;
-    std::vector<float> wide(size_t(m * padded), 0.0f), sums(size_t(m * groups), 0.0f), out(size_t(m * n));
+    const int64_t block = kernel.block, word_count = (k + 7) / 8, group_words = group / 8;
+    const bool mixed = group_words % block != 0;  // groups meet within a block
+    const auto whole = [&](int64_t count) { return (count + block - 1) / block * block; };
+    const int64_t ldx = whole(word_count) * 8, lds = whole(groups);
+    std::vector<float> blocks(size_t(m * ldx), 0.0f), sums(size_t(m * lds), 0.0f), out(size_t(m * n));
+    std::vector<float> row(static_cast<size_t>(k));
     for (int64_t i = 0; i < m; i++) {
-      float* row = wide.data() + i * padded;
-      load_row(row, row_of(x, 0, i), x.dtype, k);
-      for (int64_t j = 0; j < k; j++) sums[size_t(i * groups + j / group)] += row[j];
+      load_row(row.data(), row_of(x, 0, i), x.dtype, k);
+      for (int64_t g = 0, j = 0; j < k; g++)
+        for (const int64_t end = std::min(k, j + group); j < end; j++) {
+          const int64_t word = j / 8, column = j % 8;
+          blocks[size_t(i * ldx + (word / block * 8 + column) * block + word % block)] = row[size_t(j)];
+          sums[size_t(i * lds + g)] += row[size_t(j)];
+        }
     }
     parallel_for(c, n, 16, [&](int64_t begin, int64_t end) {
-      std::vector<float> grid(size_t(2 * groups));
-      float *s = grid.data(), *z = s + groups, dots[4];
+      std::vector<float> grid(size_t(2 * groups)), word_scale(size_t(whole(word_count)));
+      std::vector<float> shift(static_cast<size_t>(lds));
+      float *s = grid.data(), *z = s + groups, dots[8];
       for (int64_t r = begin; r < end; r++) {
         grid_row(r, s, z);
-        for (int64_t i = 0; i < m; i += 4) {
-          const int rows = int(std::min<int64_t>(4, m - i));
-          kernel.dot(dots, wide.data() + i * padded, padded, sums.data() + i * groups, groups, rows, packed.row(0, r),
-                     word_count, group / 8, s, z);
+        for (int64_t g = 0; g < groups; g++) {
+          shift[size_t(g)] = s[g] * z[g];
+          if (mixed) std::fill_n(word_scale.data() + g * group_words, std::min(group_words, word_count - g * group_words), s[g]);
+        }
+        for (int64_t i = 0; i < m; i += 8) {
+          const int rows = int(std::min<int64_t>(8, m - i));
+          kernel.dot(dots, blocks.data() + i * ldx, ldx, sums.data() + i * lds, lds, rows, packed.row(0, r), word_count,
+                     mixed ? 0 : group_words, mixed ? word_scale.data() : s, groups, shift.data());
           for (int q = 0; q < rows; q++) out[size_t((i + q) * n + r)] = dots[q] + offset[size_t(r)];
         }
       }

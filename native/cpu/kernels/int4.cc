@@ -6,75 +6,47 @@
 namespace dc {
 namespace {
 
-#if defined(__AVX2__)
-#define DC_EIGHT 1
-typedef float v8 __attribute__((vector_size(32)));
-typedef uint32_t u8x32 __attribute__((vector_size(32)));
-// The 8 codes of a word as floats.
-inline __attribute__((always_inline)) v8 unpack(uint32_t word) {
-  const u8x32 shifts = {0, 4, 8, 12, 16, 20, 24, 28};
-  return __builtin_convertvector(((u8x32{} + word) >> shifts) & 15, v8);
-}
-inline __attribute__((always_inline)) v8 madd8(v8 a, v8 b, v8 c) {
-  return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
-inline __attribute__((always_inline)) float sum8(v8 v) {
-  float s = 0;
-  for (int i = 0; i < 8; i++) s += v[i];
-  return s;
-}
-#endif
-
+// A lane takes a word and its eight codes one after another, so that a block needs one shift for W codes.
 template <int M>
 void dot_rows(float* y, const float* x, int64_t ldx, const float* sums, int64_t lds, const uint32_t* words,
-              int64_t word_count, int64_t group_words, const float* scale, const float* zero) {
-  float total[M] = {};
-  for (int64_t g = 0, at = 0; at < word_count; g++) {
-    const int64_t end = at + group_words < word_count ? at + group_words : word_count;
-    float part[M] = {};
-#ifdef DC_EIGHT
-    v8 acc[M][2];
-    for (int i = 0; i < M; i++) acc[i][0] = acc[i][1] = v8{};
-    for (; at + 2 <= end; at += 2) {
-      const v8 a = unpack(words[at]), b = unpack(words[at + 1]);
-      for (int i = 0; i < M; i++) {
-        acc[i][0] = madd8(a, vload<v8>(x + i * ldx + at * 8), acc[i][0]);
-        acc[i][1] = madd8(b, vload<v8>(x + i * ldx + at * 8 + 8), acc[i][1]);
-      }
+              int64_t word_count, int64_t group_words, const float* scale, int64_t groups, const float* offset) {
+  vf total[M] = {};
+  for (int64_t at = 0, end = group_words; at < word_count; at += W) {
+    if (group_words && at == end) scale++, end += group_words;
+    uint32_t rest[W] = {};
+    const bool whole = at + W <= word_count;
+    if (!whole) std::memcpy(rest, words + at, size_t(word_count - at) * sizeof *rest);
+    const vi block = vload<vi>(whole ? words + at : rest);
+    vf part[M] = {};
+    for (int j = 0; j < 8; j++) {
+      const vf u = __builtin_convertvector((block >> (4 * j)) & 15, vf);  // signed: unsigned takes AVX2 ten steps
+      for (int i = 0; i < M; i++) part[i] = madd(u, loadf(x + i * ldx + (at * 8 + j * W)), part[i]);
     }
-    for (int i = 0; i < M; i++) part[i] = sum8(acc[i][0] + acc[i][1]);
-#endif
-    for (; at < end; at++)
-      for (int q = 0; q < 8; q++) {
-        const float u = float(words[at] >> (4 * q) & 15);
-        for (int i = 0; i < M; i++) part[i] += u * x[i * ldx + at * 8 + q];
-      }
-    for (int i = 0; i < M; i++) total[i] += scale[g] * (part[i] - zero[g] * sums[i * lds + g]);
+    const vf s = group_words ? splat(*scale) : loadf(scale + at);
+    for (int i = 0; i < M; i++) total[i] = madd(s, part[i], total[i]);
   }
-  for (int i = 0; i < M; i++) y[i] = total[i];
+  for (int64_t g = 0; g < groups; g += W)
+    for (int i = 0; i < M; i++) total[i] -= loadf(offset + g) * loadf(sums + i * lds + g);
+  for (int i = 0; i < M; i++) y[i] = hsum(total[i]);
 }
 
 void dot(float* y, const float* x, int64_t ldx, const float* sums, int64_t lds, int m, const uint32_t* words,
-         int64_t word_count, int64_t group_words, const float* scale, const float* zero) {
-  switch (m) {
-    case 1: return dot_rows<1>(y, x, ldx, sums, lds, words, word_count, group_words, scale, zero);
-    case 2: return dot_rows<2>(y, x, ldx, sums, lds, words, word_count, group_words, scale, zero);
-    case 3: return dot_rows<3>(y, x, ldx, sums, lds, words, word_count, group_words, scale, zero);
-    default: return dot_rows<4>(y, x, ldx, sums, lds, words, word_count, group_words, scale, zero);
-  }
+         int64_t word_count, int64_t group_words, const float* scale, int64_t groups, const float* offset) {
+  constexpr decltype(&dot_rows<1>) rows[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>,
+                                             dot_rows<5>, dot_rows<6>, dot_rows<7>, dot_rows<8>};
+  rows[m - 1](y, x, ldx, sums, lds, words, word_count, group_words, scale, groups, offset);
 }
 
 void expand(float* w, const uint32_t* words, int64_t k, int64_t group, const float* scale, const float* zero) {
   for (int64_t g = 0, j = 0; j < k; g++) {
     const int64_t end = j + group < k ? j + group : k;
     const float s = scale[g], z = zero[g];
-#ifdef DC_EIGHT
     if (j % 8 == 0)
       for (; j + 8 <= end; j += 8) {
-        const v8 v = (unpack(words[j / 8]) - z) * s;
-        std::memcpy(w + j, &v, sizeof v);
+        float u[8];
+        for (int q = 0; q < 8; q++) u[q] = float(int(words[j / 8] >> (4 * q) & 15));
+        for (int q = 0; q < 8; q++) w[j + q] = (u[q] - z) * s;
       }
-#endif
     for (; j < end; j++) w[j] = (float(words[j / 8] >> (j % 8 * 4) & 15) - z) * s;
   }
 }
@@ -82,6 +54,6 @@ void expand(float* w, const uint32_t* words, int64_t k, int64_t group, const flo
 }  // namespace
 
 extern const Int4Kernels DC_FOR_ISA(int4_kernels);
-const Int4Kernels DC_FOR_ISA(int4_kernels) = {dot, expand};
+const Int4Kernels DC_FOR_ISA(int4_kernels) = {W, dot, expand};
 
 }  // namespace dc
