@@ -3,17 +3,19 @@ import type { FloatDType } from '../base/dtype.js';
 import type { Device } from '../backend/device.js';
 import { badInput } from '../base/errors.js';
 import type { LinearSpec, Weights } from '../nn/calls.js';
-import { copyInto, normAdd } from '../tensor/ops.js';
+import { copyInto, normAdd, type PackedInt4 } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { keepRopeTables } from './context.js';
 import { TensorLoader } from './load.js';
 import type { OpenModel } from './open.js';
+import { readPacked } from './packed.js';
 import type { TensorSpec } from './types.js';
 
 /** Weights on a device, by name; experts of one kind lie in one [E, N, K] tensor. */
 class LoadedWeights implements Weights {
   readonly #tensors = new Map<string, Tensor>();
   readonly #tables = new Map<string, Int32Array>();
+  readonly #packed = new Map<string, PackedInt4>();
   readonly #stacks = new Map<string, { names: readonly string[]; tensor: Tensor }>();
 
   constructor(scope: Scope) {
@@ -24,6 +26,9 @@ class LoadedWeights implements Weights {
   }
   addTable(name: string, table: Int32Array): void {
     this.#tables.set(name, table);
+  }
+  addPacked(name: string, packed: PackedInt4): void {
+    this.#packed.set(name, packed);
   }
   addStack(names: readonly string[], tensor: Tensor): void {
     this.#stacks.set(names[0]!, { names, tensor });
@@ -37,6 +42,9 @@ class LoadedWeights implements Weights {
   }
   has(name: string): boolean {
     return this.#tensors.has(name);
+  }
+  packed(name: string): PackedInt4 | undefined {
+    return this.#packed.get(name);
   }
   stack(linears: readonly LinearSpec[]): Tensor {
     const stack = this.#stacks.get(`${linears[0]?.name}.weight`);
@@ -60,21 +68,32 @@ class LoadedWeights implements Weights {
   }
 }
 
+interface ReadOptions {
+  /** Tensors of one shape that lie in one. */
+  readonly stacks?: readonly (readonly string[])[];
+  /** Weights of linears that nobody takes but calls. */
+  readonly called?: readonly string[];
+  readonly dtype?: FloatDType;
+}
+
 /**
  * Reads a model's tensors to a device in one precision, however they are stored: plain, in blocks (GGUF), FP8 or FP4
- * with scales, or in a quantized layout (dequantized). Several reads are in flight at once. Non-finite weights are
+ * with scales, or in a quantized layout (dequantized; with `packed`, linears of 4 bits whose weights are asked for by
+ * calls alone stay codes where int4_matmul takes them). Several reads are in flight at once. Non-finite weights are
  * refused with the tensor's name.
  */
 export class WeightReader {
   readonly #open: OpenModel;
   readonly #device: Device;
   readonly #dtype: FloatDType;
+  readonly #packed: boolean;
   readonly #loader: TensorLoader;
 
-  constructor(open: OpenModel, device: Device, dtype: FloatDType) {
+  constructor(open: OpenModel, device: Device, dtype: FloatDType, { packed = false } = {}) {
     this.#open = open;
     this.#device = device;
     this.#dtype = dtype;
+    this.#packed = packed;
     this.#loader = new TensorLoader(open, device);
   }
 
@@ -90,7 +109,11 @@ export class WeightReader {
     const stacks = expertLinears
       ? (['gate', 'up', 'down'] as const).map((part) => expertLinears.map((e) => `${e[part].name}.weight`))
       : [];
-    return this.#read(block.tensors, scope, stacks);
+    // Weights of experts are stacked, and where heads share latents a projection is taken apart.
+    const whole = new Set([...stacks.flat(), `${block.attention.latent?.kvUp.name}.weight`]);
+    const linears = block.linears.flat().filter(({ role }) => role !== 'other');
+    const called = linears.map(({ name }) => `${name}.weight`).filter((name) => !whole.has(name));
+    return this.#read(block.tensors, scope, { stacks, called });
   }
 
   /** The tensors outside the blocks: all, or only the embedding, or only what `logits` needs. */
@@ -102,24 +125,26 @@ export class WeightReader {
       // A tied head is the embedding: its second copy is not needed.
       (spec) => !(spec.optional && model.tied) && (part === 'all' || (part === 'embedding' ? embedding : head)(spec)),
     );
-    return this.#read(specs, scope, []);
+    return this.#read(specs, scope, { called: model.tied ? [] : [`${model.head.name}.weight`] });
   }
 
   /** One tensor of the model by name. */
   async tensor(name: string, scope: Scope, dtype: FloatDType = this.#dtype): Promise<Tensor> {
     const spec = this.#open.spec(name);
     if (!spec) throw bug(`the model has no tensor ${name}`);
-    return (await this.#read([spec], scope, [], dtype)).get(name);
+    return (await this.#read([spec], scope, { dtype })).get(name);
   }
 
   async #read(
     specs: readonly TensorSpec[],
     scope: Scope,
-    stacks: readonly (readonly string[])[],
-    dtype: FloatDType = this.#dtype,
+    { stacks = [], called = [], dtype = this.#dtype }: ReadOptions,
   ): Promise<LoadedWeights> {
     const weights = new LoadedWeights(scope);
-    const present = specs.filter((spec) => !spec.optional || this.#open.tensors.has(spec.name));
+    const packed = this.#packed ? await this.#readPacked(specs, called, weights, scope) : [];
+    const present = specs.filter(
+      (spec) => !weights.packed(spec.name) && (!spec.optional || this.#open.tensors.has(spec.name)),
+    );
     const byName = new Map(present.map((spec) => [spec.name, spec]));
     for (const names of stacks) {
       weights.addStack(names, scope.empty(dtype, [names.length, ...byName.get(names[0]!)!.shape]));
@@ -130,11 +155,38 @@ export class WeightReader {
       return { name: spec.name, into: weights.get(spec.name), integers: spec.below !== undefined };
     });
     await this.#loader.load(jobs);
-    await this.#refuseNonFinite(jobs);
+    await this.#refuseNonFinite([...jobs, ...packed]);
     for (const { name, below } of present) {
       if (below !== undefined) weights.addTable(name, await this.#table(name, below, weights.get(name)));
     }
     return weights;
+  }
+
+  /** Reads those of `called` that can be held as codes; their scales, by the linear's name. */
+  async #readPacked(
+    specs: readonly TensorSpec[],
+    called: readonly string[],
+    weights: LoadedWeights,
+    scope: Scope,
+  ): Promise<{ name: string; into: Tensor }[]> {
+    const names = new Set(called);
+    const linears = specs.flatMap(({ name, shape }) => {
+      const linear = names.has(name) ? this.#open.tensors.get(name)?.linear : undefined;
+      return linear ? [{ name, linear, shape: shape as readonly [number, number] }] : [];
+    });
+    // All end before an error is thrown: transfers under way hold memory.
+    const ends = await Promise.allSettled(
+      linears.map(({ linear, shape: [n, k] }) =>
+        readPacked(scope, linear, (work) => (entry, dtype) => this.#loader.raw(work, entry, dtype), n, k),
+      ),
+    );
+    return ends.flatMap((end, i) => {
+      if (end.status === 'rejected') throw end.reason;
+      if (!end.value) return [];
+      const { name } = linears[i]!;
+      weights.addPacked(name, end.value);
+      return [{ name, into: end.value.scale }];
+    });
   }
 
   async #table(name: string, below: number, values: Tensor): Promise<Int32Array> {

@@ -1,5 +1,5 @@
 import type { Scope, Tensor } from '../tensor/tensor.js';
-import type { AttentionOptions, ExpertOrder, RouteOptions } from '../tensor/ops.js';
+import type { AttentionOptions, ExpertOrder, PackedInt4, RouteOptions } from '../tensor/ops.js';
 import type { RopeTables } from './rope.js';
 
 /**
@@ -81,6 +81,8 @@ export interface Weights {
   /** A tensor by its full name; throws when it was not loaded. */
   get(name: string): Tensor;
   has(name: string): boolean;
+  /** The 4-bit codes of `X.weight`, where they are held in its place: then `get` knows no such tensor. */
+  packed?(name: string): PackedInt4 | undefined;
   /** [E, N, K]: the weights of linear j of all experts, stacked. */
   stack(linears: readonly LinearSpec[]): Tensor;
   /** Replaces a linear's weight (calibration puts the quantized one here). */

@@ -1,4 +1,4 @@
-import { attention, groupedGemm, matmulT, route } from '../tensor/ops.js';
+import { attention, groupedGemm, int4Matmul, matmulT, route } from '../tensor/ops.js';
 import type { Tensor } from '../tensor/tensor.js';
 import type { Call, Calls, ForwardContext } from './calls.js';
 
@@ -12,7 +12,9 @@ export function answer(call: Call, ctx: ForwardContext): unknown {
         // Choices and probabilities are made from fp32 scores, whatever the precision of the hidden states.
         const precise = linear.role === 'router' || linear.role === 'head';
         const options = { ...(bias && { bias }), ...(precise && { dtype: 'f32' as const }) };
-        return matmulT(scope, call.x, weights.get(`${linear.name}.weight`), options);
+        const name = `${linear.name}.weight`;
+        const packed = weights.packed?.(name);
+        return packed ? int4Matmul(scope, call.x, packed, options) : matmulT(scope, call.x, weights.get(name), options);
       });
     case 'attention':
       return attention(scope, call.q, call.k, call.v, call.options);

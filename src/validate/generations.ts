@@ -31,7 +31,7 @@ export async function compareGenerations(
   // One list of end tokens for both: generation_config.json may be missing beside one of them.
   const stopIds = reference.model.eosIds;
   const write = async (open: OpenModel): Promise<Int32Array[]> => {
-    using resident = await ResidentModel.load(open, env, dtype);
+    using resident = await ResidentModel.load(open, env, dtype, prompts.length);
     const results = await generate(
       resident,
       env,

@@ -25,7 +25,7 @@ export async function compareStability(
 ): Promise<StabilityResult> {
   const { newTokens, temperature, seed, dtype, resamples } = options;
   const write = async (open: OpenModel): Promise<Int32Array[]> => {
-    using resident = await ResidentModel.load(open, env, dtype);
+    using resident = await ResidentModel.load(open, env, dtype, prompts.length);
     const ids = prompts.map((prompt) => prompt.ids);
     const settings = { maxNewTokens: newTokens, temperature, greedy: temperature === 0, seed, stopIds: [] };
     return (await generate(resident, env, ids, settings)).map(({ tokens }) => tokens);

@@ -177,7 +177,7 @@ for (const m of [1, 4]) {
     for (const { x, w, y } of sets[i % 4]!) ops.matmulT(s, x, w, { out: y });
   });
   const int4 = await seconds(200, (i) => {
-    for (const { x, words, scale, y } of sets[i % 4]!) ops.int4Matmul(s, x, words, scale, { group: 128, out: y });
+    for (const { x, words, scale, y } of sets[i % 4]!) ops.int4Matmul(s, x, { words, scale, group: 128 }, { out: y });
   });
   const weights = groups.reduce((sum, { n, k }) => sum + n * k, 0);
   row(`decode M=${m}, one layer, bf16`, bf16, `${((2 * weights) / bf16 / 1e12).toFixed(2)} TB/s`, percent((2 * weights) / bf16 / bandwidth)); // prettier-ignore

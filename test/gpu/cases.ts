@@ -379,13 +379,13 @@ for (const m of [1, 3, 8, 13, 40])
   for (const group of [32, 128])
     forFloats(`int4_matmul M${m} g${group}`, (in_, d) => {
       const words = ops.pack(in_.s, in_.codes([100, 512], -8, 7), { bits: 4, bias: 8, axis: 1 });
-      return [ops.int4Matmul(in_.s, in_.normal(d, [m, 512]), words, in_.normal(d, [100, 512 / group]), { group })];
+      return [ops.int4Matmul(in_.s, in_.normal(d, [m, 512]), { words, scale: in_.normal(d, [100, 512 / group]), group })];
     }, 4); // prettier-ignore
 // Many tiles of short rows, and rows longer than what a block brings in at once.
 for (const [n, k] of [[9000, 96], [70, 14336]] as const)
   forFloats(`int4_matmul ${n} x ${k}`, (in_, d) => {
     const words = ops.pack(in_.s, in_.codes([n, k], -8, 7), { bits: 4, bias: 8, axis: 1 });
-    return [ops.int4Matmul(in_.s, in_.normal(d, [1, k]), words, in_.normal(d, [n, k / 32]), { group: 32 })];
+    return [ops.int4Matmul(in_.s, in_.normal(d, [1, k]), { words, scale: in_.normal(d, [n, k / 32]), group: 32 })];
   }, 4); // prettier-ignore
 
 gradientCases(forFloats);

@@ -71,11 +71,12 @@ onDevices('packed codes', (device) => {
       const words = pack(s, s.from('i8', [n, k], values), { bits: 4, bias: 0, axis: 1 });
       const zero = pack(s, s.from('i8', [n, groups], zeros), { bits: 4, bias: 0, axis: 0 });
       const dtype = o.dtype ?? 'f32';
-      const y = int4Matmul(s, cast(s, s.from('f32', [m, k], x), dtype), words, s.from('f32', [n, groups], scale), {
-        group,
-        ...(o.zero ? { zero } : {}),
-        ...(o.bias ? { bias: s.from('f32', [n], bias) } : {}),
-      });
+      const y = int4Matmul(
+        s,
+        cast(s, s.from('f32', [m, k], x), dtype),
+        { words, scale: s.from('f32', [n, groups], scale), zero: o.zero ? zero : undefined, group },
+        o.bias ? { bias: s.from('f32', [n], bias) } : {},
+      );
       const want = new Float64Array(m * n);
       for (let i = 0; i < m; i++)
         for (let r = 0; r < n; r++) {

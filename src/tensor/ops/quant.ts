@@ -173,17 +173,28 @@ export function unpack(s: Scope, words: Tensor, rows: number, columns: number, o
   return codes;
 }
 
-/** y [M,N] = x [M,K] W' for packed 4-bit W: words i32 [N,K/8], scale float [N,G], zero i32 [N/8,G] packed. */
+/** A weight [N,K] as unsigned 4-bit codes: w = (u - zero) scale. */
+export interface PackedInt4 {
+  /** i32 [N,K/8], packed along K. */
+  readonly words: Tensor;
+  /** float [N,G] */
+  readonly scale: Tensor;
+  /** i32 [N/8,G], packed along N; absent: 8. */
+  readonly zero?: Tensor | undefined;
+  /** Columns a scale. */
+  readonly group: number;
+}
+
+/** y [M,N] = x [M,K] W' + bias for packed 4-bit W. */
 export function int4Matmul(
   s: Scope,
   x: Tensor,
-  words: Tensor,
-  scale: Tensor,
-  { group, zero, bias, out }: { group: number; zero?: Tensor; bias?: Tensor; out?: Tensor },
+  { words, scale, zero, group }: PackedInt4,
+  { bias, out, dtype = x.dtype as FloatDType }: { bias?: Tensor; out?: Tensor; dtype?: FloatDType } = {},
 ): Tensor {
-  ensureContiguous('int4_matmul', words, scale);
+  ensureContiguous('int4_matmul', words, scale, zero);
   ensure(x.dim(1) <= words.dim(1) * 8, 'int4_matmul', 'inner dimensions', x, words);
-  const y = out ?? s.empty(x.dtype, [x.dim(0), words.dim(0)]);
+  const y = out ?? s.empty(dtype, [x.dim(0), words.dim(0)]);
   ensureShape('int4_matmul', 'y', y, x.dim(0), words.dim(0));
   y.device.run('int4_matmul', [y, x, words, scale, zero, bias], [group], []);
   return y;
