@@ -5,7 +5,7 @@ import type { Weights } from '../nn/calls.js';
 import { cast, copyInto } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { tuneBlock } from '../tune/block.js';
-import { SignDescent } from '../tune/parameters.js';
+import { SignDescent, type Parameter } from '../tune/parameters.js';
 import { inCells, positionsOf, RoundingUnit } from '../tune/rounding.js';
 import { Overlay } from '../tune/weights.js';
 import type { RoundingReport } from './report.js';
@@ -28,7 +28,7 @@ interface Waiting {
  * AutoRound (Cheng et al. 2023): once all linears of a block have codes, offsets of their rounding and factors of their
  * scales learn together, by signed gradient descent, to give the outputs that the full-precision model has there, from
  * the inputs that the quantized blocks before make. The best by windows that were not trained on is kept, the start
- * among them.
+ * among them; where that is not the last step, what linears have learned by then is kept of those that are better by it.
  */
 export class BlockRounding {
   #stacks: Stack[] = [];
@@ -73,9 +73,10 @@ export class BlockRounding {
     const held = Math.floor(n * judges);
     const perPass = Math.max(1, Math.floor((env.device.kind === 'cpu' ? 4096 : 16384) / length));
     const states = (of: TuningSite['input']) => ({ dtype, width, of });
-    const { before, after, best, steps } = await tuneBlock({
+    const { before, after, best, parts, steps } = await tuneBlock({
       ...{ device: env.device, block, n, length, held },
       parameters: units.flatMap(({ parameters }) => parameters),
+      parts: partsOf(this.#waiting),
       optimizer: (parameters) => new SignDescent(env.device, parameters),
       weights: (scope) => this.#now(scope, weights, dtype, site),
       context: (scope, current, rows) => site.context(scope, current, rows),
@@ -95,7 +96,7 @@ export class BlockRounding {
       },
       check: () => stopIfAborted(env, resumeHint),
     });
-    return { before, after, best, steps };
+    return { before, after, best, parts: parts ?? 0, steps };
   }
 
   /** The stacks with what they have learned, one after another; all are given up at the end. */
@@ -159,4 +160,12 @@ export class BlockRounding {
     this.#scope[Symbol.dispose]();
     [this.#stacks, this.#waiting] = [[], []];
   }
+}
+
+/** Parameters of linears that stand or fall together: a stack's, all experts' as one. */
+function partsOf(waiting: readonly Waiting[]): Parameter[][] {
+  const isExpert = ({ stack }: Waiting) => stack.plans[0]!.linear.role === 'expert';
+  const parametersOf = (some: readonly Waiting[]) => some.flatMap(({ unit }) => unit.parameters);
+  const experts = waiting.filter(isExpert);
+  return [...waiting.filter((one) => !isExpert(one)).map((one) => [one]), ...(experts.length > 0 ? [experts] : [])].map(parametersOf); // prettier-ignore
 }

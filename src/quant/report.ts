@@ -46,6 +46,8 @@ export interface RoundingReport {
   readonly after: number;
   /** The step that is kept, of how many; 0: none was better than the start. */
   readonly best: number;
+  /** Linears, or sets that share an input, that stay as the last step left them although the whole block does not. */
+  readonly parts: number;
   readonly steps: number;
 }
 

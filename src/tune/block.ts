@@ -30,6 +30,8 @@ export interface BlockTuning {
   readonly device: Device;
   readonly block: Block;
   readonly parameters: readonly Parameter[];
+  /** Where all together have come no closer, those of these that have by themselves stay as the last step left them. */
+  readonly parts?: readonly (readonly Parameter[])[];
   readonly optimizer: (parameters: readonly Parameter[]) => Descent;
   /** The weights that the parameters stand for; called within the recorded pass. */
   readonly weights: (scope: Scope) => Weights;
@@ -68,6 +70,8 @@ export interface BlockOutcome {
   readonly after: number;
   /** Step whose parameters are kept; 0: the start. */
   readonly best: number;
+  /** How many of `parts` were taken from the last step all the same. */
+  readonly parts?: number;
   readonly steps: number;
   readonly health: HealthSummary;
 }
@@ -112,8 +116,17 @@ export async function tuneBlock(o: BlockTuning): Promise<BlockOutcome> {
       kept = snapshot(best, o.parameters);
     }
   }
+  const last = snapshot(best, o.parameters);
   o.parameters.forEach(({ value }, i) => copyInto(value, kept[i]!));
-  return { before, after, best: bestStep, steps: schedule.total, health: health.summary() };
+  let parts = 0;
+  for (const part of bestStep === schedule.total ? [] : (o.parts ?? [])) {
+    const set = (to: readonly Tensor[]) => part.forEach((one) => copyInto(one.value, to[o.parameters.indexOf(one)]!));
+    set(last);
+    const error = await judge(o, judged, weightOf(judged));
+    if (error < after) [after, parts] = [error, parts + 1];
+    else set(kept);
+  }
+  return { before, after, best: bestStep, ...(o.parts && { parts }), steps: schedule.total, health: health.summary() };
 }
 
 interface Drawn {

@@ -107,7 +107,7 @@ describe('autoround', () => {
   }, 120_000);
 
   it('interrupted, goes on to the same bytes', async () => {
-    const quick = { steps: 4, batch: 4, start: 'rtn' } as const;
+    const quick = { steps: 4, batch: 4, start: 'rtn', lr: 0.02 } as const;
     const abort = new AbortController();
     const stopping: JobEnv = {
       ...env,
@@ -119,7 +119,8 @@ describe('autoround', () => {
     expect(existsSync(own.out)).toBe(false);
     expect((await refusal(quantize(job('resumed', { ...quick, steps: 9 }, {}, few), env))).message).toMatch(/rounding\.steps: 4 -> 9/); // prettier-ignore
     expect((await quantize(own, env)).resumed).toBe(true);
-    await quantize(job('uninterrupted', quick, {}, few), env);
+    const { blocks } = await quantize(job('uninterrupted', quick, {}, few), env);
+    for (const { rounding } of blocks) expect(rounding!.best).toBeGreaterThan(0);
     expect(bytes('resumed').equals(bytes('uninterrupted'))).toBe(true);
   }, 120_000);
 
@@ -130,10 +131,21 @@ describe('autoround', () => {
     expect(bytes('ruin').equals(bytes('gptq'))).toBe(true);
   }, 120_000);
 
+  it('keeps what single linears have learned where the whole block is no better', async () => {
+    const { blocks } = await quantize(job('parts', { steps: 6, batch: 8, lr: 0.1 }, {}, tiny), env);
+    const { before, after, best, parts } = blocks[1]!.rounding!;
+    expect(best).toBe(0);
+    expect(parts).toBeGreaterThan(0);
+    expect(parts).toBeLessThan(4);
+    expect(after).toBeLessThan(before);
+    expect(bytes('parts').equals(bytes('ruin'))).toBe(false);
+  }, 120_000);
+
   it('takes windows that stay in files, and blocks that are independent', async () => {
-    const quick = { steps: 2, batch: 4, start: 'rtn' } as const;
-    await quantize(job('held', quick, {}, { ...tiny, batchRows: 4 }), env);
+    const quick = { steps: 8, batch: 4, start: 'rtn', lr: 0.02 } as const;
+    const { blocks: held } = await quantize(job('held', quick, {}, { ...tiny, batchRows: 4 }), env);
     await quantize(job('spilled', quick, {}, { ...tiny, batchRows: 4, budget: 1 }), env);
+    for (const { rounding } of held) expect(rounding!.best).toBeGreaterThan(0);
     expect(bytes('spilled').equals(bytes('held'))).toBe(true);
     const { blocks } = await quantize(job('independent', quick, {}, { ...tiny, independentBlocks: true }), env);
     expect(blocks[1]!.rounding!.before).not.toBe(0);
