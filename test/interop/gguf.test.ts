@@ -4,7 +4,7 @@ import { openModel } from '../../src/arch/open.js';
 import { score } from '../../src/arch/score.js';
 import { encodingName } from '../../src/formats/ggml.js';
 import { quantize } from '../../src/quant/run.js';
-import { defaultRecipe } from '../../src/quant/scheme.js';
+import { defaultRecipe, type Recipe } from '../../src/quant/scheme.js';
 import { fixture, testEnv, trainedModel } from '../arch/support.js';
 import { llamaScore, llamaTokens } from './llama.js';
 import { convert, heldOut, python, workFolder } from './support.js';
@@ -57,6 +57,12 @@ describe.each(models)('%s in llama.cpp', (name, path) => {
     await quantizeTo(path!, out, type);
     await comparePerplexity(out);
   });
+
+  test.skipIf(!path)('rotated: the perplexity is ours', async () => {
+    const out = join(work, `${name}-rotated.gguf`);
+    await quantizeTo(path!, out, 'q8_0', { rotation: { kind: 'hadamard', seed: 0 } });
+    await comparePerplexity(out);
+  });
 });
 
 describe.each(['qwen2', 'mixtral'])('a random %s in llama.cpp', (kind) => {
@@ -91,11 +97,16 @@ describe.each(['qwen2', 'mixtral'])('a random %s in llama.cpp', (kind) => {
   });
 });
 
-async function quantizeTo(input: string, out: string, blocks: 'q5_k' | 'q3_k' | 'q2_k'): Promise<void> {
+async function quantizeTo(
+  input: string,
+  out: string,
+  blocks: 'q8_0' | 'q5_k' | 'q3_k' | 'q2_k',
+  more: Partial<Recipe> = {},
+): Promise<void> {
   await quantize(
     {
       ...{ input, out, formats: ['gguf'], scope: 'all' },
-      recipe: { ...defaultRecipe, method: 'rtn', blocks },
+      recipe: { ...defaultRecipe, method: 'rtn', blocks, ...more },
       tool: { name: 'deepseek-convert', version: '0' },
       commandLine: 'test',
     },
