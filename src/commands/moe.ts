@@ -16,7 +16,7 @@ import { badUsage } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
 import { count, duration } from '../base/text.js';
 import type { JobOptions, MoeOptions } from '../moe/options.js';
-import type { MoePlan } from '../moe/plan.js';
+import type { LayerRange, MoePlan } from '../moe/plan.js';
 import type { MoeReport } from '../moe/report.js';
 import { pruneMeasures } from '../moe/surgery/options.js';
 import type { MixtureTraining } from '../train/moe/options.js';
@@ -66,6 +66,16 @@ const options = {
     help: 'Refit down_proj to the experts that are on; the output then differs from the dense model with all experts on. On by itself where --active is given, --no-refit leaves it out.',
   }),
   denseLayers: integer({ min: 0, default: 0, help: 'Layers from the first on that stay dense.' }),
+  layers: custom(
+    { help: 'Instead: the layers that become mixtures, counted from 0, such as 4-27 or 0-3,8; the others stay dense. glm4_moe can have dense layers only before all mixtures, qwen2_moe and qwen3_moe anywhere, mixtral nowhere.', defaultNote: 'all' },
+    'ranges',
+    (given): readonly LayerRange[] =>
+      given.split(',').map((range) => {
+        const [, from, to = from] = /^(\d+)(?:-(\d+))?$/.exec(range.trim()) ?? [];
+        if (from === undefined) throw new Expected('ranges of layers such as 4-27 or 0-3,8');
+        return [Number(from), Number(to)];
+      }),
+  ), // prettier-ignore
   pad: custom(
     { default: 'auto', help: 'Widths of experts: multiples of n with zero neurons for the rest; auto: of up to 128 for at most an eighth more; none refuses.' },
     'auto|none|n',
@@ -228,7 +238,7 @@ function requireDrop({ method }: Given, io: Io): void {
 }
 
 /** Options that say how a dense model is divided. */
-const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'pad', 'then', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[]), 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
+const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'layers', 'pad', 'then', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[]), 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
 
 /** What is to become of a mixture; undefined where a dense model is to become one. */
 function surgeryOf({ pruneExperts, mergeExperts }: Given, io: Io) {
@@ -323,6 +333,7 @@ function jobOptions(given: Given, io: Io): MoeOptions {
     active: given.active,
     ...(given.shared !== undefined && { shared: given.shared }),
     dense: given.denseLayers,
+    ...(given.layers !== undefined && { layers: given.layers }),
     pad: given.pad,
     dropRatio: given.dropRatio,
     // Who says how many experts are to be on wants the best model at that number; who does not gets the exact split.

@@ -54,7 +54,7 @@ export function planOutput(open: OpenModel, options: OutputOptions): OutputTenso
     through(name, -1);
   }
   for (const block of model.blocks) {
-    const ffn = block.index < source.dense ? undefined : block.ffn;
+    const ffn = source.dense.includes(block.index) ? undefined : block.ffn;
     const replaced = new Set(ffn ? [ffn.gate, ffn.up, ffn.down].map(({ name }) => `${name}.weight`) : []);
     for (const { name } of block.tensors) {
       if (!replaced.has(name)) through(name, block.index);

@@ -11,6 +11,8 @@ import { droppedNeurons } from './drop.js';
 import { planOutput, type OutputTensor } from './output.js';
 import { capacity, expertWidth, partOff, pieces, type MoeShape, type Padding } from './shape.js';
 
+export type LayerRange = readonly [from: number, to: number];
+
 /** What decides the form of the output. */
 export interface MoeRecipe {
   readonly method: MoeMethod;
@@ -22,6 +24,8 @@ export interface MoeRecipe {
   readonly shared?: number;
   /** Layers from the first on that stay dense. */
   readonly dense?: number;
+  /** Instead: ranges of the layers that become mixtures, ends included; the others stay dense. */
+  readonly layers?: readonly LayerRange[];
   readonly pad?: Padding;
   /** Share of each expert's neurons that `drop` draws anew; default: 0.5 (Nakamura et al. 2025). */
   readonly dropRatio?: number;
@@ -74,8 +78,8 @@ export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): Mo
   if (container === undefined) {
     throw badUsage(`Unknown container ${recipe.container as string}`, { expected: Object.keys(containers).join(', ') });
   }
-  const dense = recipe.dense ?? 0;
   const ffn = requireDense(model, where);
+  const dense = denseLayers(recipe, container, model);
   const source = sourceOf(model, dense);
   requireCounts(recipe, container, source);
   requireFit(container, source, where);
@@ -101,17 +105,16 @@ export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): Mo
     tensors,
     inputBytes: [...open.checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0),
     outputBytes,
-    cost: costOf(model, shape, dense, dtypeSize(dtype)),
+    cost: costOf(model, shape, dense.length, dtypeSize(dtype)),
     notes: notesOf(shape, weighting, dtype, container, recipe, model),
   };
 }
 
 function requireCounts(
-  { experts, active, shared, dense = 0, method, dropRatio }: MoeRecipe,
+  { experts, active, shared, method, dropRatio }: MoeRecipe,
   container: Container,
   source: Source,
 ): void {
-  const layers = source.model.blocks.length;
   // prettier-ignore
   if (!Number.isSafeInteger(experts) || experts < 2 || experts > 4096) {
     throw badUsage('--experts must be a whole number from 2 to 4096', { got: String(experts) });
@@ -130,12 +133,6 @@ function requireCounts(
       ...(others.length > 0 && { hint: `Use --container ${others.map(({ name }) => name).join(' or ')}.` }),
     });
   }
-  if (!(dense >= 0 && dense < layers)) {
-    throw badUsage('--dense-layers leaves no layer to convert', { got: String(dense), expected: `0 to ${layers - 1}` });
-  }
-  if (dense > 0 && !container.denseLayers) {
-    throw badUsage(`The container ${container.name} has experts in every layer`, { got: `--dense-layers ${dense}` });
-  }
   if (method === 'drop' && dropRatio !== undefined && !(dropRatio > 0 && dropRatio < 1)) {
     throw badUsage('--drop-ratio must leave neurons and draw neurons anew', {
       got: String(dropRatio),
@@ -146,6 +143,38 @@ function requireCounts(
   if (method !== 'split' && active === experts) {
     throw badUsage('Upcycling with all experts active only multiplies the work', { expected: `--active below ${experts}` }); // prettier-ignore
   }
+}
+
+/** The layers that stay dense, ascending, as far as the container can have them. */
+function denseLayers({ dense = 0, layers }: MoeRecipe, container: Container, model: Model): number[] {
+  const count = model.blocks.length;
+  const all = Array.from({ length: count }, (_, i) => i);
+  if (layers === undefined) {
+    if (dense >= 0 && dense < count) return requireDenseLayers(all.slice(0, dense), container, model, `--dense-layers ${dense}`); // prettier-ignore
+    throw badUsage('--dense-layers leaves no layer to convert', { got: String(dense), expected: `0 to ${count - 1}` });
+  }
+  const got = `--layers ${layers.map(([from, to]) => (from === to ? from : `${from}-${to}`)).join(',')}`;
+  if (dense > 0) throw badUsage('Either the first layers stay dense, or all that a range leaves out', { got: `${got} --dense-layers ${dense}` }); // prettier-ignore
+  if (layers.length === 0 || layers.some(([from, to]) => !(from >= 0 && from <= to && to < count))) {
+    throw badUsage('--layers names layers that the model does not have', { got, expected: `layers from 0 to ${count - 1}, ranges upwards` }); // prettier-ignore
+  }
+  const left = all.filter((i) => !layers.some(([from, to]) => i >= from && i <= to));
+  return requireDenseLayers(left, container, model, got);
+}
+
+function requireDenseLayers(dense: number[], container: Container, model: Model, got: string): number[] {
+  if (dense.length > 0 && container.denseLayers === 'none') {
+    throw badUsage(`The container ${container.name} has experts in every layer`, { got });
+  }
+  if (container.denseLayers === 'first' && dense.some((layer, i) => layer !== i)) {
+    const source = sourceOf(model, dense);
+    const others = Object.values(containers).filter((c) => c.denseLayers === 'any' && c.refuse(source) === undefined);
+    throw badUsage(`In the container ${container.name} only the first layers can stay dense`, {
+      got: `${got}, which leaves layer ${dense.find((layer, i) => layer !== i)} dense`,
+      hint: `Use a range up to the last layer${others.map(({ name }) => `, or --container ${name}`).join('')}.`,
+    });
+  }
+  return dense;
 }
 
 /** The feed-forward part of the model, the same in every layer. */

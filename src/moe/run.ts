@@ -133,7 +133,7 @@ function fingerprint(
       method: plan.method,
       container: plan.container.name,
       shape: toJson(plan.shape),
-      dense: plan.source.dense,
+      dense: [...plan.source.dense],
       refit: refits(options),
       ...splitOptions(options),
       ...(plan.method === 'drop' && { dropRatio: dropRatioOf(options) }),

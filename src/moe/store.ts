@@ -66,7 +66,7 @@ export class LayerStore {
     }
     made.add(`${container.router(this.#layer)}.weight`, router.weight);
     if (router.bias) made.add(container.bias!(this.#layer), router.bias);
-    addConstants(s, made, plan, this.index, source.dense <= this.index);
+    addConstants(s, made, plan, this.index, !source.dense.includes(this.index));
     return made;
   }
 }

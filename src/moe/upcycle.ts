@@ -67,7 +67,7 @@ export async function convertCopies(
   using scope = new Scope(env.device);
   await writeThrough(plan.tensors, block.index, writer, reader, env.device);
   let store: LayerStore | undefined;
-  if (block.index >= plan.source.dense) {
+  if (!plan.source.dense.includes(block.index)) {
     const { shape, weighting, dtype, source, container } = plan;
     const { gate, up, down } = ffnOf(block);
     const [g, u, d] = [gate, up, down].map(({ name }) => weights.get(`${name}.weight`)) as [Tensor, Tensor, Tensor];

@@ -70,7 +70,7 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
   }
 
   #converts(block: Block): boolean {
-    return block.index >= this.#options.plan.source.dense;
+    return !this.#options.plan.source.dense.includes(block.index);
   }
 
   holds(call: LinearCall | ExpertsCall, block: Block): boolean {

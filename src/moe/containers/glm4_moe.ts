@@ -11,7 +11,7 @@ export const glm4Moe: Container = {
   selectionBias: true,
   // Both readers build the shared network from moe_intermediate_size n_shared_experts: there has to be one.
   shared: { min: 1, max: Infinity, default: 1 },
-  denseLayers: true,
+  denseLayers: 'first',
   // vLLM's class has a head of its own, whatever tie_word_embeddings says.
   tiesHead: false,
   weighting: (method, { shared }) =>
@@ -36,7 +36,7 @@ export const glm4Moe: Container = {
     topk_group: 1,
     norm_topk_prob: normalized,
     routed_scaling_factor: scale,
-    first_k_dense_replace: dense,
+    first_k_dense_replace: dense.length,
     num_nextn_predict_layers: 0,
     attention_bias: qkvBias,
     use_qk_norm: qkNorm,

@@ -9,7 +9,7 @@ export const mixtral: Container = {
   scoring: 'softmax',
   selectionBias: false,
   shared: { min: 0, max: 0, default: 0 },
-  denseLayers: false,
+  denseLayers: 'none',
   tiesHead: true,
   weighting: (method, { active }) => ({
     routedDown: method === 'split' ? active : 1,

@@ -12,7 +12,7 @@ export const qwen2Moe: Container = {
   scoring: 'softmax',
   selectionBias: false,
   shared: { min: 1, max: Infinity, default: 1 },
-  denseLayers: true,
+  denseLayers: 'any',
   tiesHead: true,
   weighting: (method, { routed, active, shared }) => {
     if (method !== 'split') return { routedDown: 0.5, sharedDown: 1 / shared, normalized: true };
@@ -36,7 +36,7 @@ export const qwen2Moe: Container = {
     num_experts_per_tok: shape.active,
     norm_topk_prob: normalized,
     decoder_sparse_step: 1,
-    mlp_only_layers: Array.from({ length: dense }, (_, i) => i),
+    mlp_only_layers: [...dense],
     qkv_bias: true,
     use_sliding_window: false,
     output_router_logits: false,

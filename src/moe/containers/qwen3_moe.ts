@@ -11,7 +11,7 @@ export const qwen3Moe: Container = {
   scoring: 'softmax',
   selectionBias: false,
   shared: { min: 0, max: 0, default: 0 },
-  denseLayers: true,
+  denseLayers: 'any',
   tiesHead: true,
   weighting: (method, { routed, active }) => {
     if (method !== 'split') return { routedDown: 1, sharedDown: 1, normalized: true };
@@ -30,7 +30,7 @@ export const qwen3Moe: Container = {
     num_experts_per_tok: shape.active,
     norm_topk_prob: normalized,
     decoder_sparse_step: 1,
-    mlp_only_layers: Array.from({ length: dense }, (_, i) => i),
+    mlp_only_layers: [...dense],
     attention_bias: false,
     use_sliding_window: false,
     output_router_logits: false,

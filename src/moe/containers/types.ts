@@ -43,8 +43,8 @@ export interface Container {
   readonly selectionBias: boolean;
   /** Number of shared experts: least, most, and when nothing is asked for. */
   readonly shared: { readonly min: number; readonly max: number; readonly default: number };
-  /** Whether the first layers can stay dense. */
-  readonly denseLayers: boolean;
+  /** Which layers can stay dense: the first ones, any, or none. */
+  readonly denseLayers: 'first' | 'any' | 'none';
   /** Whether every reader lets the head share the embedding's weights (tie_word_embeddings). */
   readonly tiesHead: boolean;
   weighting(method: MoeMethod, shape: MoeShape): Weighting;
@@ -72,11 +72,11 @@ export interface Source {
   readonly qkNorm: boolean;
   /** Sliding windows of the layers, where there are any. */
   readonly windows: readonly (number | undefined)[];
-  /** Layers from the first on that stay dense. */
-  readonly dense: number;
+  /** Layers that stay dense, ascending. */
+  readonly dense: readonly number[];
 }
 
-export function sourceOf(model: Model, dense: number): Source {
+export function sourceOf(model: Model, dense: readonly number[]): Source {
   const names = new Set(
     model.blocks.flatMap((block) => block.tensors.map(({ name }) => name.slice(block.name.length))),
   );

@@ -91,6 +91,18 @@ describe('all experts on', () => {
     }
   });
 
+  it('keeps layers outside of the given ranges dense where the container has a place for them', async () => {
+    const layers = [[1, 1], [3, 3]] as const; // prettier-ignore
+    const report = await runMoe(job('ranges', { container: 'qwen2_moe', layers, refit: false }), env);
+    expect(report.layers.map(({ block }) => block)).toEqual([1, 3]);
+    expect(report.plan.config.mlp_only_layers).toEqual([0, 2]);
+    const on = withConfig('ranges', { num_experts_per_tok: 8 });
+    expect(relativeError(await logitsOf(on), await dense)).toBeLessThan(5e-5);
+    expect(relativeError(await logitsOf(report.out), await dense)).toBeGreaterThan(0.05);
+    const last = await runMoe(job('last', { layers: [[2, 3]], refit: false }), env);
+    expect(last.plan.config.first_k_dense_replace).toBe(2);
+  });
+
   it('holds for copies with any number of active experts', async () => {
     for (const container of ['glm4_moe', 'qwen2_moe', 'mixtral'] satisfies ContainerName[]) {
       const report = await runMoe(job(`copies-${container}`, { method: 'upcycle', container, experts: 3 }), env);
@@ -186,6 +198,14 @@ describe('refusals', () => {
     expect(await refused({ container: 'mixtral', shared: 1 })).toContain('glm4_moe or qwen2_moe');
     expect(await refused({ container: 'mixtral', dense: 1 })).toContain('experts in every layer');
     expect(await refused({ dense: 4 })).toContain('leaves no layer');
+    const middle = await refused({ layers: [[1, 2]] });
+    expect(middle).toContain('In the container glm4_moe only the first layers can stay dense');
+    expect(middle).toContain('--layers 1-2, which leaves layer 3 dense');
+    expect(middle).toContain('--container qwen2_moe');
+    expect(await refused({ container: 'mixtral', layers: [[1, 3]] })).toContain('experts in every layer');
+    expect(await refused({ layers: [[2, 4]] })).toContain('layers from 0 to 3');
+    expect(await refused({ layers: [[3, 2]] })).toContain('ranges upwards');
+    expect(await refused({ layers: [[1, 3]], dense: 1 })).toContain('Either the first layers stay dense');
     expect(await refused({ input: fixture('moe-6m') })).toContain('mixture of experts already');
     expect(await refused({ method: 'upcycle', active: 8 })).toContain('only multiplies');
     expect(await refused({ experts: 2000 })).toContain('More experts than neurons');
