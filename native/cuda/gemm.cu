@@ -250,38 +250,44 @@ __global__ void __launch_bounds__(256) grouped_tiles(void* C, int c_dtype, int64
     }
 }
 
-// 32 x 32 tiles in fp32; also for mixed types.
-__global__ void grouped_plain(dc_tensor C, dc_tensor A, dc_tensor B, const int32_t* offsets, int experts) {
+// 64 x 64 tiles in fp32, 4 x 4 a thread; also for mixed types.
+__global__ void __launch_bounds__(256) grouped_plain(dc_tensor C, dc_tensor A, dc_tensor B, const int32_t* offsets, int experts) {
   int e = 0, tile = blockIdx.y;
   int64_t begin = 0, end = 0;
   for (; e < experts; e++) {
     begin = offsets[e], end = offsets[e + 1];
-    const int tiles = int((end - begin + 31) / 32);
+    const int tiles = int((end - begin + 63) / 64);
     if (tile < tiles) break;
     tile -= tiles;
   }
   if (e == experts) return;
-  __shared__ float As[32][33], Bs[32][33];
-  const int64_t row0 = begin + tile * 32, col0 = blockIdx.x * 32ll, K = A.dim[1], N = B.dim[1];
-  const int x = threadIdx.x, y = threadIdx.y;  // 32 x 8
-  float sum[4] = {};
+  __shared__ float As[32][65], Bs[32][65];
+  const int64_t row0 = begin + tile * 64ll, col0 = blockIdx.x * 64ll, K = A.dim[1], N = B.dim[1];
+  const int x = threadIdx.x & 15, y = threadIdx.x >> 4;
+  float sum[4][4] = {};
   for (int64_t k0 = 0; k0 < K; k0 += 32) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int r = y + j * 8;
-      As[r][x] = row0 + r < end && k0 + x < K ? load(A.data, A.dtype, (row0 + r) * A.stride[0] + (k0 + x) * A.stride[1]) : 0.f;
-      Bs[r][x] = col0 + r < N && k0 + x < K ? load(B.data, B.dtype, e * B.stride[0] + (col0 + r) * B.stride[1] + (k0 + x) * B.stride[2]) : 0.f;
+    for (int i = threadIdx.x; i < 64 * 32; i += 256) {
+      const int r = i >> 5, k = i & 31;
+      As[k][r] = row0 + r < end && k0 + k < K ? load(A.data, A.dtype, (row0 + r) * A.stride[0] + (k0 + k) * A.stride[1]) : 0.f;
+      Bs[k][r] = col0 + r < N && k0 + k < K ? load(B.data, B.dtype, e * B.stride[0] + (col0 + r) * B.stride[1] + (k0 + k) * B.stride[2]) : 0.f;
     }
     __syncthreads();
-#pragma unroll
+#pragma unroll 8
     for (int k = 0; k < 32; k++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) sum[j] += As[y + j * 8][k] * Bs[x][k];
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum[i][j] += As[k][y + 16 * i] * Bs[k][x + 16 * j];
     __syncthreads();
   }
 #pragma unroll
-  for (int j = 0; j < 4; j++)
-    if (row0 + y + j * 8 < end && col0 + x < N) store(C.data, C.dtype, (row0 + y + j * 8) * C.stride[0] + (col0 + x) * C.stride[1], sum[j]);
+  for (int i = 0; i < 4; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int64_t r = row0 + y + 16 * i, n = col0 + x + 16 * j;
+      if (r < end && n < N) store(C.data, C.dtype, r * C.stride[0] + n * C.stride[1], sum[i][j]);
+    }
 }
 
 }  // namespace
@@ -312,8 +318,8 @@ extern "C" int dc_cuda_grouped_gemm(dc_context* c, const dc_call* call) {
     else
       grouped_tiles<f16><<<grid, 256, 0, c->stream>>>(C.data, C.dtype, C.stride[0], data<f16>(A), A.stride[0], data<f16>(B), B.stride[0], B.stride[1], data<int32_t>(offsets), experts, N, K);
   } else {
-    const dim3 grid(unsigned(ceil_div(N, 32)), unsigned(T / 32 + experts));
-    grouped_plain<<<grid, dim3(32, 8), 0, c->stream>>>(C, A, B, data<int32_t>(offsets), experts);
+    const dim3 grid(unsigned(ceil_div(N, 64)), unsigned(T / 64 + experts));
+    grouped_plain<<<grid, 256, 0, c->stream>>>(C, A, B, data<int32_t>(offsets), experts);
   }
   return launched(c, "grouped_gemm");
 }

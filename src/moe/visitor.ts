@@ -60,6 +60,7 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
   #converted: Converted | undefined;
   #store: LayerStore | undefined;
   #report: LayerReport | undefined;
+  #timer: Timer | undefined;
   /** Outputs made at the gate/up call, for the down call of the same pass. */
   readonly #outputs = new WeakMap<ForwardContext, Tensor>();
   /** Of finished blocks; keeps what they are made of until then. */
@@ -80,7 +81,7 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
   async visit(site: Site): Promise<void> {
     const { env, plan, reader, refit, split, sampleTokens, budget } = this.#options;
     const { shape, container } = plan;
-    const timer = new Timer();
+    const timer = (this.#timer = new Timer());
     const ffn = ffnOf(site.block);
     const scope = (this.#scope = new Scope(env.device));
     using work = new Scope(env.device);
@@ -214,11 +215,13 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
 
   async finish(block: Block, weights: Weights): Promise<{ data: Json; detail: string }> {
     const { env, plan, writer, reader, check } = this.#options;
+    await this.#timer?.mark('output', env);
     await check.advance(block.index, this.#store, weights);
+    await this.#timer?.mark('test', env);
     // One block's weights wait for their file at most.
     await this.#writing;
     const [scope, store, report] = [this.#scope, this.#store, this.#report];
-    [this.#scope, this.#converted, this.#store, this.#report] = [undefined, undefined, undefined, undefined];
+    this.#scope = this.#converted = this.#store = this.#report = this.#timer = undefined;
     this.#writing = (async () => {
       using _kept = scope;
       const through = writeThrough(plan.tensors, block.index, writer, reader, env.device);

@@ -163,7 +163,21 @@ describe('a layer as routed', () => {
     const x = normal(6, 40, 5);
     const experts = cut(s, shape, w, { routedDown: 1, sharedDown: 1, normalized: false }, 'f32');
     const byExpert = await mixtureOutput(s, x, router, experts, shape.active, 'silu').float32();
-    const byMask = await matmulT(s, new Activations(s, w, router, shape, 'silu').take(s, x), w.down).float32();
+    const activations = new Activations(s, w, router, shape, 'silu');
+    const byMask = await matmulT(s, activations.take(s, x), w.down).float32();
     expect(worst(byMask, [...byExpert])).toBeLessThan(1e-4);
+
+    // What is kept comes back once, the same as what is computed.
+    let kept: number;
+    {
+      using pass = new Scope(env.device);
+      const { masked } = activations.of(pass, x);
+      activations.keep(x, masked, pass);
+      kept = masked.buffer;
+    }
+    const [first, second] = [activations.take(s, x), activations.take(s, x)];
+    expect(first.buffer).toBe(kept);
+    expect(second.buffer).not.toBe(kept);
+    expect(await first.float32()).toEqual(await second.float32());
   });
 });
