@@ -9,7 +9,9 @@ using namespace dc;
 
 namespace {
 
-constexpr int64_t kKeys = 256;  // keys of a tile; a multiple of every nr
+constexpr int64_t kKeys = 256;  // keys of a tile
+
+int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 struct Attention {
   const dc_tensor &o, &q, &k, &v, &lengths, &sinks, &lse;
@@ -128,15 +130,17 @@ struct Attention {
 
   // Many queries. Keys and values of some heads are packed, then all tiles of queries of these heads run in parallel.
   void tiled(dc_context* c) const {
-    const GemmKernels& gemm = gemm_kernels();
-    const int64_t mr = gemm.mr, nr = gemm.nr, Hk = k.dim[2];
-    const int64_t rows = std::max<int64_t>(1, 64 / mr) * mr, blocks = (S + rows - 1) / rows;
-    const int64_t tiles = (T + kKeys - 1) / kKeys, Dn = (Dv + nr - 1) / nr * nr;
-    const int64_t k_size = tiles * kKeys * D, v_size = tiles * kKeys * Dn;
+    // Weights that are rounded to bf16 are good enough for a result that is.
+    const bool half = bf16_panels() && q.dtype == DC_BF16 && k.dtype == DC_BF16 && v.dtype == DC_BF16 && o.dtype == DC_BF16;
+    const Panels& kernel = half ? *bf16_panels() : float_panels();
+    const int64_t mr = kernel.mr, Hk = k.dim[2], rows = std::max<int64_t>(1, 64 / mr) * mr, blocks = (S + rows - 1) / rows;
+    const int64_t tiles = (T + kKeys - 1) / kKeys, depth = up(D, kernel.step);
+    const int64_t key_bytes = up(kKeys, kernel.nr) * depth * kernel.bytes;  // of a tile
+    const int64_t tile_bytes = up(key_bytes + up(Dv, kernel.nr) * kKeys * kernel.bytes, 64);
     int64_t pairs = std::max<int64_t>(1, (c->threads * 4 + G * blocks - 1) / (G * blocks));
-    pairs = std::min({pairs, B * Hk, std::max<int64_t>(1, (int64_t(1) << 24) / (k_size + v_size))});
+    pairs = std::min({pairs, B * Hk, std::max<int64_t>(1, (int64_t(1) << 26) / (tiles * tile_bytes))});
     static thread_local Scratch scratch;
-    float* packed = scratch.take(size_t(pairs * (k_size + v_size)));
+    char* const packed = reinterpret_cast<char*>(scratch.take(size_t(pairs * tiles * tile_bytes / 4)));
     for (int64_t pair0 = 0; pair0 < B * Hk; pair0 += pairs) {
       const int64_t n_pairs = std::min(pairs, B * Hk - pair0);
       parallel_for(c, n_pairs * tiles, 1, [&](int64_t begin, int64_t end) {
@@ -145,37 +149,46 @@ struct Attention {
           const int64_t n = std::min(t0 + kKeys, key_count(lengths, b, T)) - t0;
           if (n <= 0) continue;
           const dc_tensor keys = head_rows(k, b, g, t0, n), values = head_rows(v, b, g, t0, n);
-          float* at = packed + pair * (k_size + v_size);
-          gemm.pack(at + t0 * D, keys.data, keys.dtype, keys.stride[0], keys.stride[1], n, D, int(nr));
-          gemm.pack(at + k_size + t0 * Dn, values.data, values.dtype, values.stride[1], values.stride[0], Dv, n, int(nr));
+          char* at = packed + w * tile_bytes;
+          kernel.pack_b(at, keys.data, keys.dtype, keys.stride[0], keys.stride[1], n, D);
+          kernel.pack_b(at + key_bytes, values.data, values.dtype, values.stride[1], values.stride[0], Dv, n);
         }
       });
       parallel_for(c, n_pairs * G * blocks, 1, [&](int64_t begin, int64_t end) {
-        std::vector<float> queries(size_t(rows * D)), x(size_t(rows * kKeys)), p(size_t(rows * kKeys)),
-            sums(size_t(rows * Dv));
+        static thread_local Scratch memory;
+        Tile t{kernel, half, depth, key_bytes, tile_bytes, memory.take(size_t(rows * (depth + 3 * kKeys + up(Dv, 16))))};
+        t.scores = t.sums + rows * up(Dv, 16), t.weights = t.scores + rows * kKeys;
+        t.packed = t.weights + rows * kKeys, t.queries = t.packed + rows * kKeys;
         std::vector<double> most(static_cast<size_t>(rows)), total(static_cast<size_t>(rows));
         for (int64_t w = begin; w < end; w++) {
           // Late queries first: under a causal mask they have the most work.
           const int64_t pair = w / (G * blocks), h_in = w / blocks % G, s0 = (blocks - 1 - w % blocks) * rows;
           const int64_t b = (pair0 + pair) / Hk, h = (pair0 + pair) % Hk * G + h_in, m = std::min(rows, S - s0);
-          const float* at = packed + pair * (k_size + v_size);
-          tile(gemm, b, h, s0, m, at, at + k_size, Dn, queries.data(), x.data(), p.data(), sums.data(), most.data(),
-               total.data());
+          tile(t, b, h, s0, m, packed + pair * tiles * tile_bytes, most.data(), total.data());
         }
       });
     }
   }
 
-  void tile(const GemmKernels& gemm, int64_t b, int64_t h, int64_t s0, int64_t m, const float* keys,
-            const float* values, int64_t Dn, float* queries, float* x, float* p, float* sums, double* most,
-            double* total) const {
+  // What tiles of queries work with: the matrix kernel, the packed form of keys and values, memory.
+  struct Tile {
+    const Panels& kernel;
+    bool half;
+    int64_t depth, key_bytes, tile_bytes;
+    float *sums, *scores = nullptr, *weights = nullptr, *packed = nullptr, *queries = nullptr;
+  };
+
+  void tile(const Tile& x, int64_t b, int64_t h, int64_t s0, int64_t m, const char* packed, double* most, double* total) const {
     const auto& kernels = element_kernels();
+    const Panels& kernel = x.kernel;
     const int64_t length = key_count(lengths, b, T);
     const dc_tensor rows = head_rows(q, b, h, s0, m);
-    gemm.pack(queries, rows.data, rows.dtype, rows.stride[0], rows.stride[1], m, D, gemm.mr);
-    std::fill(sums, sums + m * Dv, 0.0f);
+    kernel.pack_a(x.queries, rows.data, rows.dtype, rows.stride[0], rows.stride[1], m, D);
+    std::fill(x.sums, x.sums + m * Dv, 0.0f);
     std::fill(most, most + m, -INFINITY);
     std::fill(total, total + m, 0.0);
+    const bool scaled = cap > 0 || !(scale > 0);  // before the maximum is taken; else by the exponential
+    const float factor = scaled ? 1 : scale;
     int64_t from = T, to = 0;  // keys that any row of the tile sees
     for (int64_t i = 0; i < m; i++) {
       int64_t first, last;
@@ -183,35 +196,40 @@ struct Attention {
       if (first < last) from = std::min(from, first), to = std::max(to, last);
     }
     for (int64_t t0 = from / kKeys * kKeys; t0 < to; t0 += kKeys) {
-      const int64_t n = std::min(kKeys, length - t0);  // as the values were packed
-      gemm.block(x, kKeys, queries, keys + t0 * D, m, n, D, false);
+      const char* keys = packed + t0 / kKeys * x.tile_bytes;
+      const int64_t stored = std::min(kKeys, length - t0), n = std::min(stored, up(to - t0, kernel.nr));
+      kernel.block(x.scores, kKeys, x.queries, keys, m, n, x.depth, false);
       for (int64_t i = 0; i < m; i++) {
-        float* row = x + i * kKeys;
+        float* row = x.scores + i * kKeys;
         int64_t first, last;
         mask.keys(s0 + i, length, &first, &last);
         first = std::min(std::max<int64_t>(first - t0, 0), n), last = std::min(std::max(last - t0, first), n);
         float high = -INFINITY;
         if (first < last) {
-          scores(row + first, last - first);
-          high = maximum(row + first, last - first);
+          if (scaled) scores(row + first, last - first);
+          high = maximum(row + first, last - first) * factor;
         }
         if (!(high <= most[i])) {
           const double shrink = std::exp(most[i] - high);
-          kernels.scale(sums + i * Dv, float(shrink), Dv);
+          kernels.scale(x.sums + i * Dv, float(shrink), Dv);
           total[i] *= shrink;
           most[i] = high;
         }
         if (most[i] != -INFINITY && first < last)
-          total[i] += kernels.exp_sum(row + first, 1, float(most[i]), last - first);
+          total[i] += kernels.exp_sum(row + first, factor, float(most[i]), last - first);
         else
           last = first;
         std::fill(row, row + first, 0.0f);
         std::fill(row + last, row + n, 0.0f);
+        if (x.half) kernels.store(reinterpret_cast<uint16_t*>(x.weights) + i * kKeys, DC_BF16, row, n);
       }
-      gemm.pack(p, x, DC_F32, kKeys, 1, m, n, gemm.mr);
-      gemm.block(sums, Dv, p, values + t0 * Dn, m, Dv, n, true);
+      kernel.pack_a(x.packed, x.half ? x.weights : x.scores, x.half ? DC_BF16 : DC_F32, kKeys, 1, m, n);
+      const int64_t line = up(stored, kernel.step) * kernel.bytes;
+      for (int64_t j = 0; j < Dv; j += kernel.nr)
+        kernel.block(x.sums + j, Dv, x.packed, keys + x.key_bytes + j * line, m, std::min<int64_t>(kernel.nr, Dv - j),
+                     up(n, kernel.step), true);
     }
-    for (int64_t i = 0; i < m; i++) finish(b, h, s0 + i, sums + i * Dv, most[i], total[i]);
+    for (int64_t i = 0; i < m; i++) finish(b, h, s0 + i, x.sums + i * Dv, most[i], total[i]);
   }
 };
 

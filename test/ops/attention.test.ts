@@ -67,6 +67,7 @@ onDevices('attention', (device, random) => {
     ['values wider than keys, one key head', { Hk: 1, D: 5, Dv: 33 }, {}],
     ['values narrower (192 and 128, as MLA)', { S: 33, T: 33, D: 192, Dv: 128, H: 2, Hk: 2 }, {}],
     ['several tiles of keys and queries', { B: 1, S: 150, T: 530, H: 2, Hk: 1, D: 16, Dv: 8 }, { offset: 380 }],
+    ['several tiles, wide heads', { B: 1, S: 70, T: 530, H: 2, Hk: 1, D: 128, Dv: 80 }, { offset: 460 }],
     ['several tiles, window and lengths', { S: 300, T: 300, H: 2, D: 8, Dv: 8 }, { window: 130, lengths: [290, 261] }],
     ['queries before the first key', { S: 20 }, { offset: -5 }],
   ];

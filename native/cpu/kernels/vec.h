@@ -71,9 +71,9 @@ inline __attribute__((always_inline)) float hsum(vf v) {
 inline __attribute__((always_inline)) float hmax(vf v) {
   float x[W];
   storef(x, v);
-  float m = x[0];
-  for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
-  return m;
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) x[i] = x[i + n] > x[i] ? x[i + n] : x[i];
+  return x[0];
 }
 
 // e^x within 1 ulp or so; NaN stays NaN, overflow gives infinity, underflow 0 through the subnormals. No fused
