@@ -6,6 +6,7 @@ import { elementType } from '../formats/assembly.js';
 import type { GgufValue } from '../formats/gguf.js';
 import { isJsonObject, parseJson } from '../formats/json.js';
 import type { JsonObject } from '../formats/json.js';
+import { parseSentencePiece } from '../formats/sentencepiece.js';
 import type { TensorEntry } from '../formats/types.js';
 import { companionName } from './config.js';
 import { archOfGguf, archOfModel } from './gguf-arch.js';
@@ -13,7 +14,9 @@ import { configFromGguf, configToGguf, ropeOf } from './gguf-config.js';
 import type { GgufFileType, GgufMetadata } from './gguf-config.js';
 import { tensorsFromGguf, tensorsToGguf } from './gguf-tensors.js';
 import type { GgufTensor } from './gguf-tensors.js';
-import { tokenizerFromGguf, tokenizerToGguf } from './gguf-tokenizer.js';
+import { sentencePieceToGguf } from './gguf-sentencepiece.js';
+import { tokenizerFromGguf } from './gguf-tokenizer-files.js';
+import { tokenizerToGguf } from './gguf-tokenizer.js';
 import type { Checkpoint } from './types.js';
 
 export interface GgufModel {
@@ -135,33 +138,46 @@ export async function planGguf(checkpoint: Checkpoint, fileType: GgufFileType): 
     const head = Number(config['head_dim'] ?? Number(config['hidden_size']) / Number(config['num_attention_heads']));
     computed.set('rope_freqs.weight', llama3Factors(rope, head));
   }
-  const tokenizer = await readTokenizer(checkpoint);
-  const more = [...notes];
-  if (tokenizer === undefined) {
-    more.push('The model has no tokenizer.json: the GGUF file gets no tokenizer.');
-    // llama.cpp loads files without a tokenizer only where they say so.
-    metadata.set('tokenizer.ggml.model', { type: 'string', value: 'no_vocab' });
-  } else for (const [key, value] of tokenizerToGguf(tokenizer, Number(config['vocab_size']))) metadata.set(key, value);
-  return { metadata, tensors, computed, notes: more };
+  const tokenizer = await tokenizerMetadata(checkpoint);
+  for (const [key, value] of tokenizer.metadata) metadata.set(key, value);
+  return { metadata, tensors, computed, notes: [...notes, ...tokenizer.notes] };
 }
 
-async function readTokenizer(checkpoint: Checkpoint): Promise<Parameters<typeof tokenizerToGguf>[0] | undefined> {
+/** From tokenizer.json, else from SentencePiece's tokenizer.model. */
+async function tokenizerMetadata(checkpoint: Checkpoint): Promise<{ metadata: GgufMetadata; notes: string[] }> {
+  const pathOf = (name: string) => checkpoint.companions.find((file) => companionName(file) === name);
   const read = async (name: string): Promise<string | undefined> => {
-    const path = checkpoint.companions.find((file) => companionName(file) === name);
+    const path = pathOf(name);
     return checkpoint.extraFiles.get(name) ?? (path === undefined ? undefined : await readFile(path, 'utf8'));
   };
-  const parse = (text: string, where: string): JsonObject => {
-    const value = parseJson(text, { where, lenient: true });
+  const object = async (name: string): Promise<JsonObject> => {
+    const value = parseJson((await read(name)) ?? '{}', { where: name, lenient: true });
     if (isJsonObject(value)) return value;
-    throw badInput('A tokenizer file is no JSON object', { where });
+    throw badInput('A tokenizer file is no JSON object', { where: name });
   };
+  const vocabSize = Number(checkpoint.config['vocab_size']);
   const text = await read('tokenizer.json');
-  if (text === undefined) return undefined;
-  const config = await read('tokenizer_config.json');
+  const config = await object('tokenizer_config.json');
+  const chatTemplate = await read('chat_template.jinja');
+  if (text !== undefined) {
+    const tokenizer = await object('tokenizer.json');
+    return { metadata: tokenizerToGguf({ text, tokenizer, config, chatTemplate }, vocabSize), notes: [] };
+  }
+  const path = pathOf('tokenizer.model') ?? pathOf('spiece.model');
+  const bytes = path === undefined ? undefined : await readFile(path);
+  if (path !== undefined && bytes !== undefined && !isTiktoken(bytes)) {
+    const model = parseSentencePiece(bytes, path);
+    return sentencePieceToGguf({ model, config, added: await object('added_tokens.json'), chatTemplate }, vocabSize);
+  }
+  // llama.cpp loads files without a tokenizer only where they say so.
   return {
-    text,
-    tokenizer: parse(text, 'tokenizer.json'),
-    config: config === undefined ? {} : parse(config, 'tokenizer_config.json'),
-    chatTemplate: await read('chat_template.jinja'),
+    metadata: new Map([['tokenizer.ggml.model', { type: 'string', value: 'no_vocab' }]]),
+    notes: [
+      'The model has no tokenizer.json and no tokenizer.model of SentencePiece: the GGUF file gets no tokenizer.',
+    ],
   };
 }
+
+/** Llama 3 has its ranks of tokens in a file of the same name: lines of base64 and a number. */
+const isTiktoken = (bytes: Buffer): boolean =>
+  /^[A-Za-z0-9+/]+=* \d+\n/.test(bytes.subarray(0, 256).toString('latin1'));

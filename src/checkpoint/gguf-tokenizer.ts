@@ -2,24 +2,8 @@ import { badInput } from '../base/errors.js';
 import type { GgufScalar, GgufValue } from '../formats/gguf.js';
 import { isJsonObject } from '../formats/json.js';
 import type { JsonObject, JsonValue } from '../formats/json.js';
-
-/** llama.cpp's kinds of tokens. */
-const kinds = { normal: 1, unknown: 2, control: 3, userDefined: 4, unused: 5, byte: 6 } as const;
-
-/**
- * Pre-tokenizers that llama.cpp knows, by the regular expressions of tokenizer.json. A wrong one would silently cut
- * text otherwise than in training, so an unknown one is refused.
- */
-const preTokenizers: readonly (readonly [pre: string, patterns: readonly string[]])[] = [
-  ['gpt-2', []], // ByteLevel with its own expression
-  ['llama-bpe', ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"]],
-  ['qwen2', ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"]],
-  ['deepseek-v3', [
-    '\\p{N}{1,3}',
-    '[一-龥\u3040-ゟ゠-ヿ]+',
-    '[!"#$%&\'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+',
-  ]],
-]; // prettier-ignore
+import { pieceKinds as kinds } from '../formats/sentencepiece.js';
+import { preTokenizers } from './gguf-tokenizer-files.js';
 
 export interface TokenizerFiles {
   /** tokenizer.json as text, and parsed. */
@@ -49,58 +33,155 @@ const records = (value: JsonValue | undefined): JsonObject[] =>
   Array.isArray(value) ? value.filter(isJsonObject) : [];
 
 /**
- * Tokenizer metadata of GGUF: byte-level BPE ("gpt2") and SentencePiece-like BPE with byte fallback ("llama").
+ * Tokenizer metadata of GGUF: byte-level BPE ("gpt2"), SentencePiece-like BPE with byte fallback ("llama"), Unigram ("t5").
  * tokenizer.json itself goes along (`tokenizer.huggingface.json` of the GGUF specification), so that the way back is exact.
- * Errors (kind 'input'): other models (Unigram, WordPiece), pre-tokenizers that llama.cpp does not know.
+ * Errors (kind 'input'): other models (WordPiece), pre-tokenizers and normalizers that llama.cpp does not know.
  */
 export function tokenizerToGguf(files: TokenizerFiles, vocabSize: number): Map<string, GgufValue> {
   const { tokenizer, config } = files;
   const model = tokenizer['model'];
-  if (!isJsonObject(model) || model['type'] !== 'BPE' || !isJsonObject(model['vocab'])) {
-    throw fail('This tokenizer is not written as GGUF', isJsonObject(model) ? model['type'] : model, 'a BPE model');
-  }
-  const vocab = model['vocab'] as Record<string, number>;
-  const merges = (Array.isArray(model['merges']) ? model['merges'] : []).map((merge) =>
-    Array.isArray(merge) ? (merge as string[]).join(' ') : (merge as string),
-  );
+  if (!isJsonObject(model)) throw fail('This tokenizer is not written as GGUF', model, 'a model');
   const added = records(tokenizer['added_tokens']).map(
     (token): AddedToken => ({ id: token['id'] as number, content: token['content'] as string, special: token['special'] === true }), // prettier-ignore
   );
-  const isBytes = model['byte_fallback'] === true;
-  const out = new Map<string, GgufValue>();
-  const set = (key: string, type: Exclude<GgufValue['type'], 'array'>, value: GgufScalar): void => {
-    out.set(`tokenizer.${key}`, { type, value });
-  };
-  const list = (key: string, of: 'string' | 'f32' | 'i32', value: GgufScalar[]): void => {
-    out.set(`tokenizer.ggml.${key}`, { type: 'array', of, value });
-  };
-  set('ggml.model', 'string', isBytes ? 'llama' : 'gpt2');
-  set('ggml.pre', 'string', isBytes ? 'default' : findPre(tokenizer));
-  const { tokens, types } = listTokens(vocab, added, vocabSize, isBytes ? (model['unk_token'] ?? null) : null);
-  list('tokens', 'string', tokens);
-  if (isBytes) list('scores', 'f32', scoresOf(tokens, merges));
-  list('token_type', 'i32', types);
-  if (!isBytes) list('merges', 'string', merges);
-  const idOf = new Map<string, number>([
-    ...Object.entries(vocab),
-    ...added.map(({ content, id }) => [content, id] as const),
-  ]);
-  for (const [key, name] of [['bos', 'bos_token'], ['eos', 'eos_token'], ['unknown', 'unk_token'], ['padding', 'pad_token']] as const) {
-    const id = idOf.get(tokenText(config[name]) ?? '');
-    if (id !== undefined) set(`ggml.${key}_token_id`, 'u32', id);
-  } // prettier-ignore
-  const ends = templateEnds(tokenizer, tokenText(config['bos_token']), tokenText(config['eos_token']));
-  set('ggml.add_bos_token', 'bool', (config['add_bos_token'] as boolean | undefined) ?? ends.bos);
-  set('ggml.add_eos_token', 'bool', (config['add_eos_token'] as boolean | undefined) ?? ends.eos);
-  if (isBytes)
-    set('ggml.add_space_prefix', 'bool', JSON.stringify(tokenizer['normalizer'] ?? null).includes('"Prepend"'));
+  const writer = new TokenizerMetadata();
+  const vocab =
+    model['type'] === 'Unigram'
+      ? writeUnigram(writer, tokenizer, model, added, vocabSize)
+      : writeBpe(writer, tokenizer, model, added, vocabSize);
+  writer.special(
+    new Map([...vocab, ...added.map(({ content, id }) => [content, id] as const)]),
+    config,
+    templateEnds(tokenizer, tokenText(config['bos_token']), tokenText(config['eos_token'])),
+  );
   const template = files.chatTemplate ?? config['chat_template'];
-  if (typeof template === 'string') set('chat_template', 'string', template);
-  set('huggingface.json', 'string', files.text);
-  return out;
+  if (typeof template === 'string') writer.set('chat_template', 'string', template);
+  writer.set('huggingface.json', 'string', files.text);
+  return writer.metadata;
 }
 
-const tokenText = (value: JsonValue | undefined): string | undefined =>
+/** Metadata under `tokenizer.`. */
+export class TokenizerMetadata {
+  readonly metadata = new Map<string, GgufValue>();
+
+  set(key: string, type: Exclude<GgufValue['type'], 'array'>, value: GgufScalar): void {
+    this.metadata.set(`tokenizer.${key}`, { type, value });
+  }
+
+  list(key: string, of: 'string' | 'f32' | 'i32' | 'u8', value: readonly GgufScalar[]): void {
+    this.metadata.set(`tokenizer.ggml.${key}`, { type: 'array', of, value });
+  }
+
+  /** Ids of the tokens that tokenizer_config.json names, and what is put around a text. */
+  special(
+    idOf: ReadonlyMap<string, number>,
+    config: JsonObject,
+    ends: { readonly bos: boolean; readonly eos: boolean },
+  ): void {
+    for (const [key, name] of [['bos', 'bos_token'], ['eos', 'eos_token'], ['unknown', 'unk_token'], ['padding', 'pad_token']] as const) {
+      const id = idOf.get(tokenText(config[name]) ?? '');
+      if (id !== undefined) this.set(`ggml.${key}_token_id`, 'u32', id);
+    } // prettier-ignore
+    this.set('ggml.add_bos_token', 'bool', (config['add_bos_token'] as boolean | undefined) ?? ends.bos);
+    this.set('ggml.add_eos_token', 'bool', (config['add_eos_token'] as boolean | undefined) ?? ends.eos);
+  }
+}
+
+type Vocab = readonly (readonly [token: string, id: number])[];
+
+function writeBpe(
+  out: TokenizerMetadata,
+  tokenizer: JsonObject,
+  model: JsonObject,
+  added: readonly AddedToken[],
+  vocabSize: number,
+): Vocab {
+  if (model['type'] !== 'BPE' || !isJsonObject(model['vocab'])) {
+    throw fail('This tokenizer is not written as GGUF', model['type'], 'a BPE or a Unigram model');
+  }
+  const vocab = Object.entries(model['vocab'] as Record<string, number>);
+  const merges = (Array.isArray(model['merges']) ? model['merges'] : []).map((merge) =>
+    Array.isArray(merge) ? (merge as string[]).join(' ') : (merge as string),
+  );
+  const isBytes = model['byte_fallback'] === true;
+  out.set('ggml.model', 'string', isBytes ? 'llama' : 'gpt2');
+  out.set('ggml.pre', 'string', isBytes ? 'default' : findPre(tokenizer));
+  const { tokens, types } = listTokens(vocab, added, vocabSize, isBytes ? (model['unk_token'] ?? null) : null, isBytes);
+  out.list('tokens', 'string', tokens);
+  if (isBytes) out.list('scores', 'f32', scoresOf(tokens, merges));
+  out.list('token_type', 'i32', types);
+  if (!isBytes) out.list('merges', 'string', merges);
+  else out.set('ggml.add_space_prefix', 'bool', JSON.stringify(tokenizer['normalizer'] ?? null).includes('"Prepend"'));
+  return vocab;
+}
+
+/** As llama.cpp's converter writes the tokenizers of T5 and XLM-R; llama.cpp finds the best path over the whole text. */
+function writeUnigram(
+  out: TokenizerMetadata,
+  tokenizer: JsonObject,
+  model: JsonObject,
+  added: readonly AddedToken[],
+  vocabSize: number,
+): Vocab {
+  const entries = (Array.isArray(model['vocab']) ? model['vocab'] : []) as unknown as readonly (readonly [string, number])[];
+  const unknown = model['unk_id'];
+  if (typeof unknown !== 'number' || entries[unknown] === undefined) {
+    throw fail('This Unigram tokenizer has no unknown token', unknown ?? null, 'unk_id, a token of its vocabulary');
+  }
+  if (model['byte_fallback'] === true) {
+    throw fail('llama.cpp has no Unigram tokenizer that falls back to bytes', 'byte_fallback true', 'false', keep);
+  }
+  const vocab = entries.map(([token], id) => [token, id] as const);
+  const { tokens, types } = listTokens(vocab, added, vocabSize, entries[unknown][0], false);
+  const outside = new Set(added.map(({ id }) => id).filter((id) => entries[id] === undefined));
+  const { prefix, merge, charsmap } = unigramSpaces(tokenizer);
+  out.set('ggml.model', 'string', 't5');
+  out.set('ggml.pre', 'string', 'default');
+  out.list('tokens', 'string', tokens);
+  out.list('scores', 'f32', tokens.map((_, id) => entries[id]?.[1] ?? (outside.has(id) ? addedScore : paddingScore)));
+  out.list('token_type', 'i32', types);
+  out.set('ggml.unknown_token_id', 'u32', unknown);
+  out.set('ggml.add_space_prefix', 'bool', prefix);
+  out.set('ggml.remove_extra_whitespaces', 'bool', merge);
+  if (charsmap.length > 0) out.list('precompiled_charsmap', 'u8', [...charsmap]);
+  return vocab;
+} // prettier-ignore
+
+/** Scores of tokens that no model gave one, as llama.cpp's converter sets them. */
+export const addedScore = -1000;
+export const paddingScore = -10_000;
+const keep = 'Text would be cut otherwise than in training. Use --format safetensors.';
+
+/** What a Unigram tokenizer does to a text before it looks for tokens; all else than llama.cpp can do is refused. */
+function unigramSpaces(tokenizer: JsonObject): { prefix: boolean; merge: boolean; charsmap: Buffer } {
+  const steps = (name: string, list: string): JsonObject[] => {
+    const whole = tokenizer[name];
+    if (!isJsonObject(whole)) return [];
+    return whole['type'] === 'Sequence' ? records(whole[list]) : [whole];
+  };
+  let [prefix, merge, charsmap] = [false, false, Buffer.alloc(0)];
+  for (const step of steps('normalizer', 'normalizers')) {
+    const pattern = isJsonObject(step['pattern']) ? step['pattern'] : {};
+    const content = step['content'];
+    if (step['type'] === 'Precompiled' && typeof step['precompiled_charsmap'] === 'string' && charsmap.length === 0)
+      charsmap = Buffer.from(step['precompiled_charsmap'], 'base64');
+    else if (step['type'] === 'Replace' && pattern['Regex'] === ' {2,}' && (content === ' ' || content === '▁')) merge = true; // prettier-ignore
+    else if (step['type'] === 'Prepend' && step['prepend'] === '▁') prefix = true;
+    else if (!(step['type'] === 'Strip' || (step['type'] === 'Replace' && pattern['String'] === ' ' && content === '▁')))
+      throw fail('llama.cpp does not know this normalizer of Unigram tokenizers', step, 'Precompiled, Strip, Replace or Prepend of spaces', keep); // prettier-ignore
+  }
+  for (const step of steps('pre_tokenizer', 'pretokenizers')) {
+    if (step['type'] === 'WhitespaceSplit') merge = true;
+    else if (step['type'] === 'Metaspace' && (step['replacement'] ?? '▁') === '▁')
+      prefix = step['prepend_scheme'] === undefined ? step['add_prefix_space'] !== false : step['prepend_scheme'] !== 'never'; // prettier-ignore
+    else throw fail('llama.cpp does not know this pre-tokenizer of Unigram tokenizers', step, 'WhitespaceSplit, Metaspace', keep); // prettier-ignore
+  }
+  // Where llama.cpp merges spaces it puts one in front of the first word, too.
+  if (merge && !prefix) throw fail('llama.cpp would put a space in front of the text', tokenizer['pre_tokenizer'] ?? null, 'a tokenizer that does, or one that keeps spaces as they are', keep); // prettier-ignore
+  return { prefix, merge, charsmap };
+}
+
+export const tokenText = (value: JsonValue | undefined): string | undefined =>
   typeof value === 'string' ? value : isJsonObject(value) ? (value['content'] as string) : undefined;
 
 function findPre(tokenizer: JsonObject): string {
@@ -126,10 +207,11 @@ function findPre(tokenizer: JsonObject): string {
 }
 
 function listTokens(
-  vocab: Readonly<Record<string, number>>,
+  vocab: Vocab,
   added: readonly AddedToken[],
   vocabSize: number,
   unknown: JsonValue,
+  hasBytes: boolean,
 ): { tokens: string[]; types: number[] } {
   const tokens: string[] = Array.from({ length: vocabSize }, (_, i) => `[PAD${i}]`);
   const types: number[] = Array.from({ length: vocabSize }, () => kinds.unused);
@@ -138,20 +220,21 @@ function listTokens(
     tokens[id] = text;
     types[id] = kind;
   };
-  for (const text in vocab) {
-    const isByte = unknown !== null && /^<0x[0-9A-F]{2}>$/.test(text);
-    put(vocab[text]!, text, isByte ? kinds.byte : text === unknown ? kinds.unknown : kinds.normal);
+  for (const [text, id] of vocab) {
+    const isByte = hasBytes && unknown !== null && /^<0x[0-9A-F]{2}>$/.test(text);
+    put(id, text, isByte ? kinds.byte : text === unknown ? kinds.unknown : kinds.normal);
   }
   for (const { id, content, special } of added) {
     if (content === unknown) continue;
-    // llama.cpp wants control tokens marked; some models forget to call them special.
-    const looksSpecial =
-      /^<\|.*\|>$|^<｜.*｜>$|^<unused.*>$/.test(content) || ['<pad>', '<mask>', '<2mass>', '[@BOS@]'].includes(content);
-    if (special || looksSpecial) put(id, content, kinds.control);
+    if (special || looksSpecial(content)) put(id, content, kinds.control);
     else put(id, content.replaceAll('▁', ' '), kinds.userDefined);
   }
   return { tokens, types };
 }
+
+/** llama.cpp wants control tokens marked; some models forget to call them special. */
+export const looksSpecial = (token: string): boolean =>
+  /^<\|.*\|>$|^<｜.*｜>$|^<unused.*>$/.test(token) || ['<pad>', '<mask>', '<2mass>', '[@BOS@]'].includes(token);
 
 /** SentencePiece merges the pair whose result has the highest score: minus the rank of the merge that makes it. */
 function scoresOf(tokens: readonly string[], merges: readonly string[]): number[] {
@@ -176,203 +259,4 @@ function templateEnds(
     return isJsonObject(special) ? special['id'] : undefined;
   };
   return { bos: bos !== undefined && text(single[0]) === bos, eos: eos !== undefined && text(single.at(-1)) === eos };
-}
-
-const strings = (metadata: ReadonlyMap<string, GgufValue>, key: string): string[] | undefined => {
-  const found = metadata.get(`tokenizer.ggml.${key}`);
-  return found?.type === 'array' && found.of === 'string' ? (found.value as string[]) : undefined;
-};
-const numbers = (metadata: ReadonlyMap<string, GgufValue>, key: string): number[] | undefined => {
-  const found = metadata.get(`tokenizer.ggml.${key}`);
-  return found?.type === 'array' && found.of !== 'string' ? (found.value as number[]) : undefined;
-};
-
-/** tokenizer.json and tokenizer_config.json from GGUF metadata, by file name; none for models that are neither BPE form. */
-export function tokenizerFromGguf(metadata: ReadonlyMap<string, GgufValue>): {
-  files: Map<string, string>;
-  notes: string[];
-} {
-  const files = new Map<string, string>();
-  const tokens = strings(metadata, 'tokens');
-  const kind = metadata.get('tokenizer.ggml.model')?.value;
-  if (tokens === undefined) return { files, notes: ['The GGUF file has no tokenizer.'] };
-  const types = numbers(metadata, 'token_type') ?? tokens.map(() => kinds.normal);
-  const whole = metadata.get('tokenizer.huggingface.json')?.value;
-  let tokenizer: string;
-  if (typeof whole === 'string') tokenizer = whole;
-  else if (kind === 'gpt2' && !preTokenizers.some(([name]) => name === preOf(metadata))) {
-    return { files, notes: [`The tokenizer of the GGUF file cuts text in a way that is not known here (${preOf(metadata)}): put the model's tokenizer.json beside it.`] }; // prettier-ignore
-  } else if (kind === 'gpt2') tokenizer = JSON.stringify(byteLevel(metadata, tokens, types), null, 1);
-  else if (kind === 'llama') tokenizer = JSON.stringify(sentencePiece(metadata, tokens, types), null, 1);
-  else return { files, notes: [`The tokenizer of the GGUF file (${String(kind)}) is of a kind that is not rebuilt.`] };
-  files.set('tokenizer.json', tokenizer);
-  files.set('tokenizer_config.json', `${JSON.stringify(tokenizerConfig(metadata, tokens), null, 2)}\n`);
-  return { files, notes: [] };
-}
-
-const preOf = (metadata: ReadonlyMap<string, GgufValue>): string => {
-  const pre = metadata.get('tokenizer.ggml.pre')?.value;
-  return typeof pre === 'string' ? pre : 'gpt-2';
-};
-const flag = (metadata: ReadonlyMap<string, GgufValue>, key: string): boolean | undefined => {
-  const value = metadata.get(`tokenizer.ggml.${key}`)?.value;
-  return typeof value === 'boolean' ? value : undefined;
-};
-const tokenOf = (
-  metadata: ReadonlyMap<string, GgufValue>,
-  tokens: readonly string[],
-  key: string,
-): string | undefined => {
-  const id = metadata.get(`tokenizer.ggml.${key}_token_id`)?.value;
-  return typeof id === 'number' ? tokens[id] : undefined;
-};
-
-function tokenizerConfig(metadata: ReadonlyMap<string, GgufValue>, tokens: readonly string[]): object {
-  const named = { bos_token: 'bos', eos_token: 'eos', unk_token: 'unknown', pad_token: 'padding' };
-  const found = Object.entries(named).map(([name, key]) => [name, tokenOf(metadata, tokens, key)] as const);
-  const template = metadata.get('tokenizer.chat_template')?.value;
-  return {
-    tokenizer_class: 'PreTrainedTokenizerFast',
-    clean_up_tokenization_spaces: false,
-    ...Object.fromEntries(found.filter(([, token]) => token !== undefined)),
-    ...(typeof template === 'string' && { chat_template: template }),
-  };
-}
-
-function addedTokens(tokens: readonly string[], types: readonly number[]): object[] {
-  return tokens.flatMap((content, id) => {
-    const kind = types[id];
-    if (kind !== kinds.control && kind !== kinds.userDefined && kind !== kinds.unknown) return [];
-    const special = kind !== kinds.userDefined;
-    return [{ id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special }];
-  });
-}
-
-const isPadding = (token: string, kind: number | undefined): boolean =>
-  kind === kinds.unused && /^\[PAD\d+\]$/.test(token);
-
-/** Added tokens too: one that the vocabulary lacks would get the next free id instead of its own. */
-function vocabOf(tokens: readonly string[], types: readonly number[]): Record<string, number> {
-  const vocab = Object.create(null) as Record<string, number>;
-  tokens.forEach((token, id) => {
-    if (!isPadding(token, types[id])) vocab[token] = id;
-  });
-  return vocab;
-}
-
-function template(
-  metadata: ReadonlyMap<string, GgufValue>,
-  tokens: readonly string[],
-  defaultBos: boolean,
-): object | null {
-  const bos = (flag(metadata, 'add_bos_token') ?? defaultBos) ? tokenOf(metadata, tokens, 'bos') : undefined;
-  const eos = flag(metadata, 'add_eos_token') === true ? tokenOf(metadata, tokens, 'eos') : undefined;
-  const ends = [bos, eos].filter((token) => token !== undefined);
-  if (ends.length === 0) return null;
-  const one = (id: string, type: number): object => ({ SpecialToken: { id, type_id: type } });
-  const sequence = (id: string, type: number): object[] => [
-    ...(bos === undefined ? [] : [one(bos, type)]),
-    { Sequence: { id, type_id: type } },
-    ...(eos === undefined ? [] : [one(eos, type)]),
-  ];
-  const special = ends.map((id) => [id, { id, ids: [tokens.indexOf(id)], tokens: [id] }] as const);
-  return {
-    type: 'TemplateProcessing',
-    single: sequence('A', 0),
-    pair: [...sequence('A', 0), ...sequence('B', 1)],
-    special_tokens: Object.fromEntries(special),
-  };
-}
-
-function byteLevel(
-  metadata: ReadonlyMap<string, GgufValue>,
-  tokens: readonly string[],
-  types: readonly number[],
-): object {
-  const pre = preOf(metadata);
-  const known = preTokenizers.find(([name]) => name === pre)!;
-  const [, patterns] = known;
-  const bytes = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: patterns.length === 0 };
-  const splits = patterns.map((Regex) => ({ type: 'Split', pattern: { Regex }, behavior: 'Isolated', invert: false }));
-  const merges = (strings(metadata, 'merges') ?? []).map((merge) => merge.split(' '));
-  return {
-    version: '1.0',
-    truncation: null,
-    padding: null,
-    added_tokens: addedTokens(tokens, types),
-    normalizer: null,
-    pre_tokenizer: splits.length === 0 ? bytes : { type: 'Sequence', pretokenizers: [...splits, bytes] },
-    post_processor: template(metadata, tokens, false),
-    decoder: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true },
-    model: {
-      type: 'BPE',
-      dropout: null,
-      unk_token: null,
-      continuing_subword_prefix: null,
-      end_of_word_suffix: null,
-      fuse_unk: false,
-      byte_fallback: false,
-      ignore_merges: pre === 'llama-bpe',
-      vocab: vocabOf(tokens, types),
-      merges,
-    },
-  };
-}
-
-function sentencePiece(
-  metadata: ReadonlyMap<string, GgufValue>,
-  tokens: readonly string[],
-  types: readonly number[],
-): object {
-  const scores = numbers(metadata, 'scores') ?? tokens.map((_, id) => -id);
-  const space = '▁';
-  const prefix = flag(metadata, 'add_space_prefix') ?? true;
-  const replace = { type: 'Replace', pattern: { String: ' ' }, content: space };
-  return {
-    version: '1.0',
-    truncation: null,
-    padding: null,
-    added_tokens: addedTokens(tokens, types),
-    normalizer: prefix ? { type: 'Sequence', normalizers: [{ type: 'Prepend', prepend: space }, replace] } : replace,
-    pre_tokenizer: null,
-    post_processor: template(metadata, tokens, true),
-    decoder: {
-      type: 'Sequence',
-      decoders: [
-        { type: 'Replace', pattern: { String: space }, content: ' ' },
-        { type: 'ByteFallback' },
-        { type: 'Fuse' },
-        ...(prefix ? [{ type: 'Strip', content: ' ', start: 1, stop: 0 }] : []),
-      ],
-    },
-    model: {
-      type: 'BPE',
-      dropout: null,
-      unk_token: tokens[types.indexOf(kinds.unknown)] ?? null,
-      continuing_subword_prefix: null,
-      end_of_word_suffix: null,
-      fuse_unk: true,
-      byte_fallback: true,
-      vocab: vocabOf(tokens, types),
-      merges: mergesOf(tokens, types, scores),
-    },
-  };
-}
-
-/** All pairs of pieces that make a piece, best piece first: SentencePiece knows scores of pieces, BPE ranks of merges. */
-function mergesOf(tokens: readonly string[], types: readonly number[], scores: readonly number[]): [string, string][] {
-  const ids = new Map(tokens.map((token, id) => [token, id]));
-  const found: { pair: [string, string]; score: number; left: number; right: number }[] = [];
-  tokens.forEach((token, id) => {
-    if (types[id] !== kinds.normal) return;
-    // Cutting takes the square of the length; the longest pieces of real vocabularies have 128 characters.
-    if (token.length > 512) return;
-    const points = [...token];
-    for (let cut = 1; cut < points.length; cut++) {
-      const pair: [string, string] = [points.slice(0, cut).join(''), points.slice(cut).join('')];
-      const [left, right] = [ids.get(pair[0]), ids.get(pair[1])];
-      if (left !== undefined && right !== undefined) found.push({ pair, score: scores[id]!, left, right });
-    }
-  });
-  return found.sort((a, b) => b.score - a.score || a.left - b.left || a.right - b.right).map(({ pair }) => pair);
 }

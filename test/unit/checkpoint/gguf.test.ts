@@ -9,7 +9,7 @@ import { Job } from '../../../src/base/job.js';
 import { llama3Factors, planGguf } from '../../../src/checkpoint/gguf-model.js';
 import type { GgufPlan } from '../../../src/checkpoint/gguf-model.js';
 import { configToGguf, shortest } from '../../../src/checkpoint/gguf-config.js';
-import { tokenizerFromGguf } from '../../../src/checkpoint/gguf-tokenizer.js';
+import { tokenizerFromGguf } from '../../../src/checkpoint/gguf-tokenizer-files.js';
 import { archOfModel } from '../../../src/checkpoint/gguf-arch.js';
 import { openCheckpoint } from '../../../src/checkpoint/open.js';
 import type { Checkpoint, PlannedTensor, TensorEntry } from '../../../src/checkpoint/types.js';
