@@ -6,14 +6,33 @@ import type { EndToEndOutcome } from './end-to-end.js';
 export const endToEndModes = ['none', 'scales', 'lora', 'full'] as const;
 export type EndToEndMode = (typeof endToEndModes)[number];
 
-export interface QatOptions {
-  readonly input: string;
-  /** Path of the config, where it does not lie beside the weights. */
+/** What every job that trains is told. */
+export interface TrainingOptions {
+  /** Path of the input's config (the teacher's), where it does not lie beside the weights. */
   readonly config?: string;
   /** The output folder. */
   readonly out: string;
   readonly overwrite?: boolean;
   readonly restart?: boolean;
+  readonly failOnAlarm: boolean;
+  readonly dtype?: 'f32' | 'bf16';
+  readonly seed: number;
+  readonly shardSize?: number;
+  readonly tool: { readonly name: string; readonly version: string };
+  readonly commandLine: string;
+}
+
+/** And what it tells. */
+export interface TrainingResult {
+  readonly out: string;
+  readonly calibration: string;
+  readonly notices: readonly string[];
+  readonly resumed: boolean;
+  readonly seconds: number;
+}
+
+export interface QatOptions extends TrainingOptions {
+  readonly input: string;
   /** A quantized model of the input to start from; absent: GPTQ on the calibration text. */
   readonly from?: string;
   readonly groupSize: number;
@@ -42,25 +61,14 @@ export interface QatOptions {
   readonly rank: number;
   /** Probability that a block's training sequence comes from the full-precision model's states. */
   readonly cleanInputs: number;
-  readonly failOnAlarm: boolean;
-  readonly dtype?: 'f32' | 'bf16';
-  readonly seed: number;
-  readonly shardSize?: number;
   /** Asked when the output is complete, before it gets its name. */
   readonly accept?: Accept;
-  readonly tool: { readonly name: string; readonly version: string };
-  readonly commandLine: string;
 }
 
-export interface QatResult {
-  readonly out: string;
-  readonly calibration: string;
+export interface QatResult extends TrainingResult {
   /** Of training block by block. */
   readonly blocks: readonly BlockRecord[];
   readonly endToEnd: EndToEndOutcome | undefined;
   readonly linears: number;
   readonly outputBytes: number;
-  readonly notices: readonly string[];
-  readonly resumed: boolean;
-  readonly seconds: number;
 }

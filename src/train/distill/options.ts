@@ -1,16 +1,11 @@
 import type { CalibrationOptions } from '../../arch/calibration.js';
 import type { EndToEndOutcome } from '../end-to-end.js';
+import type { TrainingOptions, TrainingResult } from '../options.js';
 import type { Shape, ShapeRequest } from './shape.js';
 
-export interface DistillOptions {
+export interface DistillOptions extends TrainingOptions {
   /** The teacher. */
   readonly input: string;
-  /** Path of its config, where it does not lie beside the weights. */
-  readonly config?: string;
-  /** The output folder. */
-  readonly out: string;
-  readonly overwrite?: boolean;
-  readonly restart?: boolean;
   readonly shape: ShapeRequest;
   /** What the student begins with: parts of its teacher, or random weights (to compare with). */
   readonly init: 'teacher' | 'random';
@@ -29,12 +24,6 @@ export interface DistillOptions {
   readonly hidden: number;
   readonly crossEntropy: number;
   readonly temperature: number;
-  readonly failOnAlarm: boolean;
-  readonly dtype?: 'f32' | 'bf16';
-  readonly seed: number;
-  readonly shardSize?: number;
-  readonly tool: { readonly name: string; readonly version: string };
-  readonly commandLine: string;
 }
 
 /** Perplexities on the windows that judge. */
@@ -44,9 +33,7 @@ export interface Perplexities {
   readonly student: number;
 }
 
-export interface DistillResult {
-  readonly out: string;
-  readonly calibration: string;
+export interface DistillResult extends TrainingResult {
   readonly shape: Shape;
   readonly parameters: number;
   readonly teacherParameters: number;
@@ -56,7 +43,4 @@ export interface DistillResult {
   readonly tokens: number;
   readonly training: EndToEndOutcome;
   readonly perplexity: Perplexities;
-  readonly notices: readonly string[];
-  readonly resumed: boolean;
-  readonly seconds: number;
 }

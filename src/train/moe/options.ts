@@ -4,6 +4,7 @@ import type { CalibrationOptions, CalibrationSet } from '../../arch/calibration.
 import type { OpenModel } from '../../arch/open.js';
 import type { Accept } from '../../checkpoint/types.js';
 import type { EndToEndOutcome } from '../end-to-end.js';
+import type { TrainingOptions, TrainingResult } from '../options.js';
 
 /** What of a mixture learns. `router` stands alone; each of the others takes in the one before it. */
 export const distillParts = ['router', 'scales', 'lora', 'full'] as const;
@@ -25,26 +26,16 @@ export interface MixtureTraining {
   readonly failOnAlarm: boolean;
 }
 
-export interface DistillMixtureOptions extends MixtureTraining {
+export interface DistillMixtureOptions extends MixtureTraining, TrainingOptions {
   /** The dense model. */
   readonly teacher: string;
-  /** Path of its config, where it does not lie beside the weights. */
-  readonly config?: string;
   /** The mixture that was made of it, a folder. */
   readonly mixture: string;
-  readonly out: string;
-  readonly overwrite?: boolean;
-  readonly restart?: boolean;
   /** Take an output that the very same job finished earlier as it is, in place of refusing it. */
   readonly reuse?: boolean;
   readonly calibration: Omit<CalibrationOptions, 'seqLen' | 'samples'> & { readonly seqLen?: number };
-  readonly dtype?: 'f32' | 'bf16';
-  readonly seed: number;
-  readonly shardSize?: number;
   /** Asked when the output is complete, before it gets its name. */
   readonly accept?: Accept;
-  readonly tool: { readonly name: string; readonly version: string };
-  readonly commandLine: string;
 }
 
 /** KL from the dense model on the windows that judge. */
@@ -55,18 +46,13 @@ export interface HeldOut {
   readonly after: number;
 }
 
-export interface DistillMixtureResult {
-  readonly out: string;
+export interface DistillMixtureResult extends TrainingResult {
   readonly part: DistillPart;
-  readonly calibration: string;
   /** Trained on, and how often that is the whole text. */
   readonly tokens: number;
   readonly passes: number;
   readonly training: EndToEndOutcome;
   readonly heldOut: HeldOut;
-  readonly notices: readonly string[];
-  readonly resumed: boolean;
-  readonly seconds: number;
 }
 
 /** What the journal and the provenance keep. */
