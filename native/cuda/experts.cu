@@ -98,23 +98,27 @@ __global__ void choice_grad(dc_tensor ds, dc_tensor s, dc_tensor c, float active
   low = -warp_max(-low) - shift, high = warp_max(high) - shift;
   const float rate = 1.f / temperature;
   float tau = warp_sum(sum) / float(E) - shift;
-  auto chosen = [&](int e) { return 1.f / (1.f + expf((tau - score[e]) * rate)); };
-  // Newton's steps within what brackets tau, the last one from where it squares an error that is small already.
+  auto odds = [&](int e) { return expf(fminf((tau - score[e]) * rate, 80.f)); };  // (1 - p) / p
+  // Newton's steps within what brackets tau, the last one from where it squares an error that is small already. What p
+  // lacks of 0 or 1 is summed, so that tokens that leave nothing open are balanced as well as others.
   for (int i = 0; i < 40; i++) {
-    float p = 0, slope = 0;
+    float rest = 0, slope = 0, taken = 0;
     for (int e = lane; e < E; e += 32) {
-      const float x = chosen(e);
-      p += x, slope += x * (1.f - x);
+      const float o = odds(e), p = 1.f / (1.f + o);
+      if (o > 1.f) rest += p;
+      else rest -= o * p, taken += 1.f;
+      slope += o * p * p;
     }
-    const float excess = warp_sum(p) - active;
+    const float excess = warp_sum(rest) + (warp_sum(taken) - active);
+    slope = warp_sum(slope);
     (excess > 0 ? low : high) = tau;
-    const float next = tau + excess * temperature / warp_sum(slope);
+    const float next = tau + excess * temperature / slope;
     tau = next >= low && next <= high ? next : 0.5f * (low + high);
-    if (!(fabsf(excess) > 1e-3f)) break;
+    if (!(fabsf(excess) > 1e-3f * slope)) break;
   }
   float weight = 0, mean = 0;
   for (int e = lane; e < E; e += 32) {
-    const float x = chosen(e), q = x * (1.f - x);
+    const float o = odds(e), p = 1.f / (1.f + o), q = o * p * p;
     score[e] = q;
     weight += q;
     mean += q * load(c.data, c.dtype, t * c.stride[0] + e * c.stride[1]);
