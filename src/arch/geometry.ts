@@ -56,9 +56,7 @@ export function planGeometry({ open, env, set, dtype, batchRows, budget, twice =
   const batches: Batch[] = [];
   for (let from = 0; from < set.n; from += rows) batches.push({ from, rows: Math.min(rows, set.n - from) });
 
-  const { memory } = env.device.info() as { memory?: { free?: number } };
-  const limit = env.device.memory().limit;
-  const free = Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
+  const free = env.device.available();
   const allowed = budget ?? (Number.isFinite(free) ? 0.6 * free : Infinity);
   const tokens = set.n * set.seqLen;
   const size = dtypeSize(dtype);

@@ -127,10 +127,7 @@ function cut(tokens: Int32Array, logprobs: Float64Array, window: number, { devic
 
 /** Batches whose states are held at once. */
 function plan(open: OpenModel, env: JobEnv, all: readonly Batch[], options: ScoreOptions): Batch[][] {
-  const { memory } = env.device.info() as { memory?: { free?: number } };
-  const limit = env.device.memory().limit;
-  const free = Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
-  const budget = options.stateBytes ?? free / 4;
+  const budget = options.stateBytes ?? env.device.available() / 4;
   const bytes = ({ tokens }: Batch) => tokens.length * open.model.stateWidth * dtypeSize(options.dtype ?? 'f32');
   const passes: Batch[][] = [];
   let used = Infinity;

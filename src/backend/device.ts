@@ -172,6 +172,13 @@ export class Device {
     return this.#native.stats();
   }
 
+  /** Bytes that are still to be had: of the device, under its limit; Infinity where neither is known. */
+  available(): number {
+    const { memory } = this.info() as { memory?: { free?: number } };
+    const { limit } = this.memory();
+    return Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
+  }
+
   resetPeak(): void {
     this.#native.resetPeak();
   }

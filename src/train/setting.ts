@@ -67,9 +67,7 @@ export async function onOthers<T>(
 /** Whether activations of a pass over so many tokens would take too much memory to be kept. */
 export function mustRecompute({ device }: JobEnv, { blocks }: Model, dtype: 'f32' | 'bf16', tokens: number): boolean {
   const bytes = tokens * blocks.reduce((sum, block) => sum + recordedBytes(block, dtype), 0);
-  const { memory } = device.info() as { memory?: { free?: number } };
-  const { limit } = device.memory();
-  return bytes > 0.3 * Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
+  return bytes > 0.3 * device.available();
 }
 
 /** A model with its weights on the device. */

@@ -255,11 +255,9 @@ function planGenerations(
   if (room < 1) return 'the context of the models is too short';
   const newTokens = Math.min(options.newTokens ?? defaults.newTokens, room);
   if (options.generations !== undefined) return { prompts: options.generations, newTokens };
-  const { memory } = env.device.info() as { memory?: { free?: number } };
-  const limit = env.device.memory().limit;
-  const free = Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
   const bytes = dtypeSize(dtype) * Math.max(facts(reference, undefined).parameters, facts(candidate, undefined).parameters); // prettier-ignore
-  if (bytes > 0.6 * free) return 'a whole model does not fit into memory (--generations 16 tries all the same)';
+  if (bytes > 0.6 * env.device.available())
+    return 'a whole model does not fit into memory (--generations 16 tries all the same)';
   return { prompts: defaults.generations, newTokens };
 }
 

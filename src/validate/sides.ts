@@ -208,14 +208,10 @@ class Comparison implements Disposable {
 
   /** The next block is read while one computes, where the blocks of both models are small beside the memory. */
   #readsAhead(): boolean {
-    const { device } = this.#env;
-    const { memory } = device.info() as { memory?: { free?: number } };
-    const limit = device.memory().limit;
-    const free = Math.min(memory?.free ?? Infinity, limit > 0 ? limit : Infinity);
     const blocks = this.#models.map(({ blocks }) =>
       Math.max(...blocks.map(({ tensors }) => tensors.reduce((n, { shape }) => n + elementCount(shape), 0))),
     );
-    return 2 * (blocks[0]! + blocks[1]!) * dtypeSize(this.#options.dtype) < free / 4;
+    return 2 * (blocks[0]! + blocks[1]!) * dtypeSize(this.#options.dtype) < this.#env.device.available() / 4;
   }
 
   /** Block `i` of both models, side by side. */
