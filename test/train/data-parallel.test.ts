@@ -1,6 +1,5 @@
 // Several devices share the windows of each step: they must do what one does.
-import { createHash } from 'node:crypto';
-import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
@@ -20,6 +19,7 @@ import { defaultAdam } from '../../src/tune/parameters.js';
 import { ShardedOptimizer, type Copy } from '../../src/tune/sharded.js';
 import { archCase } from '../arch/support.js';
 import { refusal } from '../support/refusal.js';
+import { hashesOf } from '../support/shards.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'data-parallel-'));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -61,13 +61,6 @@ function expectSameTraining(actual: EndToEndOutcome, expected: EndToEndOutcome):
   }
 }
 
-const hashes = (path: string): Record<string, string> =>
-  Object.fromEntries(
-    readdirSync(path)
-      .filter((name) => statSync(join(path, name)).isFile())
-      .map((name) => [name, createHash('sha256').update(readFileSync(join(path, name))).digest('hex')]),
-  ); // prettier-ignore
-
 const input = archCase('llama');
 const tool = { name: 'deepseek-convert', version: 'test' };
 const text = { source: 'self', samples: 36, seqLen: 12, seed: 0 } as const;
@@ -104,12 +97,12 @@ describe('distill on several devices', () => {
   });
 
   test('the same bytes twice, and after an interruption', async () => {
-    const whole = hashes((await runDistill(options('whole'), pair)).out);
+    const whole = hashesOf((await runDistill(options('whole'), pair)).out);
     const job = options('resumed');
     await refusal(runDistill(job, interrupted(pair, 7)));
     const { resumed, out } = await runDistill(job, pair);
     expect(resumed).toBe(true);
-    expect(hashes(out)).toEqual(whole);
+    expect(hashesOf(out)).toEqual(whole);
   });
 
   test.each([

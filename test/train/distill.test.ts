@@ -1,5 +1,4 @@
-import { createHash } from 'node:crypto';
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
@@ -25,6 +24,7 @@ import { loadTeacher } from '../../src/train/setting.js';
 import type { Parameter } from '../../src/tune/parameters.js';
 import { archCase, fixture, relativeError, testEnv, trainedModel, type RawTensor } from '../arch/support.js';
 import { refusal } from '../support/refusal.js';
+import { hashesOf } from '../support/shards.js';
 
 const env = testEnv();
 const folder = mkdtempSync(join(tmpdir(), 'distill-'));
@@ -363,12 +363,6 @@ describe('distill', () => {
       ...more,
     });
   const llama = archCase('llama');
-  const hashes = (path: string): Record<string, string> =>
-    Object.fromEntries(
-      readdirSync(path)
-        .filter((name) => statSync(join(path, name)).isFile())
-        .map((name) => [name, createHash('sha256').update(readFileSync(join(path, name))).digest('hex')]),
-    ); // prettier-ignore
   const interrupted = (when: (step: ProgressStep) => boolean): JobEnv => {
     const abort = new AbortController();
     return { ...env, signal: abort.signal, log: { ...silentLog, progress: (step) => when(step) && abort.abort() } };
@@ -378,7 +372,7 @@ describe('distill', () => {
 
   test('an ordinary checkpoint of half the size, better than its start', async () => {
     const result = await runDistill(options('whole'), env);
-    whole = hashes(result.out);
+    whole = hashesOf(result.out);
     expect(existsSync(`${result.out}.part`)).toBe(false);
     expect(Math.abs(result.parameters / (0.5 * result.teacherParameters) - 1)).toBeLessThan(0.05);
     const { judgements, best, steps } = result.training;
@@ -408,7 +402,7 @@ describe('distill', () => {
     expect(existsSync(job.out)).toBe(false);
     const result = await runDistill(job, env);
     expect(result.resumed).toBe(true);
-    expect(hashes(result.out)).toEqual(whole);
+    expect(hashesOf(result.out)).toEqual(whole);
   }, 60_000);
 
   test('interrupted anywhere, a small one goes on to the same bytes; with other settings it is refused', async () => {
@@ -425,7 +419,7 @@ describe('distill', () => {
       expect(error.exitCode).toBe(75);
     }
     await expect(runDistill({ ...job, temperature: 1 }, env)).rejects.toThrow(/recipe\.temperature: 2 -> 1/);
-    expect(hashes((await runDistill(job, env)).out)).toEqual(hashes(result.out));
+    expect(hashesOf((await runDistill(job, env)).out)).toEqual(hashesOf(result.out));
   }, 60_000);
 
   test('tokens to train on end it earlier, or take more rounds', async () => {
