@@ -147,8 +147,7 @@ int copy_cpu(dc_context*, void* dst, const void* src, size_t bytes) {
 int nothing(dc_context*) { return 0; }
 
 template <class Call>
-int transfer(Call call, size_t bytes, int* system_error) {
-  const size_t piece = 1 << 24;
+int transfer(Call call, size_t bytes, size_t piece, int* system_error) {
   for (size_t done = 0; done < bytes;) {
     const ssize_t n = call(done, std::min(piece, bytes - done));
     if (n < 0 && errno == EINTR) continue;
@@ -162,12 +161,14 @@ int transfer(Call call, size_t bytes, int* system_error) {
 }
 int read_cpu(dc_context*, int fd, uint64_t offset, void* dst, size_t bytes, int* system_error) {
   return transfer([&](size_t done, size_t n) { return pread(fd, static_cast<char*>(dst) + done, n, off_t(offset + done)); },
-                  bytes, system_error);
+                  bytes, 1 << 24, system_error);
 }
+// Small pieces: for a large one Linux takes large pages, which a virtual machine may have to fetch from its host first
+// (335 MB of new pages: 0.14 s of system time by pieces of 64 to 512 KB, 0.13 to 0.91 s by 1 MB and more).
 int write_cpu(dc_context*, int fd, uint64_t offset, const void* src, size_t bytes, int* system_error) {
   return transfer(
       [&](size_t done, size_t n) { return pwrite(fd, static_cast<const char*>(src) + done, n, off_t(offset + done)); },
-      bytes, system_error);
+      bytes, 1 << 18, system_error);
 }
 
 }  // namespace

@@ -1,6 +1,9 @@
 // Conversion from file to file beside `cp`, in turns, and `inspect` of a model of DeepSeek-V3's size. Both programs run
-// as users run them; the built package is measured.
-//   npm run bench:io [-- --gb 4] [-- --rounds 3] [-- --folder /tmp] [-- --only convert|inspect] [-- --json]
+// as users run them; the built package is measured. Who goes first changes with every round, the ratio is the median of
+// the rounds' own ratios, and nothing of what went before is under way: earlier outputs are removed and the disk is
+// flushed outside of what is timed (removing 4 GB makes it discard blocks, and frees memory that a virtual machine gives
+// back to its host: whoever writes next fetches it again, which has cost `cp` from 1 to 6 s). The input is in memory.
+//   npm run bench:io [-- --gb 4] [-- --rounds 4] [-- --folder /tmp] [-- --only convert|inspect] [-- --json]
 import { execFileSync, spawn } from 'node:child_process';
 import { closeSync, fsyncSync, ftruncateSync, mkdirSync, mkdtempSync, openSync, readFileSync, readdirSync, rmSync, statfsSync, writeFileSync, writeSync } from 'node:fs'; // prettier-ignore
 import { cpus, tmpdir, totalmem } from 'node:os';
@@ -10,7 +13,7 @@ import { parseArgs } from 'node:util';
 const { values: options } = parseArgs({
   options: {
     gb: { type: 'string', default: '4' },
-    rounds: { type: 'string', default: '3' },
+    rounds: { type: 'string', default: '4' },
     folder: { type: 'string', default: tmpdir() },
     only: { type: 'string' },
     json: { type: 'boolean', default: false },
@@ -53,7 +56,10 @@ function header(tensors) {
   return { start: Buffer.concat([length, text]), size: 8 + text.length + at };
 }
 
-const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
+const median = (values) => {
+  const sorted = [...values].sort((a, b) => a - b);
+  return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
+};
 const mb = (bytes) => `${Math.round(bytes / 1e6)} MB`;
 
 /** Sharded bf16 weights of random bits that are finite. */
@@ -95,28 +101,48 @@ async function benchConvert() {
   if (bavail * bsize < 2.2 * total) throw new Error(`${folder} has no room for twice ${options.gb} GB`);
   const input = join(folder, 'input');
   const { bytes, tensor } = makeWeights(input, total);
-  const times = { cp: [], convert: [], durable: [] };
-  let peak = 0;
-  for (let round = 0; round < Number(options.rounds); round++) {
-    const out = join(folder, 'out');
-    const cp = await run('cp', ['-r', input, out]);
-    const started = performance.now();
-    execFileSync('sync', ['-f', out]); // convert ends with everything on the disk
-    const durable = cp.seconds + (performance.now() - started) / 1000;
-    rmSync(out, { recursive: true });
-    const convert = await run(process.execPath, [bin, 'convert', input, '-o', out, '--shard-size', '1GB', '-q']);
-    const written = readdirSync(out).filter((name) => name.endsWith('.safetensors')).length;
-    rmSync(out, { recursive: true });
-    times.cp.push(cp.seconds);
-    times.durable.push(durable);
-    times.convert.push(convert.seconds);
-    peak = Math.max(peak, convert.peak);
-    say(`  cp ${cp.seconds.toFixed(2)} s, on the disk after ${durable.toFixed(2)} s; convert ${convert.seconds.toFixed(2)} s (${written} shards), peak ${mb(convert.peak)}`); // prettier-ignore
+  const out = join(folder, 'out');
+  const clear = () => {
+    rmSync(out, { recursive: true, force: true });
+    execFileSync('sync', ['-f', folder]);
+  };
+  const rounds = [];
+  let written = 0;
+  const programs = {
+    cp: async (round) => {
+      round.cp = (await run('cp', ['-r', input, out])).seconds;
+      const started = performance.now();
+      execFileSync('sync', ['-f', out]); // convert ends with everything on the disk
+      round.durable = round.cp + (performance.now() - started) / 1000;
+    },
+    convert: async (round) => {
+      const { seconds, peak } = await run(process.execPath, [bin, 'convert', input, '-o', out, '--shard-size', '1GB', '-q']); // prettier-ignore
+      written = readdirSync(out).filter((name) => name.endsWith('.safetensors')).length;
+      Object.assign(round, { convert: seconds, peak });
+    },
+  };
+  for (let i = 0; i < Number(options.rounds); i++) {
+    const round = {};
+    for (const name of i % 2 ? ['convert', 'cp'] : ['cp', 'convert']) {
+      clear();
+      await programs[name](round);
+    }
+    rounds.push(round);
+    say(`  cp ${round.cp.toFixed(2)} s, on the disk after ${round.durable.toFixed(2)} s; convert ${round.convert.toFixed(2)} s (${written} shards), peak ${mb(round.peak)}`); // prettier-ignore
   }
+  clear();
   rmSync(input, { recursive: true });
-  const [cp, durable, convert] = [times.cp, times.durable, times.convert].map(median);
-  const result = { bytes, seconds: { cp, durable, convert }, ratio: cp / convert, ratioDurable: durable / convert, peak, tensor }; // prettier-ignore
-  say(`convert: ${(bytes / convert / 1e9).toFixed(2)} GB/s, ${result.ratio.toFixed(2)} x cp, ${result.ratioDurable.toFixed(2)} x cp and sync; peak memory ${mb(peak)} (one tensor is ${mb(tensor)})`); // prettier-ignore
+  const of = (key) => median(rounds.map(key));
+  const seconds = { cp: of((r) => r.cp), durable: of((r) => r.durable), convert: of((r) => r.convert) };
+  const result = {
+    bytes,
+    seconds,
+    ratio: of((r) => r.cp / r.convert),
+    ratioDurable: of((r) => r.durable / r.convert),
+    peak: Math.max(...rounds.map((r) => r.peak)),
+    tensor,
+  };
+  say(`convert: ${(bytes / seconds.convert / 1e9).toFixed(2)} GB/s, ${result.ratio.toFixed(2)} x cp, ${result.ratioDurable.toFixed(2)} x cp and sync; peak memory ${mb(result.peak)} (one tensor is ${mb(tensor)})`); // prettier-ignore
   return result;
 }
 
