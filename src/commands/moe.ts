@@ -43,11 +43,18 @@ const options = {
     help: 'Routed experts a layer.',
   }),
   active: integer({ min: 1, default: 2, help: 'How many of them a token takes.' }),
-  shared: integer({
-    min: 0,
-    defaultNote: '1; qwen3_moe and mixtral have none',
-    help: "Experts' worth of neurons that every token takes beside them.",
-  }),
+  shared: custom(
+    {
+      defaultNote: '1; qwen3_moe and mixtral have none',
+      help: "Experts' worth of neurons that every token takes beside them. auto: as many parts in all, and as many of them on, as with the default; how many of those are shared is decided by the held-out error of a few layers.",
+    },
+    'auto|n',
+    (given): 'auto' | number => {
+      if (given === 'auto') return given;
+      if (!/^\d{1,5}$/.test(given)) throw new Expected('auto, or a number such as 1');
+      return Number(given);
+    },
+  ),
   method: choice(['split', 'upcycle', 'drop'], {
     default: 'split',
     help: 'split: experts are parts of the dense network. upcycle: each is a copy of it, for continued training. drop: a copy with some neurons drawn anew.',
@@ -346,12 +353,13 @@ function jobOptions(given: Given, io: Io): MoeOptions {
 }
 
 async function report(result: MoeReport, io: Io): Promise<CommandResult> {
-  const { summary, totalsOf } = await import('../moe/report.js');
+  const { describeSearch, summary, totalsOf } = await import('../moe/report.js');
   const { describePlan } = await import('../moe/plan.js');
   const { plan, layers } = result;
   const lines = [
     io.paint.bold(result.out),
     ...describePlan(plan),
+    ...(result.sharedSearch ? [describeSearch(result.sharedSearch)] : []),
     ...summary(result),
     ...(result.calibration === undefined ? [] : [`calibration: ${result.calibration}`]),
     `${duration(result.seconds)}${result.resumed ? ', resumed' : ''}`,
@@ -362,6 +370,7 @@ async function report(result: MoeReport, io: Io): Promise<CommandResult> {
     container: plan.container.name,
     shape: plan.shape,
     refit: result.refit,
+    sharedSearch: result.sharedSearch ?? null,
     exactness: result.exactness ?? null,
     totals: layers.length > 0 ? totalsOf(layers) : null,
     layers,

@@ -28,7 +28,9 @@ export interface JobOptions {
 }
 
 /** A dense model into a mixture. Splitting needs calibration text. */
-export interface MoeOptions extends JobOptions, MoeRecipe {
+export interface MoeOptions extends JobOptions, Omit<MoeRecipe, 'shared'> {
+  /** See `MoeRecipe`; auto: searched, with as many parts, and as many of them on, as the default number gives. */
+  readonly shared?: number | 'auto';
   /** Take an output folder that the very same job finished earlier as it is, in place of refusing it. */
   readonly reuse?: boolean;
   /**

@@ -31,7 +31,8 @@ export interface MoeRecipe {
   readonly dropRatio?: number;
 }
 
-export const dropRatioOf = ({ method, dropRatio = 0.5 }: MoeRecipe): number => (method === 'drop' ? dropRatio : 0);
+export const dropRatioOf = ({ method, dropRatio = 0.5 }: Pick<MoeRecipe, 'method' | 'dropRatio'>): number =>
+  method === 'drop' ? dropRatio : 0;
 
 export interface MoePlan {
   readonly container: Container;

@@ -2,6 +2,7 @@ import type { Json } from '../base/job.js';
 import type { Exactness } from './exactness.js';
 import type { RouterJudgement, StaticErrors } from './judge.js';
 import type { MoePlan } from './plan.js';
+import type { SharedSearch } from './search-shared.js';
 
 /** What became of one layer. Errors are |y' - y|^2 / |y|^2 of the feed-forward output on held-out tokens. */
 export interface LayerReport {
@@ -33,6 +34,8 @@ export interface MoeReport {
   /** Logits with all experts on against the dense model's: the pure split, and the output as it is. */
   readonly exactness: { readonly split: Exactness; readonly output: Exactness } | undefined;
   readonly refit: boolean;
+  /** Where the number of shared experts was searched. */
+  readonly sharedSearch?: SharedSearch;
   readonly calibration: string | undefined;
   readonly notices: readonly string[];
   readonly resumed: boolean;
@@ -106,6 +109,9 @@ export function summary(report: MoeReport): string[] {
   }
   return lines;
 }
+
+export const describeSearch = ({ layers, tokens, trials, best }: SharedSearch): string =>
+  `Shared experts: ${best.shared}, by the held-out error of layers ${layers.join(', ')} on ${tokens} tokens: ${trials.map(({ shared, error }) => `${shared} ${percent(error, 2)}`).join(', ')}`;
 
 /** One line about a layer, for progress. */
 export function detailOf(layer: LayerReport | undefined): string {

@@ -11,10 +11,12 @@ import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream
 import { WeightReader } from '../arch/weights.js';
 import { modelCard } from './card.js';
 import type { MoeOptions } from './options.js';
-import { describePlan, describeShape, dropRatioOf, makePlan, type MoePlan } from './plan.js';
-import { layerFromJson, toJson, totalsOf, type LayerReport, type MoeReport } from './report.js';
+import { describePlan, describeShape, dropRatioOf, makePlan, type MoePlan, type MoeRecipe } from './plan.js';
+import { describeSearch, layerFromJson, toJson, totalsOf, type LayerReport, type MoeReport } from './report.js';
 import { finishedLayers } from './reuse.js';
 import { sampleBytes, tokensThatFit } from './sample.js';
+import { searchShared, sharedCandidates, type SearchOptions, type SharedSearch } from './search-shared.js';
+import { pieces } from './shape.js';
 import { StandingTest } from './standing-test.js';
 import { convertCopies } from './upcycle.js';
 import { SplitVisitor } from './visitor.js';
@@ -35,9 +37,12 @@ const exactnessLimit = 1e-3;
 export async function previewMoe(options: MoeOptions): Promise<MoePlan> {
   const open = await openModel(options.input, { config: options.config });
   try {
-    const plan = makePlan(open, options, isTorch(options.out));
+    const recipe = plainRecipe(options);
+    const plan = makePlan(open, recipe, isTorch(options.out));
     requireBaseline(options, plan);
-    return plan;
+    if (options.shared !== 'auto') return plan;
+    const tried = sharedCandidates(recipe, plan).map(({ shared }) => shared).join(', '); // prettier-ignore
+    return { ...plan, notes: [...plan.notes, `How many of the ${pieces(plan.shape)} parts are shared is decided on calibration text: ${tried}.`] }; // prettier-ignore
   } finally {
     await open.close();
   }
@@ -55,17 +60,27 @@ export async function runMoe(options: MoeOptions, env: JobEnv): Promise<MoeRepor
   if (options.out.endsWith('.gguf')) throw badUsage('A mixture cannot be written as .gguf', { hint: 'Write a folder or a .bin, then convert it.' }); // prettier-ignore
   const open = await openModel(options.input, { config: options.config });
   try {
-    const plan = makePlan(open, options, isTorch(options.out));
+    let recipe = plainRecipe(options);
+    let plan = makePlan(open, recipe, isTorch(options.out));
     requireBaseline(options, plan);
+    if (options.shared === 'auto') sharedCandidates(recipe, plan);
     for (const line of [...open.notes, ...describePlan(plan)]) env.log.info(line);
     const { reuse = false, restart = false, overwrite = false } = options;
     if (!restart && !reuse) await requireNoOutput(options.out, overwrite);
     const set = plan.method === 'split' ? await calibrate(options, open, env) : undefined;
-    const recipe = fingerprint(options, plan, open, set, env);
-    const finished = reuse && !restart ? await finishedLayers(options.out, recipe) : undefined;
-    if (finished) return { ...unmeasured(options, plan, open, set), ...finished, out: resolve(options.out), resumed: true, seconds: 0 }; // prettier-ignore
-    return await Job.run({ out: options.out, overwrite, restart, fingerprint: recipe }, (job) =>
-      runJob({ options, open, plan, set, job, env, started }),
+    let search: SharedSearch | undefined;
+    if (options.shared === 'auto' && set) {
+      search = await searchShared(open, set, searchOptions(options, recipe, env), env);
+      env.log.info(describeSearch(search));
+      const { shared, experts, active } = search.best;
+      recipe = { ...recipe, shared, experts, active };
+      plan = makePlan(open, recipe, isTorch(options.out));
+    }
+    const print = fingerprint(options, plan, open, set, env);
+    const finished = reuse && !restart ? await finishedLayers(options.out, print) : undefined;
+    if (finished) return { ...unmeasured({ options, plan, open, set, search }), ...finished, out: resolve(options.out), resumed: true, seconds: 0 }; // prettier-ignore
+    return await Job.run({ out: options.out, overwrite, restart, fingerprint: print }, (job) =>
+      runJob({ options, open, plan, set, search, job, env, started }),
     );
   } finally {
     await open.close();
@@ -77,6 +92,7 @@ interface Context {
   readonly open: OpenModel;
   readonly plan: MoePlan;
   readonly set: CalibrationSet | undefined;
+  readonly search: SharedSearch | undefined;
   readonly job: Job;
   readonly env: JobEnv;
   readonly started: number;
@@ -152,6 +168,17 @@ const splitOptions = (o: MoeOptions) => ({
   finalSteps: finalFactor * (o.steps ?? tuning.steps),
   seed: o.seed ?? 0,
   ...(o.split !== undefined && o.split !== 'fitted' && { kind: o.split }),
+});
+
+const searchOptions = (options: MoeOptions, recipe: MoeRecipe, env: JobEnv): SearchOptions => ({
+  ...{ recipe, split: splitOptions(options), refit: refits(options), dtype: statesOf(options, env) },
+  ...{ budget: options.budget, torch: isTorch(options.out), resumeHint: `Begin again with: ${options.commandLine}` },
+});
+
+/** The recipe with the container's default number of shared experts where the number is to be searched. */
+const plainRecipe = ({ shared, ...options }: MoeOptions): MoeRecipe => ({
+  ...options,
+  ...(shared !== undefined && shared !== 'auto' && { shared }),
 });
 
 const stage = 'moe';
@@ -249,14 +276,15 @@ function randomTokens({ model }: OpenModel, seed: number): Int32Array {
   return Int32Array.from({ length: Math.min(128, model.context) }, () => random.below(model.vocab));
 }
 
-function reportOf({ options, open, plan, set, job, started }: Context): MoeReport {
+function reportOf(context: Context): MoeReport {
+  const { open, plan, job, started } = context;
   const layers = blockResults(job, stage, open.model)
     .map(({ result }) => result)
     .filter((result) => result !== null)
     .map(layerFromJson);
   const exactness = job.data('checked') as unknown as MoeReport['exactness'];
   return {
-    ...unmeasured(options, plan, open, set),
+    ...unmeasured(context),
     out: job.out,
     layers: plan.method === 'split' ? layers : [],
     exactness,
@@ -266,8 +294,15 @@ function reportOf({ options, open, plan, set, job, started }: Context): MoeRepor
 }
 
 /** What a report says whatever came out. */
-const unmeasured = (options: MoeOptions, plan: MoePlan, open: OpenModel, set: CalibrationSet | undefined) => ({
+const unmeasured = ({
+  options,
   plan,
+  open,
+  set,
+  search,
+}: Pick<Context, 'options' | 'plan' | 'open' | 'set' | 'search'>) => ({
+  plan,
+  ...(search && { sharedSearch: search }),
   refit: refits(options),
   calibration: set?.description,
   notices: [...open.notes, ...plan.notes, ...(set?.notices ?? [])],
@@ -289,6 +324,7 @@ function provenanceOf(report: MoeReport): Record<string, Json> {
   return {
     shape: describeShape(plan.shape),
     allExpertsOn: toJson(exactness ?? null),
+    ...(report.sharedSearch && { sharedSearch: toJson(report.sharedSearch) }),
     ...(layers.length > 0 && { totals: toJson(totalsOf(layers)) }),
     layers: toJson(layers),
     cost: toJson(plan.cost),

@@ -132,6 +132,24 @@ describe('at the asked budget', () => {
   });
 });
 
+describe('the number of shared experts', () => {
+  it('is searched among mixtures with as many neurons on, by what the conversion would lose', async () => {
+    const { layers, plan, sharedSearch } = await runMoe(job('shared', { experts: 7, active: 3, shared: 'auto' }), env);
+    const { trials, best, layers: seen } = sharedSearch!;
+    expect(trials.map(({ shared, experts, active }) => [shared, experts, active])).toEqual([[1, 7, 3], [2, 6, 2]]); // prettier-ignore
+    expect(best.error).toBe(Math.min(...trials.map(({ error }) => error)));
+    expect(plan.shape).toMatchObject({ shared: best.shared, routed: best.experts, active: best.active });
+    // The first layer sees the dense model's states in the conversion as well: there the figures are its own.
+    expect(seen).toEqual([0, 2, 3]);
+    const lost = ([layer]: typeof layers) => layer!.errors.refit ?? layer!.errors.routed;
+    expect(lost(layers) / best.errors[0]!).toBeCloseTo(1, 3);
+    const other = trials.find((trial) => trial !== best)!;
+    const made = await runMoe(job('shared-other', other), env);
+    expect(lost(made.layers) / other.errors[0]!).toBeCloseTo(1, 3);
+    expect(lost(made.layers) / lost(layers)).not.toBeCloseTo(1, 3);
+  });
+});
+
 /** Tokens of the sampled text's last lines, which calibration does not reach. */
 async function unseen(): Promise<Int32Array<ArrayBuffer>> {
   const open = await openModel(v1);
@@ -198,6 +216,9 @@ describe('refusals', () => {
     expect(await refused({ container: 'mixtral', shared: 1 })).toContain('glm4_moe or qwen2_moe');
     expect(await refused({ container: 'mixtral', dense: 1 })).toContain('experts in every layer');
     expect(await refused({ dense: 4 })).toContain('leaves no layer');
+    expect(await refused({ shared: 'auto', active: 8 })).toContain('weighs what experts that are off cost');
+    expect(await refused({ shared: 'auto', method: 'upcycle' })).toContain('weighs what experts that are off cost');
+    expect(await refused({ shared: 'auto', container: 'mixtral' })).toContain('cannot have shared experts');
     const middle = await refused({ layers: [[1, 2]] });
     expect(middle).toContain('In the container glm4_moe only the first layers can stay dense');
     expect(middle).toContain('--layers 1-2, which leaves layer 3 dense');
