@@ -55,11 +55,13 @@ export async function refitDown(
     for (let row = 0; row < call.x.dim(0); row++) if (!isHeld(from + row)) rows.push(row);
     from += call.x.dim(0);
     const { whole, masked } = activations.of(step, call.x);
-    const off = binary(step, 'sub', whole, masked, { out: whole });
-    const idx = step.from('i32', [rows.length], Int32Array.from(rows));
-    const [seen, missing] = [gather(step, masked, idx), matmulT(step, gather(step, off, idx), down)];
-    hessianAdd(gram, seen, { alpha: 1 / site.tokens });
-    gemm(step, seen.transpose(), missing, { alpha: 1 / site.tokens, beta: 1, out: cross });
+    if (rows.length > 0) {
+      const off = binary(step, 'sub', whole, masked, { out: whole });
+      const idx = step.from('i32', [rows.length], Int32Array.from(rows));
+      const [seen, missing] = [gather(step, masked, idx), matmulT(step, gather(step, off, idx), down)];
+      hessianAdd(gram, seen, { alpha: 1 / site.tokens });
+      gemm(step, seen.transpose(), missing, { alpha: 1 / site.tokens, beta: 1, out: cross });
+    }
     if (keep) activations.keep(call.x, masked, step);
   });
   const plain = work.empty('f32', [hidden, total]);
