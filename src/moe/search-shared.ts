@@ -153,7 +153,7 @@ async function sampleOf(s: Scope, block: Block, w: FfnWeights, inputs: readonly 
   const held = numbers.filter(heldOut);
   const order = Int32Array.from([...numbers.filter((token) => !heldOut(token)), ...held]);
   const x = gather(s, all, work.from('i32', [tokens], order));
-  const h = neurons(s, cast(work, x, w.gate.dtype as 'f32' | 'bf16'), w, ffnOf(block));
+  const h = neurons(s, cast(work, x, w.gate.dtype), w, ffnOf(block));
   await s.device.sync();
   return { x, h, fit: tokens - held.length, held: held.length };
 }
