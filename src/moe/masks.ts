@@ -1,5 +1,7 @@
-import { expertCombine, fill } from '../tensor/ops.js';
+import { binary, expertCombine, fill } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
+import { choose, scoresOf, type Router } from './router.js';
+import type { MoeShape } from './shape.js';
 
 /** f32 [T, experts + always]: 1 at the experts idx i32 [T, K] that a row names, and in all columns behind the experts. */
 export function maskOf(s: Scope, idx: Tensor, experts: number, always = 0): Tensor {
@@ -19,4 +21,15 @@ export function maskOf(s: Scope, idx: Tensor, experts: number, always = 0): Tens
 export function membership(s: Scope, assigned: Int32Array, experts: number): Tensor {
   using work = new Scope(s.device);
   return maskOf(s, work.from('i32', [assigned.length, 1], assigned), experts);
+}
+
+/** f32 [T, pieces]: 1 where a token uses an expert (shared ones: always). */
+export const routingMask = (s: Scope, x: Tensor, router: Router, { routed, active, shared }: MoeShape): Tensor =>
+  maskOf(s, choose(s, scoresOf(s, x, router), active), routed, shared);
+
+/** h [T, capacity], in the order of the split, with the experts that are off set to zero. */
+export function applyMask(s: Scope, h: Tensor, mask: Tensor, shape: MoeShape): Tensor {
+  const [tokens, count] = mask.shape as [number, number];
+  const masked = binary(s, 'mul', h.view(tokens, count, shape.width), mask.view(tokens, count, 1));
+  return masked.view(tokens, count * shape.width);
 }

@@ -2,7 +2,7 @@ import { expertCombine, expertSort, fill, gather, groupedGemm, matmulT, swiglu }
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { FfnSpec } from '../nn/mlp.js';
 import { choose, scoresOf, type Router } from './router.js';
-import { applyMask, routingMask } from './refit.js';
+import { applyMask, routingMask } from './masks.js';
 import type { FfnWeights } from './sample.js';
 import { pieces, type MoeShape } from './shape.js';
 import type { Experts } from './split.js';

@@ -2,10 +2,7 @@ import type { Site } from '../arch/stream.js';
 import { binary, cast, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { relativeError } from './judge.js';
-import { maskOf } from './masks.js';
 import type { Activations } from './mixture.js';
-import { choose, scoresOf, type Router } from './router.js';
-import type { MoeShape } from './shape.js';
 
 /** Ridge penalties, relative to the mean of the diagonal, tried in turn; the one that judges best is taken. */
 const penalties = [1e-3, 1e-2, 1e-1, 1];
@@ -88,14 +85,3 @@ export async function refitDown(
 
 /** A layer's output from its hidden neurons h f32 [T, I] and columns f32 [C, I]. */
 export const outputOf = (s: Scope, h: Tensor, columns: Tensor): Tensor => matmulT(s, h, columns, { fast: 'split' });
-
-/** f32 [T, pieces]: 1 where a token uses an expert (shared ones: always). */
-export const routingMask = (s: Scope, x: Tensor, router: Router, { routed, active, shared }: MoeShape): Tensor =>
-  maskOf(s, choose(s, scoresOf(s, x, router), active), routed, shared);
-
-/** h [T, capacity], in the order of the split, with the experts that are off set to zero. */
-export function applyMask(s: Scope, h: Tensor, mask: Tensor, shape: MoeShape): Tensor {
-  const [tokens, count] = mask.shape as [number, number];
-  const masked = binary(s, 'mul', h.view(tokens, count, shape.width), mask.view(tokens, count, 1));
-  return masked.view(tokens, count * shape.width);
-}
