@@ -29,14 +29,14 @@ const GemmKernels& gemm_kernels() {
 #endif
 }
 
-// fp32 panels of any float dtype. A micro-panel of each operand stays in L1: 32 KB, or 48 where panels are 32 wide.
+// fp32 panels of any float dtype. 320 positions: a micro-panel of each operand stays in L1.
 const Panels& float_panels() {
   static const Panels panels = {
       gemm_kernels().mr,
       gemm_kernels().nr,
       1,
       4,
-      gemm_kernels().nr > 24 ? 224 : 320,
+      320,
       140,
       [](void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
         gemm_kernels().pack(static_cast<float*>(dst), src, dtype, line_stride, position_stride, lines, k, gemm_kernels().mr);
