@@ -1,3 +1,4 @@
+import { fstatSync, readlinkSync } from 'node:fs';
 import { ConvertError, bug, noResource } from '../base/errors.js';
 import { dtypeCode, type DType } from '../base/dtype.js';
 import type { DeviceKind, DeviceOptions, MemoryStats, NativeDevice, NativeModule, TensorView } from './types.js';
@@ -127,7 +128,7 @@ export class Device {
 
   /** File -> device memory, beside the queue; resolves when the bytes are there. */
   async readFile(buffer: number, offset: number, fd: number, position: number, bytes: number): Promise<void> {
-    await this.#native.readFile(buffer, offset, fd, position, bytes).catch((e: unknown) => this.#raise(e, 'read'));
+    await this.#native.readFile(buffer, offset, fd, position, bytes).catch((e: unknown) => this.#raise(e, 'read', fd));
   }
 
   /**
@@ -160,7 +161,7 @@ export class Device {
   async copyRange(from: FilePlace, to: FilePlace, bytes: number, dtype: DType): Promise<number> {
     return this.#native
       .copyRange(from.fd, from.position, to.fd, to.position, bytes, dtypeCode[dtype])
-      .catch((e: unknown) => this.#raise(e, 'copy'));
+      .catch((e: unknown) => this.#raise(e, 'copy', from.fd));
   }
 
   /** Resolves when everything enqueued so far is done; rejects with the first failure. */
@@ -207,11 +208,12 @@ export class Device {
     this.#native.close();
   }
 
-  #raise(error: unknown, during: string): never {
-    throw this.#explain(error, during);
+  /** `fd`: the file that was read. */
+  #raise(error: unknown, during: string, fd?: number): never {
+    throw this.#explain(error, during, fd);
   }
 
-  #explain(error: unknown, during: string): Error {
+  #explain(error: unknown, during: string, fd?: number): Error {
     if (!(error instanceof Error)) return bug(`native ${during} failed`, { cause: error });
     const code = (error as Error & { code?: string }).code;
     switch (code) {
@@ -229,10 +231,20 @@ export class Device {
         return noResource(`A ${during} failed: ${error.message}`, { cause: error });
       case 'DC_EOF':
         return new ConvertError('input', 'The file ended before the tensor did', {
+          ...(fd !== undefined && whereabouts(fd)),
           hint: 'It is truncated or changed while being read: copy or download it again.',
         });
       default:
         return bug(`${this.kind}:${this.index} ${during}: ${error.message}`, { cause: error });
     }
+  }
+}
+
+/** Name and size of an open file, as far as the system tells them. */
+function whereabouts(fd: number): { where?: string; got?: string } {
+  try {
+    return { where: readlinkSync(`/proc/self/fd/${fd}`), got: `${fstatSync(fd).size} bytes` };
+  } catch {
+    return {};
   }
 }
