@@ -2,9 +2,11 @@ import { Random } from '../base/rng.js';
 import { binary, gather, gemm, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { clusterNeurons } from './cluster.js';
+import { groupExperts } from './groups.js';
 import { membership } from './masks.js';
 import type { Measured } from './measured.js';
 import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
+import { evenRows } from './sample.js';
 import { columnMeans, energies } from './score.js';
 import { chooseShared, evenCapacities } from './shared.js';
 import { layOut, sharedNeurons } from './split.js';
@@ -58,15 +60,19 @@ export async function baselineSplit(
     return finish(shared, rest, expertOf, await fitter.ridge(scope, unary(work, 'sqrt', energy)));
   }
 
-  const marked = markers(work, h, Math.min(h.dim(0), markerTokens));
+  const marked = markers(work, h);
   const rates = await columnMeans(work, marked).float32();
   const { shared, rest } = chooseShared(rates, room);
   const part = gather(work, marked, work.from('i32', [rest.length], rest), 1);
-  const expertOf = await clusterNeurons(scope.device, part, evenCapacities(rest.length, shape.routed), seed);
-  const chosen = await representatives(work, part, expertOf, shape.routed);
-  const idx = work.from('i32', [shape.routed], chosen.map((i) => rest[i]!)); // prettier-ignore
-  const size = unary(work, 'sqrt', unary(work, 'square', gather(work, h, idx, 1)));
-  return finish(shared, rest, expertOf, await fitter.ridge(scope, size));
+  const routerInto = async (s: Scope, experts: Int32Array) => {
+    const chosen = await representatives(work, part, experts, shape.routed);
+    const idx = work.from('i32', [shape.routed], chosen.map((i) => rest[i]!)); // prettier-ignore
+    return await fitter.ridge(s, unary(work, 'abs', gather(work, h, idx, 1)));
+  };
+  const clusters = await clusterNeurons(scope.device, part, evenCapacities(rest.length, shape.routed), seed);
+  const { active, limit } = shape;
+  const expertOf = limit ? await groupExperts(clusters, measured.x, await routerInto(work, clusters), { active, limit }, seed) : clusters; // prettier-ignore
+  return finish(shared, rest, expertOf, await routerInto(scope, expertOf));
 }
 
 /** Places filled one after another. */
@@ -83,17 +89,14 @@ function shuffled(n: number, random: Random): Int32Array {
 }
 
 /** f32 [rows, I]: 1 where a neuron is among the largest of its token (and where it equals one); tokens evenly spread. */
-function markers(s: Scope, h: Tensor, rows: number): Tensor {
-  const step = h.dim(0) / rows;
-  using work = new Scope(s.device);
-  const picked = Int32Array.from({ length: rows }, (_, i) => Math.floor(i * step));
-  const sizes = gather(s, h, work.from('i32', [rows], picked));
+function markers(s: Scope, h: Tensor): Tensor {
+  const sizes = evenRows(s, h, markerTokens);
   unary(s, 'abs', sizes, 0, 0, sizes);
   // The largest of a row goes far below the others, as often as there are active ones; then what lies there is marked.
   const far = 1e30;
   for (let i = 0; i < Math.min(activeNeurons, h.dim(1)); i++) {
     using pass = new Scope(s.device);
-    const top = reduce(pass, 'max', sizes, 1).view(rows, 1);
+    const top = reduce(pass, 'max', sizes, 1).view(-1, 1);
     binary(s, 'sub', sizes, binary(pass, 'equal', sizes, top), { alpha: far, out: sizes });
   }
   unary(s, 'affine', sizes, -1 / far, 0, sizes);

@@ -2,6 +2,7 @@ import { Random } from '../base/rng.js';
 import { assign, binary, copyInto, gather, gemm, matmulT, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { membership } from './masks.js';
+import { evenRows } from './sample.js';
 
 const iterations = 8;
 /** Tokens whose energies describe a neuron to the clustering. */
@@ -18,11 +19,11 @@ export async function clusterNeurons(
   capacities: Int32Array,
   seed: number,
 ): Promise<Int32Array> {
-  const [tokens, n] = z.shape as [number, number];
+  const n = z.dim(1);
   const experts = capacities.length;
   if (experts === 1) return new Int32Array(n);
   using scope = new Scope(device);
-  const features = neuronFeatures(scope, z, Math.min(tokens, featureTokens));
+  const features = neuronFeatures(scope, z);
   let centres = await firstCentres(scope, features, experts, new Random(seed, 1));
   let assigned: Int32Array = new Int32Array(n).fill(-1);
   const room = scope.from('i32', [experts], capacities);
@@ -41,17 +42,11 @@ export async function clusterNeurons(
 }
 
 /** f32 [n, tokens], rows of length 1 (silent neurons: 0). */
-function neuronFeatures(scope: Scope, z: Tensor, tokens: number): Tensor {
+function neuronFeatures(scope: Scope, z: Tensor): Tensor {
   using work = new Scope(scope.device);
-  const step = z.dim(0) / tokens;
-  const idx = work.from(
-    'i32',
-    [tokens],
-    Int32Array.from({ length: tokens }, (_, i) => Math.floor(i * step)),
-  );
-  const rows = gather(work, z, idx);
+  const rows = evenRows(work, z, featureTokens);
   unary(work, 'sqrt', rows, 0, 0, rows);
-  const features = scope.empty('f32', [z.dim(1), tokens]);
+  const features = scope.empty('f32', [z.dim(1), rows.dim(0)]);
   copyInto(features, rows.transpose());
   const lengths = reduce(work, 'sumsq', features, 1);
   unary(work, 'affine', lengths, 1, 1e-30, lengths);

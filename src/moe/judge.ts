@@ -1,12 +1,13 @@
 import type { FloatDType } from '../base/dtype.js';
 import { binary, cast, cholesky, choleskySolve, gather, gemm, hessianAdd, matmulT, normAdd, reduce, unary } from '../tensor/ops.js'; // prettier-ignore
 import { Scope, type Tensor } from '../tensor/tensor.js';
+import { bestWithin } from './groups.js';
 import { membership } from './masks.js';
 import type { Measured } from './measured.js';
-import { choose, scoresOf, type Router } from './router.js';
+import { choose, scoresOf, type Router } from './choose.js';
 import { heldPart, type FfnWeights } from './sample.js';
 import { columnMeans, energies } from './score.js';
-import { pieces, type MoeShape } from './shape.js';
+import { pieces, type Choice, type MoeShape } from './shape.js';
 
 /** |a - b|^2 / |b|^2 over all rows. */
 export async function relativeError(a: Tensor, b: Tensor): Promise<number> {
@@ -54,19 +55,25 @@ export interface RouterJudgement {
   readonly overlap: number;
 }
 
-/** The K experts with the largest energies, f32 [T, R], of each token (ties to the lower index): i32 [T, K]. */
-export function bestExperts(s: Scope, energy: Tensor, active: number): Tensor {
-  const top = unary(s, 'clamp', reduce(s, 'max', energy, 1), 1e-30, Infinity);
-  return choose(s, binary(s, 'div', energy, top.view(-1, 1)), active);
+/** The K experts with the largest energies, f32 [T, R], of each token (ties to the lower index), as far as a limit lets it: i32 [T, K]. */
+export async function bestExperts(s: Scope, energy: Tensor, { active, limit }: Choice): Promise<Tensor> {
+  if (limit) {
+    const best = bestWithin(await energy.float32(), energy.dim(1), { active, limit });
+    return s.from('i32', [energy.dim(0), active], best);
+  }
+  using work = new Scope(s.device);
+  const top = unary(work, 'clamp', reduce(work, 'max', energy, 1), 1e-30, Infinity);
+  return choose(s, binary(work, 'div', energy, top.view(-1, 1)), { active });
 }
 
 /** `energy` f32 [T, R]: the energies of the experts on the tokens `x` [T, C]. */
-export async function judgeRouter(x: Tensor, energy: Tensor, router: Router, active: number): Promise<RouterJudgement> {
+export async function judgeRouter(x: Tensor, energy: Tensor, router: Router, choice: Choice): Promise<RouterJudgement> {
+  const { active } = choice;
   using s = new Scope(x.device);
   const [tokens, experts] = energy.shape as [number, number];
-  const chosen = await choose(s, scoresOf(s, x, router), active).int32();
+  const chosen = await choose(s, scoresOf(s, x, router), choice).int32();
   const values = await energy.float32();
-  const best = await bestExperts(s, energy, active).int32();
+  const best = await (await bestExperts(s, energy, choice)).int32();
   let [all, kept, oracle, both] = [0, 0, 0, 0];
   for (let i = 0; i < values.length; i++) all += values[i]!;
   /** The last token that each expert was chosen for. */

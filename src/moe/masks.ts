@@ -1,6 +1,6 @@
 import { binary, expertCombine, fill } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
-import { choose, scoresOf, type Router } from './router.js';
+import { choose, scoresOf, type Router } from './choose.js';
 import type { MoeShape } from './shape.js';
 
 /** f32 [T, experts + always]: 1 at the experts idx i32 [T, K] that a row names, and in all columns behind the experts. */
@@ -24,8 +24,8 @@ export function membership(s: Scope, assigned: Int32Array, experts: number): Ten
 }
 
 /** f32 [T, pieces]: 1 where a token uses an expert (shared ones: always). */
-export const routingMask = (s: Scope, x: Tensor, router: Router, { routed, active, shared }: MoeShape): Tensor =>
-  maskOf(s, choose(s, scoresOf(s, x, router), active), routed, shared);
+export const routingMask = (s: Scope, x: Tensor, router: Router, shape: MoeShape): Tensor =>
+  maskOf(s, choose(s, scoresOf(s, x, router), shape), shape.routed, shape.shared);
 
 /** h [T, capacity], in the order of the split, with the experts that are off set to zero. */
 export function applyMask(s: Scope, h: Tensor, mask: Tensor, shape: MoeShape): Tensor {

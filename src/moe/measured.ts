@@ -28,6 +28,6 @@ export async function measure(
   const all = energies(s, h, norms);
   const scores = await contributions(s, all);
   s.free(all);
-  const fitter = await RouterFitter.make(s, x, { intercept, lambda, active: shape.active, seed });
+  const fitter = await RouterFitter.make(s, x, { ...shape, intercept, lambda, seed });
   return { sample, x, h, norms, scores, fitter };
 }

@@ -1,10 +1,10 @@
 import { expertCombine, expertSort, fill, gather, groupedGemm, matmulT, swiglu } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { FfnSpec } from '../nn/mlp.js';
-import { choose, scoresOf, type Router } from './router.js';
+import { choose, scoresOf, type Router } from './choose.js';
 import { applyMask, routingMask } from './masks.js';
 import type { FfnWeights } from './sample.js';
-import { pieces, type MoeShape } from './shape.js';
+import { pieces, type Choice, type MoeShape } from './shape.js';
 import type { Experts } from './split.js';
 
 /**
@@ -16,11 +16,11 @@ export function mixtureOutput(
   x: Tensor,
   router: Router,
   experts: Experts,
-  active: number,
+  choice: Choice,
   activation: FfnSpec['activation'],
 ): Tensor {
   using work = new Scope(s.device);
-  const idx = choose(work, scoresOf(work, x, router), active);
+  const idx = choose(work, scoresOf(work, x, router), choice);
   const order = expertSort(work, idx, router.weight.dim(0));
   const rows = gather(work, x, order.tokens);
   const gate = groupedGemm(work, rows, experts.gate, order.offsets);

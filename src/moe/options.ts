@@ -42,6 +42,7 @@ export interface MoeOptions extends JobOptions, Omit<MoeRecipe, 'shared'> {
   readonly rounds?: number;
   readonly steps?: number;
   readonly lambda?: number;
+  readonly balance?: number;
   /** A baseline to measure against in place of the method; default: fitted. */
   readonly split?: SplitKind;
 }

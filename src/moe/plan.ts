@@ -9,7 +9,7 @@ import { containerConfig, containers, requireFit } from './containers/index.js';
 import { sourceOf, type Container, type ContainerName, type MoeMethod, type Source, type Weighting } from './containers/types.js'; // prettier-ignore
 import { droppedNeurons } from './drop.js';
 import { planOutput, type OutputTensor } from './output.js';
-import { capacity, expertWidth, partOff, pieces, type MoeShape, type Padding } from './shape.js';
+import { capacity, expertWidth, partOff, pieces, type GroupLimit, type MoeShape, type Padding } from './shape.js';
 
 export type LayerRange = readonly [from: number, to: number];
 
@@ -22,6 +22,8 @@ export interface MoeRecipe {
   readonly active: number;
   /** Experts' worth of neurons that every token takes beside them; default: what the container has to have. */
   readonly shared?: number;
+  /** Routing limited to the best of groups of experts. */
+  readonly limit?: GroupLimit | undefined;
   /** Layers from the first on that stay dense. */
   readonly dense?: number;
   /** Instead: ranges of the layers that become mixtures, ends included; the others stay dense. */
@@ -84,11 +86,18 @@ export function makePlan(open: OpenModel, recipe: MoeRecipe, torch: boolean): Mo
   const source = sourceOf(model, dense);
   requireCounts(recipe, container, source);
   requireFit(container, source, where);
+  if (recipe.limit) requireLimit(recipe.limit, recipe, container, source);
   const shape = shapeOf(recipe, container, ffn.gate.outFeatures);
   const weighting = container.weighting(recipe.method, shape);
   const config = containerConfig(container, shape, weighting, source);
   const mixture = buildModel(config, `the ${container.name} config made from ${where}`);
-  const allOn = buildModel({ ...config, num_experts_per_tok: shape.routed }, 'the config with all experts on');
+  const everything = containerConfig(
+    container,
+    { ...shape, active: shape.routed, limit: undefined },
+    weighting,
+    source,
+  );
+  const allOn = buildModel(everything, 'the config with all experts on');
   const dtype = storedDType(open, ffn);
   const tensors = planOutput(open, { container, source, shape, mixture, dtype, torch });
   const bytesOf = ({ shape: dims, dtype: type }: PlannedTensor) => elementCount(dims) * dtypeSize(type);
@@ -144,6 +153,33 @@ function requireCounts(
   if (method !== 'split' && active === experts) {
     throw badUsage('Upcycling with all experts active only multiplies the work', { expected: `--active below ${experts}` }); // prettier-ignore
   }
+}
+
+/** Groups that every reader routes alike. */
+function requireLimit(
+  { groups, topGroups }: GroupLimit,
+  { experts, active }: MoeRecipe,
+  container: Container,
+  source: Source,
+): void {
+  const got = `--groups ${groups} --top-groups ${topGroups} of ${experts} experts, ${active} active`;
+  if (!container.groups) {
+    const others = Object.values(containers).filter((c) => c.groups && c.refuse(source) === undefined);
+    throw badUsage(`The container ${container.name} cannot limit routing to groups`, {
+      got,
+      hint: others.length > 0 ? `Use --container ${others.map(({ name }) => name).join(' or ')}.` : 'Leave --groups and --top-groups out.',
+    }); // prettier-ignore
+  }
+  const size = experts / groups;
+  if (!Number.isSafeInteger(groups) || groups < 2 || !Number.isInteger(size)) {
+    throw badUsage('The experts do not divide into equal groups', { got, expected: `--groups that divides ${experts}, from 2` }); // prettier-ignore
+  }
+  if (size < 2) {
+    throw badUsage('A group is scored by its two best experts: it needs two', { got, expected: `--groups up to ${Math.floor(experts / 2)}` }); // prettier-ignore
+  }
+  const least = Math.ceil(active / size);
+  if (Number.isSafeInteger(topGroups) && topGroups >= least && topGroups <= groups) return;
+  throw badUsage(topGroups < least ? 'The best groups hold fewer experts than a token takes' : 'More best groups than there are', { got, expected: `--top-groups from ${least} to ${groups}` }); // prettier-ignore
 }
 
 /** The layers that stay dense, ascending, as far as the container can have them. */
@@ -220,6 +256,7 @@ function shapeOf(recipe: MoeRecipe, container: Container, ffn: number): MoeShape
     routed: recipe.experts,
     active: recipe.active,
     shared: recipe.shared ?? container.shared.default,
+    ...(recipe.limit && { limit: recipe.limit }),
     ffn,
   };
   const width = recipe.method === 'split' ? expertWidth(ffn, pieces(counts), recipe.pad ?? 'auto') : ffn;
@@ -298,7 +335,9 @@ function notesOf(
 /** One line: `8 experts of 128, 2 active, 1 shared`. */
 export function describeShape(shape: MoeShape): string {
   const off = (100 * partOff(shape)).toFixed(0);
-  return `${shape.routed} experts of ${shape.width}, ${shape.active} active, ${shape.shared} shared (${off}% of the neurons off)`;
+  const { limit } = shape;
+  const groups = limit ? ` out of the best ${limit.topGroups} of ${limit.groups} groups` : '';
+  return `${shape.routed} experts of ${shape.width}, ${shape.active} active${groups}, ${shape.shared} shared (${off}% of the neurons off)`;
 }
 
 /** For --dry-run. */

@@ -1,4 +1,5 @@
 import type { Json } from '../base/job.js';
+import type { Balanced } from './balance.js';
 import type { Exactness } from './exactness.js';
 import type { RouterJudgement, StaticErrors } from './judge.js';
 import type { MoePlan } from './plan.js';
@@ -11,6 +12,12 @@ export interface LayerReport {
   readonly tokens: number;
   readonly held: number;
   readonly router: RouterJudgement;
+  /** Where the load was balanced: on the tokens that it was balanced on, and what the router as fitted does on held-out ones. */
+  readonly balance?: Omit<Balanced, 'router'> & {
+    readonly before: RouterJudgement;
+    /** `errors.routed` of it. */
+    readonly error: number;
+  };
   readonly errors: {
     /** With the routing's choice of experts and the dense weights. */
     readonly routed: number;
@@ -65,6 +72,15 @@ export interface Totals {
   readonly entropy: number;
   readonly dead: number;
   readonly refitLayers: number;
+  /** The same of the routers as they were fitted, where their loads were balanced; the largest MaxVio of a layer on the tokens that were balanced. */
+  readonly unbalanced?: {
+    readonly routed: number;
+    readonly maxVio: number;
+    readonly entropy: number;
+    readonly dead: number;
+    readonly worst: readonly [before: number, after: number];
+    readonly bound: number;
+  };
 }
 
 export function totalsOf(layers: readonly LayerReport[]): Totals {
@@ -84,6 +100,25 @@ export function totalsOf(layers: readonly LayerReport[]): Totals {
     entropy: over(({ router }) => router.load.entropy),
     dead: layers.reduce((sum, { router }) => sum + router.load.dead, 0),
     refitLayers: layers.filter(({ errors }) => errors.refit !== undefined).length,
+    ...unbalancedTotals(layers),
+  };
+}
+
+function unbalancedTotals(layers: readonly LayerReport[]): Pick<Totals, 'unbalanced'> {
+  const balances = layers.flatMap(({ balance }) => balance ?? []);
+  const [first] = balances;
+  if (!first) return {};
+  const over = (read: (balance: (typeof balances)[number]) => number) => mean(balances.map(read));
+  const worst = (when: 0 | 1) => Math.max(...balances.map(({ maxVio }) => maxVio[when]));
+  return {
+    unbalanced: {
+      routed: over(({ error }) => error),
+      maxVio: over(({ before }) => before.load.maxVio),
+      entropy: over(({ before }) => before.load.entropy),
+      dead: balances.reduce((sum, { before }) => sum + before.load.dead, 0),
+      worst: [worst(0), worst(1)],
+      bound: first.bound,
+    },
   };
 }
 
@@ -105,9 +140,22 @@ export function summary(report: MoeReport): string[] {
       `Layer error at ${plan.shape.active} of ${plan.shape.routed} experts: ${percent(t.output)}${t.refitLayers > 0 ? ` (before the refit ${percent(t.routed)})` : ''}; best choice of experts ${percent(t.oracle)}`,
       `  same budget: static mask with bias ${percent(t.staticBias)}, refitted ${percent(t.staticRefit)}; random split ${percent(t.randomSplit)}; after CMoE ${percent(t.cmoe)}`,
       `Router: keeps ${percent(t.kept)} of the energy (best possible ${percent(t.oracleKept)}), finds ${percent(t.overlap, 0)} of the best experts; MaxVio ${t.maxVio.toFixed(2)}, entropy ${t.entropy.toFixed(3)}, ${t.dead} dead`,
+      ...(t.unbalanced ? balanceLines(t, t.unbalanced) : []),
     );
   }
   return lines;
+}
+
+/** What balancing the load did and cost. */
+function balanceLines(
+  t: Totals,
+  { bound, worst, maxVio, entropy, dead, routed }: NonNullable<Totals['unbalanced']>,
+): string[] {
+  const missed = worst[1] > bound ? `: not reached in every layer, the largest is ${worst[1].toFixed(3)}` : '';
+  return [
+    `Balanced to MaxVio ${bound} on calibration text (before at most ${worst[0].toFixed(2)})${missed}`,
+    `  on held-out text before: MaxVio ${maxVio.toFixed(2)}, entropy ${entropy.toFixed(3)}, ${dead} dead; layer error ${percent(routed, 2)}, now ${percent(t.routed, 2)}, both before a refit`,
+  ];
 }
 
 export const describeSearch = ({ layers, tokens, trials, best }: SharedSearch): string =>

@@ -1,4 +1,5 @@
-import type { Router } from './router.js';
+import type { Balanced } from './balance.js';
+import type { Router } from './choose.js';
 import type { MoeShape } from './shape.js';
 import type { Split } from './split.js';
 
@@ -16,6 +17,8 @@ export interface SplitOptions {
   /** Router training steps in each round, and at the end; 0: ridge regression alone. */
   readonly steps: number;
   readonly finalSteps: number;
+  /** Largest load of an expert over the mean load, less 1, that the router is balanced to; absent: whatever it is. */
+  readonly balance?: number | undefined;
   readonly seed: number;
   /** Absent: fitted. */
   readonly kind?: SplitKind;
@@ -25,6 +28,8 @@ export interface Restructured {
   readonly split: Split;
   /** Lives in the scope that was given. */
   readonly router: Router;
+  /** Where the load was balanced: the router as it was fitted, and what it took. */
+  readonly balance?: Omit<Balanced, 'router'> & { readonly unbalanced: Router };
   /** Contribution of each neuron. */
   readonly scores: Float32Array;
   readonly expertOf: Int32Array;

@@ -1,23 +1,17 @@
 import { Random } from '../base/rng.js';
-import { adamw, binary, cast, choiceGradient, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT, reduce, route, unary } from '../tensor/ops.js'; // prettier-ignore
+import { adamw, binary, cast, choiceGradient, cholesky, choleskySolve, copyInto, gather, gemm, hessianAdd, matmulT, reduce, unary } from '../tensor/ops.js'; // prettier-ignore
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { ConvertError } from '../base/errors.js';
+import type { Router } from './choose.js';
+import { limitedGradient } from './groups.js';
 import { columnMeans } from './score.js';
+import type { Choice } from './shape.js';
 
-/** Scores of experts: x W' + b, with a deviation of about 1. */
-export interface Router {
-  /** f32 [R, C] */
-  readonly weight: Tensor;
-  /** f32 [R]; zero where the container has no selection bias. */
-  readonly bias: Tensor;
-}
-
-export interface RouterOptions {
+export interface RouterOptions extends Choice {
   /** Whether there is a bias to put the intercept into. */
   readonly intercept: boolean;
   /** Ridge penalty relative to the mean of the diagonal of X'X. */
   readonly lambda: number;
-  readonly active: number;
   readonly seed: number;
 }
 
@@ -93,7 +87,7 @@ export class RouterFitter {
    * scores have deviation 1.
    */
   async train(scope: Scope, start: Router, c: Tensor, steps: number): Promise<Router> {
-    const { active, seed, intercept } = this.#options;
+    const { active, limit, seed, intercept } = this.#options;
     const [tokens, experts] = c.shape as [number, number];
     if (active >= experts || steps === 0) return { weight: cast(scope, start.weight, 'f32'), bias: cast(scope, start.bias, 'f32') }; // prettier-ignore
     using state = new Scope(scope.device);
@@ -113,8 +107,9 @@ export class RouterFitter {
       const idx = batches.at(step - 1);
       const xb = gather(work, x, idx);
       const scores = matmulT(work, xb, weight, { bias });
-      const scale = -gain / batch;
-      const gradient = choiceGradient(work, scores, gather(work, c, idx), { active, temperature, scale });
+      const soft = { active, temperature, scale: -gain / batch };
+      const worth = gather(work, c, idx);
+      const gradient = limit ? limitedGradient(work, scores, worth, { ...soft, limit }) : choiceGradient(work, scores, worth, soft); // prettier-ignore
       adam[0]!.step(gemm(work, gradient.transpose(), xb), step, rate * unit);
       if (intercept) adam[1]!.step(reduce(work, 'sum', gradient, 0), step, rate);
     }
@@ -157,15 +152,4 @@ class Adam {
   step(g: Tensor, step: number, lr: number): void {
     adamw(this.p, this.#m, this.#v, g, { step, lr, beta1: 0.9, beta2: 0.98, eps: 1e-10 });
   }
-}
-
-/** Scores of the sample's tokens: f32 [T, R]. */
-export const scoresOf = (s: Scope, x: Tensor, { weight, bias }: Router): Tensor =>
-  matmulT(s, x, weight, { bias, dtype: 'f32' });
-
-/** The K experts with the largest scores (ties to the lower index): i32 [T, K], best first. */
-export function choose(s: Scope, scores: Tensor, active: number): Tensor {
-  const { w, idx } = route(s, scores, { topK: active, scoring: 'softmax' });
-  s.free(w);
-  return idx;
 }

@@ -10,13 +10,14 @@ import { openModel, type OpenModel } from '../arch/open.js';
 import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream.js';
 import { WeightReader } from '../arch/weights.js';
 import { modelCard } from './card.js';
+import type { Container } from './containers/types.js';
 import type { MoeOptions } from './options.js';
 import { describePlan, describeShape, dropRatioOf, makePlan, type MoePlan, type MoeRecipe } from './plan.js';
 import { describeSearch, layerFromJson, toJson, totalsOf, type LayerReport, type MoeReport } from './report.js';
 import { finishedLayers } from './reuse.js';
 import { sampleBytes, tokensThatFit } from './sample.js';
 import { searchShared, sharedCandidates, type SearchOptions, type SharedSearch } from './search-shared.js';
-import { pieces } from './shape.js';
+import { pieces, type MoeShape } from './shape.js';
 import { StandingTest } from './standing-test.js';
 import { convertCopies } from './upcycle.js';
 import { SplitVisitor } from './visitor.js';
@@ -30,6 +31,8 @@ const finalFactor = 5;
 const [leastTokens, goodTokens] = [2, 16] as const;
 /** More tokens than this, and than the routers want, make clusters and routers slower but no better; the refit sees all. */
 const sampleEnough = 65_536;
+/** Of a few thousand tokens loads scatter by more than this anyway. */
+export const leastBalance = 0.01;
 /** Larger than this the standing test has failed: something is wrong with the split itself. */
 const exactnessLimit = 1e-3;
 
@@ -39,7 +42,7 @@ export async function previewMoe(options: MoeOptions): Promise<MoePlan> {
   try {
     const recipe = plainRecipe(options);
     const plan = makePlan(open, recipe, isTorch(options.out));
-    requireBaseline(options, plan);
+    requireSplit(options, plan);
     if (options.shared !== 'auto') return plan;
     const tried = sharedCandidates(recipe, plan).map(({ shared }) => shared).join(', '); // prettier-ignore
     return { ...plan, notes: [...plan.notes, `How many of the ${pieces(plan.shape)} parts are shared is decided on calibration text: ${tried}.`] }; // prettier-ignore
@@ -62,7 +65,7 @@ export async function runMoe(options: MoeOptions, env: JobEnv): Promise<MoeRepor
   try {
     let recipe = plainRecipe(options);
     let plan = makePlan(open, recipe, isTorch(options.out));
-    requireBaseline(options, plan);
+    requireSplit(options, plan);
     if (options.shared === 'auto') sharedCandidates(recipe, plan);
     for (const line of [...open.notes, ...describePlan(plan)]) env.log.info(line);
     const { reuse = false, restart = false, overwrite = false } = options;
@@ -121,11 +124,25 @@ async function calibrate(options: MoeOptions, open: OpenModel, env: JobEnv): Pro
   return set;
 }
 
-/** A fixed choice of experts has to stand in the selection bias. */
-function requireBaseline({ split = 'fitted', method }: MoeOptions, { container }: MoePlan): void {
+/** A fixed choice of experts, and balanced loads, have to stand in the selection bias. */
+function requireSplit({ split = 'fitted', method, balance }: MoeOptions, { container, shape }: MoePlan): void {
+  if (balance !== undefined) requireBalance(balance, method === 'split' ? split : method, container, shape);
   if (split !== 'fitted' && method !== 'split') throw badUsage(`--split ${split} goes with --method split`, { got: `--method ${method}` }); // prettier-ignore
   if (split !== 'static' || container.selectionBias) return;
   throw badUsage(`The container ${container.name} cannot hold a static mask: its router has no selection bias`, {
+    hint: 'Use --container glm4_moe.',
+  });
+}
+
+function requireBalance(bound: number, kind: string, container: Container, { active, routed }: MoeShape): void {
+  const got = `--balance ${bound}`;
+  if (!(bound >= leastBalance)) throw badUsage('--balance is the largest MaxVio to be left', { got, expected: `at least ${leastBalance}` }); // prettier-ignore
+  if (kind !== 'fitted')
+    throw badUsage('--balance evens out what a fitted router does', { got: `${got} with ${kind}` });
+  if (active === routed) throw badUsage('With all experts active every load is the same', { got, expected: `--active below ${routed}` }); // prettier-ignore
+  if (container.selectionBias) return;
+  throw badUsage(`The container ${container.name} cannot balance loads: its router has no selection bias`, {
+    got,
     hint: 'Use --container glm4_moe.',
   });
 }
@@ -167,6 +184,7 @@ const splitOptions = (o: MoeOptions) => ({
   steps: o.steps ?? tuning.steps,
   finalSteps: finalFactor * (o.steps ?? tuning.steps),
   seed: o.seed ?? 0,
+  ...(o.balance !== undefined && { balance: o.balance }),
   ...(o.split !== undefined && o.split !== 'fitted' && { kind: o.split }),
 });
 

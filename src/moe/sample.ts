@@ -85,6 +85,14 @@ interface Picked {
   readonly held: number;
 }
 
+/** At most `most` rows of x f32 [T, N], evenly spread. */
+export function evenRows(s: Scope, x: Tensor, most: number): Tensor {
+  const rows = Math.min(x.dim(0), most);
+  using work = new Scope(s.device);
+  const picked = Int32Array.from({ length: rows }, (_, i) => Math.floor((i * x.dim(0)) / rows));
+  return gather(s, x, work.from('i32', [rows], picked));
+}
+
 /** Evenly spread tokens, at most `limit`. */
 export function pick(tokens: number, limit: number): Picked {
   const chosen = choose(tokens, limit);

@@ -68,7 +68,11 @@ export function sharedCandidates(recipe: MoeRecipe, { container, shape }: MoePla
   const [parts, on] = [shape.routed + shape.shared, shape.active + shape.shared];
   return [0, 1, 2, 4, 8, 16, 32, 64]
     .filter((shared) => shared >= min && shared <= Math.min(max, Math.max(min, parts / 4), on - 1))
-    .map((shared) => ({ ...recipe, shared, experts: parts - shared, active: on - shared }));
+    .map((shared) => ({ ...recipe, shared, experts: parts - shared, active: on - shared }))
+    .filter(
+      ({ experts, active, limit }) =>
+        !limit || (experts % limit.groups === 0 && active <= (limit.topGroups * experts) / limit.groups),
+    );
 }
 
 /**

@@ -1,11 +1,24 @@
 import { badUsage } from '../base/errors.js';
 
+/**
+ * Group-limited routing (DeepSeek-V3, section 2.1.2): consecutive experts form `groups` groups, and a token takes its experts
+ * from the `topGroups` whose two best experts have the largest sums of scores.
+ */
+export interface GroupLimit {
+  readonly groups: number;
+  readonly topGroups: number;
+}
+
+/** How many experts a token takes, and out of which groups; without a limit out of all. */
+export interface Choice {
+  readonly active: number;
+  readonly limit?: GroupLimit | undefined;
+}
+
 /** How one feed-forward network is cut. */
-export interface MoeShape {
+export interface MoeShape extends Choice {
   /** Experts that the router chooses from: n_routed_experts. */
   readonly routed: number;
-  /** Of them per token: num_experts_per_tok. */
-  readonly active: number;
   /** Experts' worth of neurons that every token uses, beside the routed ones. */
   readonly shared: number;
   /** Neurons of one expert, padding included. */

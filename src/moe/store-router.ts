@@ -1,7 +1,7 @@
 import { binary, matmulT, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { Container } from './containers/types.js';
-import type { Router } from './router.js';
+import type { Router } from './choose.js';
 
 /** What the checkpoint holds: logits are tiny, so that all experts' weights come out alike. */
 export interface StoredRouter {

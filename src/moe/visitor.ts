@@ -21,7 +21,7 @@ import { outputOf, refitDown, type Held, type Refit } from './refit.js';
 import { detailOf, toJson, type LayerReport } from './report.js';
 import { restructure } from './restructure.js';
 import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
-import type { Router } from './router.js';
+import type { Router } from './choose.js';
 import { captureSample, freeBytes, heldOut, heldPart, type FfnWeights, type Sample } from './sample.js';
 import { capacity } from './shape.js';
 import { arrange, cut, cutDowns, type Experts, type Split } from './split.js';
@@ -121,7 +121,7 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
     const { shape, router, activation } = activations;
     if (!runsWhole(shape)) {
       const experts = cut(scope, shape, w, { routedDown: 1, sharedDown: 1, normalized: false }, dtype);
-      return (s, x) => mixtureOutput(s, x, router, experts, shape.active, activation);
+      return (s, x) => mixtureOutput(s, x, router, experts, shape, activation);
     }
     const down = cast(scope, w.down, dtype);
     return (s, x) => {
@@ -165,25 +165,32 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
   ): Promise<LayerReport> {
     const { env } = this.#options;
     const { shape } = options;
-    const { routed, active, shared } = shape;
+    const { routed, shared } = shape;
     const { sample } = measured;
     using s = new Scope(env.device);
     const down = cast(s, arranged.down, 'f32');
     const { target } = held;
     const error = (h: Tensor, columns: Tensor) => relativeError(outputOf(s, h, columns), target);
     const energy = heldEnergies(s, measured, made.rest, made.expertOf, routed);
-    const best = bestExperts(s, energy, active);
+    const best = await bestExperts(s, energy, shape);
     const oracle = applyMask(s, held.whole, maskOf(s, best, routed, shared), shape);
     const baseline = async (kind: Exclude<SplitKind, 'fitted'>): Promise<number> => {
       using work = new Scope(env.device);
       const other = await baselineSplit(kind, work, measured, options);
       return await error(this.#hold(work, sample, other).masked, cast(work, arrange(work, other.split, w).down, 'f32'));
     };
+    const { x } = heldPart(sample);
+    const unbalanced = async ({ unbalanced: router, ...balance }: NonNullable<Restructured['balance']>) => ({
+      ...balance,
+      before: await judgeRouter(x, energy, router, shape),
+      error: await error(applyMask(s, held.whole, routingMask(s, x, router, shape), shape), down),
+    });
     const report: LayerReport = {
       block: site.block.index,
       tokens: sample.fit,
       held: sample.held,
-      router: await judgeRouter(heldPart(sample).x, energy, made.router, active),
+      router: await judgeRouter(x, energy, made.router, shape),
+      ...(made.balance && { balance: await unbalanced(made.balance) }),
       errors: {
         ...(refitted?.errors ?? { routed: await error(held.masked, down) }),
         oracle: await error(oracle, down),

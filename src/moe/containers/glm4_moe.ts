@@ -10,6 +10,7 @@ export const glm4Moe: Container = {
   scoring: 'sigmoid',
   selectionBias: true,
   // Both readers build the shared network from moe_intermediate_size n_shared_experts: there has to be one.
+  groups: true,
   shared: { min: 1, max: Infinity, default: 1 },
   denseLayers: 'first',
   // vLLM's class has a head of its own, whatever tie_word_embeddings says.
@@ -32,8 +33,8 @@ export const glm4Moe: Container = {
     n_routed_experts: shape.routed,
     n_shared_experts: shape.shared,
     num_experts_per_tok: shape.active,
-    n_group: 1,
-    topk_group: 1,
+    n_group: shape.limit?.groups ?? 1,
+    topk_group: shape.limit?.topGroups ?? 1,
     norm_topk_prob: normalized,
     routed_scaling_factor: scale,
     first_k_dense_replace: dense.length,

@@ -8,6 +8,7 @@ export const mixtral: Container = {
   name: 'mixtral',
   scoring: 'softmax',
   selectionBias: false,
+  groups: false,
   shared: { min: 0, max: 0, default: 0 },
   denseLayers: 'none',
   tiesHead: true,

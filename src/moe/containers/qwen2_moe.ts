@@ -11,6 +11,7 @@ export const qwen2Moe: Container = {
   name: 'qwen2_moe',
   scoring: 'softmax',
   selectionBias: false,
+  groups: false,
   shared: { min: 1, max: Infinity, default: 1 },
   denseLayers: 'any',
   tiesHead: true,

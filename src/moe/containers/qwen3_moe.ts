@@ -10,6 +10,7 @@ export const qwen3Moe: Container = {
   name: 'qwen3_moe',
   scoring: 'softmax',
   selectionBias: false,
+  groups: false,
   shared: { min: 0, max: 0, default: 0 },
   denseLayers: 'any',
   tiesHead: true,

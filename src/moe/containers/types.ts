@@ -41,6 +41,8 @@ export interface Container {
   readonly scoring: 'sigmoid' | 'softmax';
   /** Whether the selection has a bias of its own. */
   readonly selectionBias: boolean;
+  /** Whether routing can be limited to the best of groups of experts, each scored by its two best. */
+  readonly groups: boolean;
   /** Number of shared experts: least, most, and when nothing is asked for. */
   readonly shared: { readonly min: number; readonly max: number; readonly default: number };
   /** Which layers can stay dense: the first ones, any, or none. */
