@@ -36,6 +36,7 @@ const Panels& float_panels() {
       gemm_kernels().nr,
       1,
       4,
+      0x80000000,
       320,
       140,
       [](void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {

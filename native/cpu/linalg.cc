@@ -46,9 +46,9 @@ void each(dc_context* c, int64_t n, int64_t grain, const std::function<void(int6
 }
 
 // Lower triangle of H [n,n] += A B of packed panels, k positions each; the upper triangle is left alone.
-void add_lower(dc_context* c, float* h, int64_t ldh, int64_t n, const float* a, const float* b, int64_t k) {
-  const GemmKernels& kernel = gemm_kernels();
-  const int64_t tall = up(96, kernel.mr), wide = up(768, kernel.nr);
+void add_lower(dc_context* c, const Panels& kernel, float* h, int64_t ldh, int64_t n, const void* a, const void* b,
+               int64_t k) {
+  const int64_t tall = up(96, kernel.mr), wide = up(768, kernel.nr), line = k * kernel.bytes;
   struct Tile {
     int64_t i0, i1, j0, j1;
   };
@@ -62,11 +62,12 @@ void add_lower(dc_context* c, float* h, int64_t ldh, int64_t n, const float* a, 
       const Tile& x = tiles[size_t(t)];
       // Columns up to `full` lie below the diagonal in every row; the rest goes through a buffer.
       const int64_t full = std::max(x.j0, std::min(x.i0 / kernel.nr * kernel.nr, x.j1)), rows = x.i1 - x.i0;
-      if (full > x.j0) kernel.block(h + x.i0 * ldh + x.j0, ldh, a + x.i0 * k, b + x.j0 * k, rows, full - x.j0, k, true);
+      const char *left = static_cast<const char*>(a) + x.i0 * line, *right = static_cast<const char*>(b);
+      if (full > x.j0) kernel.block(h + x.i0 * ldh + x.j0, ldh, left, right + x.j0 * line, rows, full - x.j0, k, true);
       const int64_t rest = x.j1 - full;
       if (rest <= 0) continue;
       float* sum = scratch.take(size_t(rows * rest));
-      kernel.block(sum, rest, a + x.i0 * k, b + full * k, rows, rest, k, false);
+      kernel.block(sum, rest, left, right + full * line, rows, rest, k, false);
       for (int64_t i = 0; i < rows; i++) {
         float* y = h + (x.i0 + i) * ldh + full;
         const int64_t most = std::min(rest, x.i0 + i + 1 - full);
@@ -172,7 +173,7 @@ extern "C" int dc_cpu_hessian_add(dc_context* c, const dc_call* call) {
           }
         }
       });
-      add_lower(c, h.row(e, 0), h.stride, k, a, b, n);
+      add_lower(c, float_panels(), h.row(e, 0), h.stride, k, a, b, n);
     }
   }
   return 0;
@@ -198,75 +199,84 @@ namespace {
 
 bool good_pivot(float pivot) { return pivot > 0 && std::isfinite(pivot); }
 
-constexpr int64_t kSmall = 32;
-
-// n <= kSmall; 0, or 1 + the index of the first pivot that is not positive and finite. Works on the transpose, whose rows
-// are the columns of L, so that the inner loop runs along memory.
-int32_t factor_small(float* m, int64_t ld, int64_t n) {
-  float u[kSmall][kSmall];
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j <= i; j++) u[j][i] = m[i * ld + j];
-  for (int64_t j = 0; j < n; j++) {
-    if (!good_pivot(u[j][j])) return int32_t(j + 1);
-    const float root = std::sqrt(u[j][j]), inverse = 1 / root;
-    u[j][j] = root;
-    for (int64_t i = j + 1; i < n; i++) u[j][i] *= inverse;
-    for (int64_t i = j + 1; i < n; i++) {
-      const float x = u[j][i];
-      for (int64_t p = i; p < n; p++) u[i][p] -= x * u[j][p];
-    }
-  }
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j <= i; j++) m[i * ld + j] = u[j][i];
-  return 0;
-}
-
-// Factors the lower triangle of m [n,n] in place, right-looking in blocks of `width`: the diagonal block, the rows
-// below it (solved in strips, which are then an operand of the update), the trailing triangle. What lies above the
-// diagonal within `width` of it is overwritten. c NULL: on the calling thread.
-int32_t factor_lower(dc_context* c, float* m, int64_t ld, int64_t n, int64_t width, Scratch* scratch) {
+// The rows X [rows, k] of m become X L^-T: l = -L packed in panels of the micro-kernel's rows, inverse = 1 / L_jj.
+void solve_rows(float* m, int64_t ld, int64_t rows, const float* l, const float* inverse, int64_t k) {
   const GemmKernels& kernel = gemm_kernels();
   const SweepKernels& sweep = sweep_kernels();
   const int64_t mr = kernel.mr, nr = kernel.nr;
-  for (int64_t j0 = 0; j0 < n; j0 += width) {
-    const int64_t k = std::min(width, n - j0), j1 = j0 + k, below = n - j1;
-    float* corner = m + j0 * ld + j0;
-    const int32_t bad = k > kSmall ? factor_lower(nullptr, corner, ld, k, kSmall, scratch + 3) : factor_small(corner, ld, k);
-    if (bad) return int32_t(j0) + bad;
-    if (below == 0) break;
-    // -L of the corner, lines = its rows, and the reciprocals of its diagonal.
-    const int64_t corner_floats = up(k, mr) * k;
-    float* l = scratch[0].take(size_t(corner_floats + k));
-    float* inverse = l + corner_floats;
-    kernel.pack(l, corner, DC_F32, ld, 1, k, k, int(mr));
-    for (int64_t i = 0; i < corner_floats; i++) l[i] = -l[i];
-    for (int64_t j = 0; j < k; j++) inverse[j] = 1 / corner[j * ld + j];
+  static thread_local Scratch scratch;
+  float* x = scratch.take(size_t(nr * k));
+  for (int64_t r = 0; r < rows; r += nr) {
+    const int64_t n = std::min(nr, rows - r);
+    kernel.pack(x, m + r * ld, DC_F32, ld, 1, n, k, int(nr));
+    for (int64_t p = 0; p < k; p += mr) {
+      const int64_t w = std::min(mr, k - p);
+      const float* factor = l + p * k;
+      if (p > 0) kernel.block(x + p * nr, nr, factor, x, w, nr, p, true);
+      sweep.solve(x + p * nr, factor + p * mr, inverse + p, int(w), int(mr), int(nr));
+    }
+    sweep.unstrip(m + r * ld, ld, x, int(nr), n, k);
+  }
+}
 
-    float* a = scratch[1].take(size_t(up(below, mr) * k));
-    float* b = scratch[2].take(size_t(up(below, nr) * k));
-    float* panel = m + j1 * ld + j0;
-    const int64_t strips = (below + nr - 1) / nr;
-    each(c, strips, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; s++) {
-        const int64_t r0 = s * nr, rows = std::min(nr, below - r0);
-        float* x = b + r0 * k;
-        kernel.pack(x, panel + r0 * ld, DC_F32, ld, 1, rows, k, int(nr));
-        for (int64_t p = 0; p < k; p += mr) {
-          const int64_t w = std::min(mr, k - p);
-          const float* factor = l + p * k;
-          if (p > 0) kernel.block(x + p * nr, nr, factor, x, w, nr, p, true);
-          sweep.solve(x + p * nr, factor + p * mr, inverse + p, int(w), int(mr), int(nr));
+// Factors the lower triangle of m [n,n] in place: panels of `width` columns, each in steps of kCorner columns (the corner
+// on the diagonal, the rows below it, the rest of the panel), then the triangle to the right of the panel. What lies above
+// the diagonal within kCorner of it is left alone.
+int32_t factor_lower(dc_context* c, float* m, int64_t ld, int64_t n, Scratch* scratch) {
+  constexpr int64_t kCorner = 64;
+  const Panels& panels = n > 2 * kCorner && split_panels() ? *split_panels() : float_panels();
+  const GemmKernels& kernel = gemm_kernels();
+  const int64_t width = n > 768 ? 4 * kCorner : 2 * kCorner, ar = panels.mr, br = panels.nr;
+  auto pack_a = [&](float* to, const float* from, int64_t rows, int64_t k) {  // negated
+    panels.pack_a(to, from, DC_F32, ld, 1, rows, k);
+    auto* bits = reinterpret_cast<uint32_t*>(to);
+    for (int64_t i = 0; i < up(rows, ar) * k; i++) bits[i] ^= panels.sign;
+  };
+  for (int64_t p0 = 0; p0 < n; p0 += width) {
+    const int64_t p1 = std::min(p0 + width, n), below = n - p1, depth = p1 - p0;
+    const int64_t below_a = (below + ar - 1) / ar, below_b = (below + br - 1) / br;
+    float* a = scratch[0].take(size_t(below_a * ar * depth));
+    float* b = scratch[1].take(size_t(below_b * br * depth));
+    for (int64_t j0 = p0; j0 < p1; j0 += kCorner) {
+      const int64_t j1 = std::min(j0 + kCorner, p1), k = j1 - j0, inner = p1 - j1;
+      float* corner = m + j0 * ld + j0;
+      if (const int bad = sweep_kernels().factor(corner, ld, int(k))) return int32_t(j0) + bad;
+      if (j1 == n) return 0;
+      const int64_t corner_floats = up(k, kernel.mr) * k;
+      float* l = scratch[2].take(size_t(corner_floats + k));
+      float* inverse = l + corner_floats;
+      kernel.pack(l, corner, DC_F32, ld, 1, k, k, kernel.mr);
+      for (int64_t i = 0; i < corner_floats; i++) l[i] = -l[i];
+      for (int64_t j = 0; j < k; j++) inverse[j] = 1 / corner[j * ld + j];
+
+      const int64_t inner_b = (inner + br - 1) / br;
+      float* inner_left = scratch[3].take(size_t(up(inner, ar) * k));
+      float* inner_right = scratch[4].take(size_t(inner_b * br * k));
+      each(c, inner_b + below_b, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; s++) {
+          const bool in = s < inner_b;
+          const int64_t from = in ? s * br : (s - inner_b) * br, rows = std::min(br, (in ? inner : below) - from);
+          float* x = m + ((in ? j1 : p1) + from) * ld + j0;
+          solve_rows(x, ld, rows, l, inverse, k);
+          panels.pack_b(in ? inner_right + from * k : b + from * depth + (j0 - p0) * br, x, DC_F32, ld, 1, rows, k);
         }
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t j = 0; j < k; j++) panel[(r0 + r) * ld + j] = x[j * nr + r];
-      }
-    });
-    each(c, (below + mr - 1) / mr, 8, [&](int64_t begin, int64_t end) {
-      const int64_t r0 = begin * mr, r1 = std::min(end * mr, below);
-      kernel.pack(a + r0 * k, panel + r0 * ld, DC_F32, ld, 1, r1 - r0, k, int(mr));
-      for (int64_t i = r0 * k; i < up(r1, mr) * k; i++) a[i] = -a[i];
-    });
-    add_lower(c, m + j1 * ld + j1, ld, below, a, b, k);
+      });
+      // One piece is the triangle left of p1, the others are the rows below.
+      each(c, 1 + below_a, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; s++) {
+          if (s == 0) {
+            pack_a(inner_left, m + j1 * ld + j0, inner, k);
+            add_lower(nullptr, panels, m + j1 * ld + j1, ld, inner, inner_left, inner_right, k);
+            continue;
+          }
+          const int64_t from = (s - 1) * ar, rows = std::min(ar, below - from);
+          float *x = m + (p1 + from) * ld, *left = a + from * depth + (j0 - p0) * ar;
+          pack_a(left, x + j0, rows, k);
+          if (inner > 0) panels.block(x + j1, ld, left, inner_right, rows, inner, k, true);
+        }
+      });
+    }
+    add_lower(c, panels, m + p1 * ld + p1, ld, below, a, b, depth);
   }
   return 0;
 }
@@ -286,26 +296,16 @@ int32_t factor_lapack(const dc_blas* blas, float* m, int64_t ld, int64_t n) {
 // dst [n,n] lower = h in reverse order of rows and columns: dst(i,j) = h(n-1-j, n-1-i), from h's lower triangle.
 void flip_lower(dc_context* c, const Matrix<float>& dst, const Matrix<float>& h) {
   constexpr int64_t tile = 32;
-  const int64_t n = h.columns, tiles = (n + tile - 1) / tile;
-  parallel_for(c, tiles, 1, [&](int64_t begin, int64_t end) {
-    float square[tile][tile + 1];
+  const int64_t n = h.columns;
+  const auto flip = sweep_kernels().flip;
+  parallel_for(c, (n + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       const int64_t i0 = t * tile, i1 = std::min(i0 + tile, n);
-      for (int64_t j0 = 0; j0 < i1; j0 += tile) {
-        const int64_t j1 = std::min(j0 + tile, i1);
-        for (int64_t j = j0; j < j1; j++) {
-          const float* row = h.row(n - 1 - j) + n - 1;
-          for (int64_t i = std::max(i0, j); i < i1; i++) square[i - i0][j - j0] = row[-i];
-        }
-        for (int64_t i = i0; i < i1; i++) {
-          float* row = dst.row(i) + j0;
-          const int64_t width = std::min(j1, i + 1) - j0;
-          if (width >= tile)
-            std::memcpy(row, square[i - i0], tile * 4);
-          else
-            for (int64_t j = 0; j < width; j++) row[j] = square[i - i0][j];
-        }
-      }
+      for (int64_t j0 = 0; j0 < i0; j0 += tile)
+        flip(dst.row(i0) + j0, dst.stride, h.row(n - j0 - tile) + n - i1, h.stride, i1 - i0, tile);
+      float square[tile * tile];  // what lies above the diagonal may be anything
+      flip(square, tile, h.row(n - i1) + n - i1, h.stride, i1 - i0, i1 - i0);
+      for (int64_t i = i0; i < i1; i++) std::memcpy(dst.row(i) + i0, square + (i - i0) * tile, size_t(i + 1 - i0) * 4);
     }
   });
 }
@@ -317,7 +317,7 @@ extern "C" int dc_cpu_cholesky(dc_context* c, const dc_call* call) {
   const Matrices<float> f(call->t[0]), h(call->t[2]);
   const bool reversed = call->i[0] != 0;
   const int64_t n = h.columns;
-  static thread_local Scratch scratch[6];
+  static thread_local Scratch scratch[5];
   for (int64_t e = 0; e < h.batch; e++) {
     const Matrix<float> m = f[e], source = h[e];
     double trace = 0;
@@ -332,9 +332,9 @@ extern "C" int dc_cpu_cholesky(dc_context* c, const dc_call* call) {
       });
     }
     for (int64_t i = 0; i < n; i++) m.row(i)[i] += damp;
-    const bool lapack = c->blas && c->blas->spotrf && n >= 128;
-    const int32_t bad = lapack ? factor_lapack(c->blas, m.data, m.stride, n)
-                               : factor_lower(c, m.data, m.stride, n, n > 768 ? 256 : 128, scratch);
+    const bool lapack = c->blas && c->blas->spotrf && n >= 128 && !split_panels();
+    const int32_t bad =
+        lapack ? factor_lapack(c->blas, m.data, m.stride, n) : factor_lower(c, m.data, m.stride, n, scratch);
     data<int32_t>(call->t[1])[e] = bad && reversed ? int32_t(n + 1 - bad) : bad;
     parallel_for(c, (n + 1) / 2, 32, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {

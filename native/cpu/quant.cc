@@ -11,50 +11,57 @@ using namespace dc;
 
 namespace {
 
-constexpr int64_t kDepth = 256;
-
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Columns a block holds: a multiple of the micro-kernel's rows, so that its panel of the factor stays in L2.
-int64_t block_columns() { return 128 / gemm_kernels().mr * gemm_kernels().mr; }
-
-// R_ij / R_jj, packed: for each block of columns its panels (of mr columns) over positions 0..end of the block, in
-// pieces of kDepth positions before the block and one piece for the block itself.
+// The factor R, packed for the sweep. Columns go in units of the micro-kernel's rows and units in blocks: what earlier
+// blocks contribute to a block is a product in pieces of kDepth positions, what earlier units of the block do another.
 struct PackedFactor {
-  int64_t k, block;
-  std::vector<int64_t> offset;  // of each block, in floats
-  explicit PackedFactor(int64_t k_) : k(k_), block(block_columns()) {
+  static constexpr int64_t kDepth = 256;
+  const Panels& panels;
+  int64_t k, unit, block;
+  std::vector<int64_t> offset;  // of each block, in floats (a packed element is as large)
+  explicit PackedFactor(int64_t k_)
+      : panels(k_ >= 128 && split_panels() ? *split_panels() : float_panels()), k(k_), unit(panels.mr), block(512 / unit * unit) {
     int64_t at = 0;
     for (int64_t j0 = 0; j0 < k; j0 += block) {
       offset.push_back(at);
-      at += width(j0) * end(j0);
+      at += up(end(j0) - j0, unit) * (j0 + block);
     }
     offset.push_back(at);
   }
   int64_t end(int64_t j0) const { return std::min(j0 + block, k); }
-  int64_t width(int64_t j0) const { return up(end(j0) - j0, gemm_kernels().mr); }
-  // The piece of block j0 that begins at position i.
-  int64_t piece(int64_t j0, int64_t i) const { return offset[size_t(j0 / block)] + width(j0) * i; }
+  int64_t floats() const { return offset.back() + up(k, unit) * (unit + 2); }
+  // Positions i.. of all columns of block j0, i a multiple of kDepth (the last piece ends with the block before).
+  int64_t before(int64_t j0, int64_t i) const { return offset[size_t(j0 / block)] + up(end(j0) - j0, unit) * i; }
+  // The block's own positions up to the unit at column j.
+  int64_t own(int64_t j0, int64_t j) const { return before(j0, j0) + (j - j0) * block; }
+  // In fp32: the unit's square, then R_jj and 1 / R_jj.
+  int64_t square(int64_t j) const { return offset.back() + j * (unit + 2); }
 
   void pack(dc_context* c, float* out, const Matrix<float>& r) const {
-    const GemmKernels& kernel = gemm_kernels();
     struct Job {
       int64_t j0, i0, n;
     };
     std::vector<Job> jobs;
     for (int64_t j0 = 0; j0 < k; j0 += block) {
       for (int64_t i0 = 0; i0 < j0; i0 += kDepth) jobs.push_back({j0, i0, std::min(kDepth, j0 - i0)});
-      jobs.push_back({j0, j0, end(j0) - j0});
+      for (int64_t j = j0; j < end(j0); j += unit) jobs.push_back({j, j, 0});
     }
     parallel_for(c, int64_t(jobs.size()), 1, [&](int64_t begin, int64_t finish) {
       for (int64_t p = begin; p < finish; p++) {
         const Job& x = jobs[size_t(p)];
-        float* piece_out = out + piece(x.j0, x.i0);
-        kernel.pack(piece_out, r.row(x.i0) + x.j0, DC_F32, 1, r.stride, end(x.j0) - x.j0, x.n, kernel.mr);
-        for (int64_t j = x.j0; j < end(x.j0); j++) {
-          const float inverse = 1 / r.row(j)[j];
-          float* column = piece_out + (j - x.j0) / kernel.mr * kernel.mr * x.n + (j - x.j0) % kernel.mr;
-          for (int64_t i = 0; i < x.n; i++) column[i * kernel.mr] *= inverse;
+        if (x.n > 0) {
+          panels.pack_a(out + before(x.j0, x.i0), r.row(x.i0) + x.j0, DC_F32, 1, r.stride, end(x.j0) - x.j0, x.n);
+          continue;
+        }
+        const int64_t j0 = x.j0 / block * block, width = std::min(unit, k - x.j0);
+        if (x.j0 > j0) panels.pack_a(out + own(j0, x.j0), r.row(j0) + x.j0, DC_F32, 1, r.stride, width, x.j0 - j0);
+        float* square_out = out + square(x.j0);
+        for (int64_t i = 0; i < width; i++) {
+          const float* row = r.row(x.j0 + i) + x.j0;
+          std::memcpy(square_out + i * unit, row, size_t(width) * 4);
+          square_out[unit * unit + i] = row[i];
+          square_out[unit * unit + unit + i] = 1 / row[i];
         }
       }
     });
@@ -64,7 +71,6 @@ struct PackedFactor {
 struct LdlqJob {
   const PackedFactor& layout;
   const float* factor;
-  const float* diagonal;
   const Grid& grid;
   int64_t e;
   Matrix<int8_t> codes;
@@ -72,75 +78,75 @@ struct LdlqJob {
   const dc_tensor& error;
 };
 
-// Sweeps rows [row0, row0 + rows) through all columns. The rows are held in strips (kernels/sweep.h), W being replaced
-// by W - Q as the sweep goes, so that the feedback of all earlier columns is one product per block.
+// Sweeps rows [row0, row0 + rows) through all columns. The rows are held in strips (kernels/sweep.h), those of a block at
+// a time; W - Q of the columns done is kept packed, so that their feedback on a block is one product.
 void ldlq_rows(const LdlqJob& job, int64_t row0, int64_t rows) {
+  const PackedFactor& layout = job.layout;
+  const Panels& panels = layout.panels;
   const GemmKernels& kernel = gemm_kernels();
   const SweepKernels& sweep = sweep_kernels();
-  const PackedFactor& layout = job.layout;
   const Grid& grid = job.grid;
-  const int64_t mr = kernel.mr, nr = kernel.nr, k = layout.k, groups = grid.scale.columns, block = layout.block;
-  const int64_t strips = (rows + nr - 1) / nr;
+  const int64_t nr = panels.nr, k = layout.k, unit = layout.unit, groups = grid.scale.columns;
+  const int64_t strips = (rows + nr - 1) / nr, chunk = 128 / unit * unit;
   static thread_local Scratch scratch;
-  const int64_t strip_floats = nr * k, grid_floats = nr * groups, block_floats = nr * block;
-  float* strip = scratch.take(size_t(strips * (strip_floats + 2 * grid_floats + block_floats + nr) + 2 * block_floats));
-  float* scale = strip + strips * strip_floats;
+  const int64_t packed_floats = nr * up(k, panels.step), grid_floats = nr * groups, block_floats = nr * std::min(layout.block, up(k, unit));
+  float* packed = scratch.take(size_t(strips * (packed_floats + 2 * grid_floats + block_floats + nr) + block_floats + 2 * nr * chunk));
+  float* scale = packed + strips * packed_floats;
   float* zero = scale + strips * grid_floats;
   float* feedback = zero + strips * grid_floats;
   float* loss = feedback + strips * block_floats;
-  float* codes = loss + strips * nr;
-  float* values = codes + block_floats;
+  float* errors = loss + strips * nr;
+  float* codes = errors + block_floats;
+  float* values = codes + nr * chunk;
   std::vector<double> losses(size_t(strips * nr), 0.0);
   for (int64_t s = 0; s < strips; s++) {
     const int64_t r0 = row0 + s * nr, n = std::min(nr, row0 + rows - r0);
-    kernel.pack(strip + s * strip_floats, job.w.row(r0), DC_F32, job.w.stride, 1, n, k, int(nr));
     kernel.pack(scale + s * grid_floats, grid.scales(job.e, r0), DC_F32, grid.scale.stride, 1, n, groups, int(nr));
     if (grid.zero)
       kernel.pack(zero + s * grid_floats, grid.zeros(job.e, r0), DC_F32, grid.zero_stride, 1, n, groups, int(nr));
     else
       std::fill(zero + s * grid_floats, zero + (s + 1) * grid_floats, 0.0f);
   }
-  for (int64_t j0 = 0; j0 < k; j0 += block) {
+  for (int64_t j0 = 0; j0 < k; j0 += layout.block) {
     const int64_t width = layout.end(j0) - j0;
     std::fill(feedback, feedback + strips * block_floats, 0.0f);
-    for (int64_t i0 = 0; i0 < j0; i0 += kDepth) {
-      const float* piece = job.factor + layout.piece(j0, i0);
-      const int64_t n = std::min(kDepth, j0 - i0);
-      for (int64_t s = 0; s < strips; s++)
-        kernel.block(feedback + s * block_floats, nr, piece, strip + s * strip_floats + i0 * nr, width, nr, n, true);
+    for (int64_t i0 = 0; i0 < j0; i0 += layout.kDepth) {
+      const int64_t n = std::min(layout.kDepth, j0 - i0);
+      for (int64_t p = 0; p < width; p += chunk)  // so that a piece of the factor stays in L2
+        for (int64_t s = 0; s < strips; s++)
+          panels.block(feedback + s * block_floats + p * nr, nr, job.factor + layout.before(j0, i0) + p * n,
+                       packed + s * packed_floats + i0 * nr, std::min(chunk, width - p), nr, n, true);
     }
-    const float* own = job.factor + layout.piece(j0, j0);
     std::fill(loss, loss + strips * nr, 0.0f);
     for (int64_t s = 0; s < strips; s++) {
-      float* e = strip + s * strip_floats + j0 * nr;
-      float* back = feedback + s * block_floats;
-      for (int64_t p = 0; p < width; p += mr) {
-        const int64_t m = std::min(mr, width - p);
-        const float *panel = own + p * width, *scales[32], *zeros[32];
-        if (p > 0) kernel.block(back + p * nr, nr, panel, e, m, nr, p, true);
-        for (int64_t j = 0; j < m; j++) {
-          const int64_t g = grid.group_of(job.e, j0 + p + j);
-          scales[j] = scale + s * grid_floats + g * nr;
-          zeros[j] = zero + s * grid_floats + g * nr;
+      const int64_t r0 = row0 + s * nr, rest = std::min(nr, row0 + rows - r0);
+      float *own = packed + s * packed_floats + j0 * nr, *back = feedback + s * block_floats;
+      kernel.pack(errors, job.w.row(r0) + j0, DC_F32, job.w.stride, 1, rest, width, int(nr));
+      for (int64_t c0 = 0; c0 < width; c0 += chunk) {
+        const int64_t c1 = std::min(c0 + chunk, width);
+        for (int64_t p = c0; p < c1; p += unit) {
+          const int64_t m = std::min(unit, width - p);
+          if (p > 0) panels.block(back + p * nr, nr, job.factor + layout.own(j0, j0 + p), own, m, nr, p, true);
+          const float *square = job.factor + layout.square(j0 + p), *scales[32], *zeros[32];
+          for (int64_t j = 0; j < m; j++) {
+            const int64_t g = grid.group_of(job.e, j0 + p + j);
+            scales[j] = scale + s * grid_floats + g * nr;
+            zeros[j] = zero + s * grid_floats + g * nr;
+          }
+          LdlqColumns columns{};
+          columns.m = int(m), columns.mr = int(unit), columns.nr = int(nr);
+          columns.low = grid.low, columns.high = grid.high;
+          columns.e = errors + p * nr, columns.feedback = back + p * nr;
+          columns.factor = square, columns.diagonal = square + unit * unit;
+          columns.inverse = columns.diagonal + unit;
+          columns.scale = scales, columns.zero = zeros;
+          columns.codes = codes + (p - c0) * nr, columns.q = values + (p - c0) * nr;
+          columns.loss = loss + s * nr;
+          sweep.ldlq(columns);
+          if (j0 + p + m < k) panels.pack_b(own + p * nr, errors + p * nr, DC_F32, 1, nr, nr, m);
         }
-        LdlqColumns columns{};
-        columns.m = int(m), columns.mr = int(mr), columns.nr = int(nr);
-        columns.low = grid.low, columns.high = grid.high;
-        columns.e = e + p * nr, columns.feedback = back + p * nr;
-        columns.factor = panel + p * mr, columns.diagonal = job.diagonal + j0 + p;
-        columns.scale = scales, columns.zero = zeros;
-        columns.codes = codes + p * nr, columns.q = values + p * nr;
-        columns.loss = loss + s * nr;
-        sweep.ldlq(columns);
-      }
-      const int64_t r0 = row0 + s * nr, n = std::min(nr, row0 + rows - r0);
-      for (int64_t r = 0; r < n; r++) {
-        int8_t* code_row = job.codes.row(r0 + r) + j0;
-        float* value_row = job.q.row(r0 + r) + j0;
-        for (int64_t j = 0; j < width; j++) {
-          code_row[j] = int8_t(codes[j * nr + r]);
-          value_row[j] = values[j * nr + r];
-        }
+        sweep.unstrip_bytes(job.codes.row(r0) + j0 + c0, job.codes.stride, codes, int(nr), rest, c1 - c0);
+        sweep.unstrip(job.q.row(r0) + j0 + c0, job.q.stride, values, int(nr), rest, c1 - c0);
       }
     }
     for (int64_t i = 0; i < strips * nr; i++) losses[size_t(i)] += double(loss[i]);
@@ -162,16 +168,14 @@ extern "C" int dc_cpu_ldlq(dc_context* c, const dc_call* call) {
   if (grid.check(c, w.batch, k)) return 1;
   const PackedFactor layout(k);
   static thread_local Scratch scratch;
-  float* factor = scratch.take(size_t(layout.offset.back() + k));
-  float* diagonal = factor + layout.offset.back();
+  float* factor = scratch.take(size_t(layout.floats()));
   // Tiles of rows: what a thread keeps of them should stay in a few MB; their number divides evenly over the threads.
-  const int64_t nr = gemm_kernels().nr, strips = (rows + nr - 1) / nr;
+  const int64_t nr = layout.panels.nr, strips = (rows + nr - 1) / nr;
   const int64_t most = std::min<int64_t>(16, std::max<int64_t>(4, (1 << 20) / (nr * std::max<int64_t>(k, 1))));
   const int64_t tiles = std::min(strips, up((strips + most - 1) / most, c->threads == 1 ? 1 : 4 * c->threads));
   for (int64_t e = 0; e < w.batch; e++) {
     layout.pack(c, factor, r[e]);
-    for (int64_t j = 0; j < k; j++) diagonal[j] = r.row(e, j)[j];
-    const LdlqJob job{layout, factor, diagonal, grid, e, codes[e], q[e], w[e], t[7]};
+    const LdlqJob job{layout, factor, grid, e, codes[e], q[e], w[e], t[7]};
     parallel_for(c, tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++) {
         const int64_t from = strips * p / tiles * nr, to = std::min(strips * (p + 1) / tiles * nr, rows);
@@ -218,7 +222,10 @@ extern "C" int dc_cpu_scale_search(dc_context* c, const dc_call* call) {
         const float span = asymmetric ? most - least : std::max(most, -least) * 2, base = span / (high - low);
         float best = 1;
         if (asymmetric) best_zero = std::min(std::max(0.0f, low), high);
-        if (base > 0 && std::isfinite(base)) {
+        if (base > 0 && std::isfinite(base) && points == 1 && !asymmetric && !search.free_sign) {  // no choice
+          best = base * multiples[0];
+          if (!(best != 0)) best = base;
+        } else if (base > 0 && std::isfinite(base)) {
           std::fill(values, values + 2 * padded, 0.0f);
           float energy = 0;
           for (int64_t j = 0; j < m; j++) {

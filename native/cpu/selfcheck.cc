@@ -39,9 +39,9 @@ bool same(const Floats& a, const Floats& b) {
     if (a[i] != b[i] && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
   return true;
 }
-bool close(const Floats& a, const Floats& b) {
+bool close(const Floats& a, const Floats& b, float bound = 1e-4f) {
   for (size_t i = 0; i < a.size(); i++)
-    if (!(std::fabs(a[i] - b[i]) <= 1e-4f)) return false;
+    if (!(std::fabs(a[i] - b[i]) <= bound)) return false;
   return true;
 }
 
@@ -108,16 +108,16 @@ bool amx_allowed() {
   return tile && bf16 && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 }
 
-// A product of bf16 operands lying along their lines or across, with edges in every dimension.
-Floats bf16_product(const Panels& kernel, int64_t m, int64_t n, int64_t k, bool across) {
-  std::vector<uint16_t> a(size_t(m * k)), b(size_t(n * k));
-  element_kernels_avx2.store(a.data(), DC_BF16, noise(a.size(), 7).data(), m * k);
-  element_kernels_avx2.store(b.data(), DC_BF16, noise(b.size(), 8).data(), n * k);
+// A product of operands lying along their lines or across, with edges in every dimension.
+Floats packed_product(const Panels& kernel, int dtype, int64_t m, int64_t n, int64_t k, bool across) {
+  std::vector<uint32_t> a(size_t(m * k)), b(size_t(n * k));  // room for any dtype
+  element_kernels_avx2.store(a.data(), dtype, noise(a.size(), 7).data(), m * k);
+  element_kernels_avx2.store(b.data(), dtype, noise(b.size(), 8).data(), n * k);
   auto up = [](int64_t x, int64_t step) { return (x + step - 1) / step * step; };
   const int64_t line = up(k, kernel.step);
   std::vector<float> pa(size_t(up(m, kernel.mr) * line)), pb(size_t(up(n, kernel.nr) * line));  // more than enough
-  kernel.pack_a(pa.data(), a.data(), DC_BF16, across ? 1 : k, across ? m : 1, m, k);
-  kernel.pack_b(pb.data(), b.data(), DC_BF16, across ? 1 : k, across ? n : 1, n, k);
+  kernel.pack_a(pa.data(), a.data(), dtype, across ? 1 : k, across ? m : 1, m, k);
+  kernel.pack_b(pb.data(), b.data(), dtype, across ? 1 : k, across ? n : 1, n, k);
   Floats c(static_cast<size_t>(m * n));
   kernel.block(c.data(), n, pa.data(), pb.data(), m, n, line, false);
   kernel.block(c.data(), n, pa.data(), pb.data(), m, n, line, true);
@@ -126,15 +126,26 @@ Floats bf16_product(const Panels& kernel, int64_t m, int64_t n, int64_t k, bool 
 
 }  // namespace
 
-extern const Panels panels_amx;
+extern const Panels panels_amx, split_panels_amx;
 
 const Panels* bf16_panels() {
   static const Panels* const panels = [] {
     if (strcmp(dc_isa(), "avx512") != 0 || !amx_allowed()) return static_cast<const Panels*>(nullptr);
     for (bool across : {false, true})
-      if (!close(bf16_product(panels_amx, 71, 83, 77, across), bf16_product(float_panels(), 71, 83, 77, across)))
+      if (!close(packed_product(panels_amx, DC_BF16, 71, 83, 77, across), packed_product(float_panels(), DC_BF16, 71, 83, 77, across)))
         return static_cast<const Panels*>(nullptr);
     return &panels_amx;
+  }();
+  return panels;
+}
+
+const Panels* split_panels() {
+  static const Panels* const panels = [] {
+    if (!bf16_panels()) return static_cast<const Panels*>(nullptr);
+    for (bool across : {false, true})
+      if (!close(packed_product(split_panels_amx, DC_F32, 71, 83, 77, across), packed_product(float_panels(), DC_F32, 71, 83, 77, across), 1e-3f))
+        return static_cast<const Panels*>(nullptr);
+    return &split_panels_amx;
   }();
   return panels;
 }
@@ -144,5 +155,6 @@ const Panels* bf16_panels() {
 #else
 
 const dc::Panels* dc::bf16_panels() { return nullptr; }
+const dc::Panels* dc::split_panels() { return nullptr; }
 
 #endif

@@ -26,72 +26,52 @@ inline __attribute__((always_inline)) float read_one(const char* src, int dtype,
   return dtype == DC_BF16 ? bf16_to_float(h) : f16_to_float(h);
 }
 
-// --- 8 (or 4) consecutive elements as fp32 ---
-#if defined(__AVX2__)
-constexpr int L = 8;
-typedef __m256 lane;
+// L consecutive elements as fp32.
 inline __attribute__((always_inline)) lane load_lane(const char* src, int dtype, int64_t i) {
+#if defined(__AVX2__)
   if (dtype == DC_F32) return _mm256_loadu_ps(reinterpret_cast<const float*>(src) + i);
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(reinterpret_cast<const uint16_t*>(src) + i));
   if (dtype == DC_BF16) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   return _mm256_cvtph_ps(h);
-}
-inline __attribute__((always_inline)) void transpose(lane r[L]) {
-  const __m256 t0 = _mm256_unpacklo_ps(r[0], r[1]), t1 = _mm256_unpackhi_ps(r[0], r[1]);
-  const __m256 t2 = _mm256_unpacklo_ps(r[2], r[3]), t3 = _mm256_unpackhi_ps(r[2], r[3]);
-  const __m256 t4 = _mm256_unpacklo_ps(r[4], r[5]), t5 = _mm256_unpackhi_ps(r[4], r[5]);
-  const __m256 t6 = _mm256_unpacklo_ps(r[6], r[7]), t7 = _mm256_unpackhi_ps(r[6], r[7]);
-  const __m256 s0 = _mm256_shuffle_ps(t0, t2, 0x44), s1 = _mm256_shuffle_ps(t0, t2, 0xEE);
-  const __m256 s2 = _mm256_shuffle_ps(t1, t3, 0x44), s3 = _mm256_shuffle_ps(t1, t3, 0xEE);
-  const __m256 s4 = _mm256_shuffle_ps(t4, t6, 0x44), s5 = _mm256_shuffle_ps(t4, t6, 0xEE);
-  const __m256 s6 = _mm256_shuffle_ps(t5, t7, 0x44), s7 = _mm256_shuffle_ps(t5, t7, 0xEE);
-  r[0] = _mm256_permute2f128_ps(s0, s4, 0x20), r[1] = _mm256_permute2f128_ps(s1, s5, 0x20);
-  r[2] = _mm256_permute2f128_ps(s2, s6, 0x20), r[3] = _mm256_permute2f128_ps(s3, s7, 0x20);
-  r[4] = _mm256_permute2f128_ps(s0, s4, 0x31), r[5] = _mm256_permute2f128_ps(s1, s5, 0x31);
-  r[6] = _mm256_permute2f128_ps(s2, s6, 0x31), r[7] = _mm256_permute2f128_ps(s3, s7, 0x31);
-}
 #else
-constexpr int L = 4;
-typedef vf lane;
-inline __attribute__((always_inline)) lane load_lane(const char* src, int dtype, int64_t i) {
   if (dtype == DC_F32) return loadf(reinterpret_cast<const float*>(src) + i);
   const uint16_t* h = reinterpret_cast<const uint16_t*>(src) + i;
   if (dtype == DC_BF16) return (vf)(__builtin_convertvector(vload<vh>(h), vu) << 16);
   return vf{f16_to_float(h[0]), f16_to_float(h[1]), f16_to_float(h[2]), f16_to_float(h[3])};
-}
-inline __attribute__((always_inline)) void transpose(lane r[L]) {
-  const vf t0 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), t1 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-  const vf t2 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), t3 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  r[0] = __builtin_shufflevector(t0, t2, 0, 1, 4, 5), r[1] = __builtin_shufflevector(t0, t2, 2, 3, 6, 7);
-  r[2] = __builtin_shufflevector(t1, t3, 0, 1, 4, 5), r[3] = __builtin_shufflevector(t1, t3, 2, 3, 6, 7);
-}
 #endif
+}
 inline __attribute__((always_inline)) void store_lane(float* p, lane v) { std::memcpy(p, &v, sizeof v); }
 
-// One panel of `width` lines, of which `lines` exist.
-template <int kDtype>
+// One panel of `width` lines, of which `lines` exist. kWidth: `width` where it is known beforehand, else 0.
+template <int kDtype, int kWidth>
 void pack_panel(float* dst, const char* src, int64_t line_stride, int64_t position_stride, int lines, int64_t k,
-                int width) {
+                int any_width) {
+  constexpr int kSquares = (kDtype == DC_F32 ? 16 : 32) / L;  // a cache line of each line: it may be gone after that
+  const int width = kWidth ? kWidth : any_width;
   int64_t p = 0;
   if (position_stride == 1) {
-    // Lines run along k: transpose squares of L x L; the stores of a narrow panel overlap, each repairs the one before.
-    for (; p + L <= k; p += L) {
-      for (int i0 = 0; i0 < width; i0 += L) {
-        lane r[L];
-        for (int i = 0; i < L; i++) {
-          if (i0 + i < lines)
-            r[i] = load_lane(src, kDtype, (i0 + i) * line_stride + p);
-          else
-            r[i] = lane{};
+    // Lines run along k: transpose squares of L x L.
+    auto squares = [&](int count) __attribute__((always_inline)) {
+      for (int i0 = 0; i0 < width; i0 += L)
+        for (int64_t p0 = p; p0 < p + count * L; p0 += L) {
+          lane r[L];
+          for (int i = 0; i < L; i++) {
+            if (i0 + i < lines)
+              r[i] = load_lane(src, kDtype, (i0 + i) * line_stride + p0);
+            else
+              r[i] = lane{};
+          }
+          transpose(r);
+          if (i0 + L <= width) {
+            for (int q = 0; q < L; q++) store_lane(dst + (p0 + q) * width + i0, r[q]);
+          } else {
+            for (int q = 0; q < L; q++) std::memcpy(dst + (p0 + q) * width + i0, &r[q], size_t(width - i0) * 4);
+          }
         }
-        transpose(r);
-        if (i0 + L <= width) {
-          for (int q = 0; q < L; q++) store_lane(dst + (p + q) * width + i0, r[q]);
-        } else {
-          for (int q = 0; q < L; q++) std::memcpy(dst + (p + q) * width + i0, &r[q], size_t(width - i0) * 4);
-        }
-      }
-    }
+      p += count * L;
+    };
+    while (p + kSquares * L <= k) squares(kSquares);
+    while (p + L <= k) squares(1);
   } else if (line_stride == 1 && lines == width) {
     for (; p < k; p++) {
       int i = 0;
@@ -104,19 +84,26 @@ void pack_panel(float* dst, const char* src, int64_t line_stride, int64_t positi
       dst[p * width + i] = i < lines ? read_one(src, kDtype, i * line_stride + p * position_stride) : 0;
 }
 
+template <int kDtype>
+void pack_panels(float* dst, const char* src, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k,
+                 int width) {
+  const auto panel = width == MR   ? pack_panel<kDtype, MR>
+                     : width == NR ? pack_panel<kDtype, NR>
+                                   : pack_panel<kDtype, 0>;
+  for (int64_t i = 0; i < lines; i += width)
+    panel(dst + i * k, src + i * line_stride * (kDtype == DC_F32 ? 4 : 2), line_stride, position_stride,
+          int(lines - i < width ? lines - i : width), k, width);
+}
+
 void pack(float* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k,
           int width) {
-  for (int64_t i = 0; i < lines; i += width) {
-    const int n = int(lines - i < width ? lines - i : width);
-    float* panel = dst + i * k;
-    const char* from = static_cast<const char*>(src) + i * line_stride * (dtype == DC_F32 ? 4 : 2);
-    if (dtype == DC_F32)
-      pack_panel<DC_F32>(panel, from, line_stride, position_stride, n, k, width);
-    else if (dtype == DC_BF16)
-      pack_panel<DC_BF16>(panel, from, line_stride, position_stride, n, k, width);
-    else
-      pack_panel<DC_F16>(panel, from, line_stride, position_stride, n, k, width);
-  }
+  const char* from = static_cast<const char*>(src);
+  if (dtype == DC_F32)
+    pack_panels<DC_F32>(dst, from, line_stride, position_stride, lines, k, width);
+  else if (dtype == DC_BF16)
+    pack_panels<DC_BF16>(dst, from, line_stride, position_stride, lines, k, width);
+  else
+    pack_panels<DC_F16>(dst, from, line_stride, position_stride, lines, k, width);
 }
 
 // C [MR, NR] = or += one panel of A times one of B.

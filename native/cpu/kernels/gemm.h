@@ -26,6 +26,7 @@ const GemmKernels& gemm_kernels();
 struct Panels {
   int mr, nr, step;
   int bytes;           // of a packed element
+  uint32_t sign;       // flips the signs in 4 bytes of packed elements
   int64_t depth, rows;  // k positions of a block, rows of A whose block fits L2
   void (*pack_a)(void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines,
                  int64_t k);
@@ -37,5 +38,7 @@ struct Panels {
 const Panels& float_panels();  // of any float dtypes
 // For two operands of bf16; NULL where the processor has no unit for them.
 const Panels* bf16_panels();
+// For operands of fp32 whose product may be off by 2^-16 of each term, as three products of bf16 parts on the same unit.
+const Panels* split_panels();
 
 }  // namespace dc

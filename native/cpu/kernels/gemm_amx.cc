@@ -1,5 +1,5 @@
-// Matrix multiplication of bf16 operands on AMX tiles (Intel Xeon from Sapphire Rapids on): products exact, sums in fp32.
-// Only the "amx" compilation of this file holds anything.
+// Matrix multiplication on AMX tiles (Intel Xeon from Sapphire Rapids on): of bf16 operands, products exact, sums in fp32;
+// of fp32 operands split into two bf16 parts each. Only the "amx" compilation of this file holds anything.
 #include "gemm.h"
 
 #if defined(DC_ISA_AMX)
@@ -11,7 +11,7 @@ namespace {
 
 // A tile register holds 16 rows of 64 bytes. A: 16 lines x 32 positions. B: 16 pairs of positions x 16 columns x 2.
 // Four accumulators make a block of 32 x 32.
-constexpr int L = 32;     // lines of a panel, of A and of B
+constexpr int kLines = 32;     // lines of a panel, of A and of B
 constexpr int KB = 32;    // positions of a tile
 constexpr int64_t kTile = 16 * 32;  // bf16 values of a tile
 
@@ -58,62 +58,123 @@ inline void pair_positions(uint16_t* dst, const uint16_t* src, int64_t position_
   }
 }
 
-// Calls tile(to, from, lines, positions) for every tile of 16 lines x 32 positions, in the order of panels of 32 lines;
-// both counts may fall short at the edges.
-template <class Tile>
-void each_tile(void* dst, const void* src, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k,
-               const Tile& tile) {
+// Row i of a tile of A: the 32 positions of line i. m lines of n positions exist; the rest is 0 already.
+void tile_a(uint16_t* to, const uint16_t* from, int64_t line_stride, int64_t position_stride, int64_t m, int64_t n) {
+  if (line_stride == 1 && m == 16 && n == KB) {
+    alignas(64) uint16_t pairs[kTile];
+    pair_positions(pairs, from, position_stride);
+    transpose_16(to, pairs, KB);
+    return;
+  }
+  for (int64_t i = 0; i < m; i++) {
+    if (position_stride == 1)
+      memcpy(to + i * KB, from + i * line_stride, size_t(n) * 2);
+    else
+      for (int64_t p = 0; p < n; p++) to[i * KB + p] = from[i * line_stride + p * position_stride];
+  }
+}
+
+// Row r of a tile of B: positions 2r and 2r + 1 of line 0, then of line 1, ...
+void tile_b(uint16_t* to, const uint16_t* from, int64_t line_stride, int64_t position_stride, int64_t m, int64_t n) {
+  if (m == 16 && n == KB && position_stride == 1) return transpose_16(to, from, line_stride);
+  if (m == 16 && n == KB && line_stride == 1) return pair_positions(to, from, position_stride);
+  for (int64_t p = 0; p < n; p++)
+    for (int64_t j = 0; j < m; j++) to[p / 2 * KB + j * 2 + p % 2] = from[j * line_stride + p * position_stride];
+}
+
+using Tile = decltype(tile_a);
+
+// Tiles of 16 lines x 32 positions in the order of panels of 32 lines; both counts may fall short at the edges.
+template <Tile tile>
+void pack(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
   const auto* from = static_cast<const uint16_t*>(src);
   auto* to = static_cast<uint16_t*>(dst);
-  for (int64_t i0 = 0; i0 < lines; i0 += L)
+  for (int64_t i0 = 0; i0 < lines; i0 += kLines)
     for (int64_t p0 = 0; p0 < k; p0 += KB)
-      for (int64_t i = i0; i < i0 + L; i += 16, to += kTile) {
+      for (int64_t i = i0; i < i0 + kLines; i += 16, to += kTile) {
         const int64_t m = lines - i < 0 ? 0 : lines - i < 16 ? lines - i : 16, n = k - p0 < KB ? k - p0 : KB;
         if (m < 16 || n < KB) memset(to, 0, kTile * 2);
-        tile(to, from + i * line_stride + p0 * position_stride, m, n);
+        tile(to, from + i * line_stride + p0 * position_stride, line_stride, position_stride, m, n);
       }
 }
 
-// Row i of a tile: the 32 positions of line i.
-void pack_a(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
-  each_tile(dst, src, line_stride, position_stride, lines, k, [=](uint16_t* to, const uint16_t* from, int64_t m, int64_t n) {
-    if (line_stride == 1 && m == 16 && n == KB) {
-      alignas(64) uint16_t pairs[kTile];
-      pair_positions(pairs, from, position_stride);
-      transpose_16(to, pairs, KB);
-      return;
-    }
-    for (int64_t i = 0; i < m; i++) {
-      if (position_stride == 1)
-        memcpy(to + i * KB, from + i * line_stride, size_t(n) * 2);
-      else
-        for (int64_t p = 0; p < n; p++) to[i * KB + p] = from[i * line_stride + p * position_stride];
-    }
-  });
+inline vu to_bf16(vf x) {  // in the upper half; nearest even, NaN stays NaN
+  const vu u = (vu)x;
+  return ((x == x ? u + 0x7FFF + (u >> 16 & 1) : vu{} + 0x7FC00000)) & 0xFFFF0000;
 }
 
-// Row r of a tile: positions 2r and 2r + 1 of line 0, then of line 1, ...
-void pack_b(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
-  each_tile(dst, src, line_stride, position_stride, lines, k, [=](uint16_t* to, const uint16_t* from, int64_t m, int64_t n) {
-    if (m == 16 && n == KB && position_stride == 1) return transpose_16(to, from, line_stride);
-    if (m == 16 && n == KB && line_stride == 1) return pair_positions(to, from, position_stride);
-    for (int64_t p = 0; p < n; p++)
-      for (int64_t j = 0; j < m; j++) to[p / 2 * KB + j * 2 + p % 2] = from[j * line_stride + p * position_stride];
-  });
+// The parts high + low of n <= 32 values, in bf16.
+inline void split(uint16_t* high, uint16_t* low, const float* from, int64_t stride, int64_t n) {
+  alignas(64) float rest[KB] = {};
+  if (stride != 1 || n % W != 0) {
+    for (int64_t i = 0; i < n; i++) rest[i] = from[i * stride];
+    from = rest;
+  }
+  for (int64_t i = 0; i < n; i += W) {
+    const vf x = loadf(from + i);
+    const vu h = to_bf16(x), l = to_bf16(x - (vf)h);
+    const vh upper = __builtin_convertvector(h >> 16, vh), lower = __builtin_convertvector(l >> 16, vh);
+    memcpy(high + i, &upper, sizeof upper);
+    memcpy(low + i, &lower, sizeof lower);
+  }
 }
 
+// As pack, of fp32 values: 32 positions of a panel are its two tiles of high parts, then the two of low parts.
+template <Tile tile>
+void pack_parts(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
+  const auto* from = static_cast<const float*>(src);
+  auto* to = static_cast<uint16_t*>(dst);
+  alignas(64) uint16_t high[kTile], low[kTile];
+  const bool across = line_stride == 1 && position_stride != 1;  // then a row of these is a position, else a line
+  for (int64_t i0 = 0; i0 < lines; i0 += kLines)
+    for (int64_t p0 = 0; p0 < k; p0 += KB, to += 4 * kTile)
+      for (int64_t half = 0; half < 2; half++) {
+        const int64_t i = i0 + 16 * half, m = lines - i < 0 ? 0 : lines - i < 16 ? lines - i : 16, n = k - p0 < KB ? k - p0 : KB;
+        if (m < 16 || n < KB) {
+          memset(high, 0, sizeof high);
+          memset(low, 0, sizeof low);
+        }
+        const float* corner = from + i * line_stride + p0 * position_stride;
+        if (across) {
+          for (int64_t p = 0; p < n; p++) split(high + p * 16, low + p * 16, corner + p * position_stride, 1, m);
+        } else {
+          for (int64_t r = 0; r < m; r++) split(high + r * KB, low + r * KB, corner + r * line_stride, position_stride, n);
+        }
+        tile(to + half * kTile, high, across ? 1 : KB, across ? 16 : 1, 16, KB);
+        tile(to + (2 + half) * kTile, low, across ? 1 : KB, across ? 16 : 1, 16, KB);
+      }
+}
+
+// Four accumulators += two tiles of A times two of B, which registers 4 to 7 hold.
+inline __attribute__((always_inline)) void products() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+inline __attribute__((always_inline)) void load_a(const uint16_t* tiles) {
+  _tile_loadd(4, tiles, 64);
+  _tile_loadd(5, tiles + kTile, 64);
+}
+inline __attribute__((always_inline)) void load_b(const uint16_t* tiles) {
+  _tile_loadd(6, tiles, 64);
+  _tile_loadd(7, tiles + kTile, 64);
+}
+
+// Parts of an operand: 1, or high and low, whose product with each other is left out (2^-16 of a term and less).
+template <int kParts>
 void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  alignas(64) float edge[L * L];
-  const int64_t panel = L * k;
-  for (int64_t j = 0; j < n; j += L) {
-    for (int64_t i = 0; i < m; i += L) {
-      const uint16_t* pa = static_cast<const uint16_t*>(a) + i / L * panel;
-      const uint16_t* pb = static_cast<const uint16_t*>(b) + j / L * panel;
-      const bool whole = i + L <= m && j + L <= n;
+  alignas(64) float edge[kLines * kLines];
+  const int64_t panel = kLines * k * kParts;
+  for (int64_t j = 0; j < n; j += kLines) {
+    for (int64_t i = 0; i < m; i += kLines) {
+      const uint16_t* pa = static_cast<const uint16_t*>(a) + i / kLines * panel;
+      const uint16_t* pb = static_cast<const uint16_t*>(b) + j / kLines * panel;
+      const bool whole = i + kLines <= m && j + kLines <= n;
       float* at = whole ? c + i * ldc + j : edge;
-      const int64_t stride = whole ? ldc : L;
+      const int64_t stride = whole ? ldc : kLines;
       if (whole && accumulate) {
         _tile_loadd(0, at, stride * 4);
         _tile_loadd(1, at + 16, stride * 4);
@@ -125,25 +186,29 @@ void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64
         _tile_zero(2);
         _tile_zero(3);
       }
-      for (int64_t p = 0; p < k; p += KB, pa += 2 * kTile, pb += 2 * kTile) {
-        _tile_loadd(4, pa, 64);
-        _tile_loadd(6, pb, 64);
-        _tile_loadd(7, pb + kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, pa + kTile, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+      for (int64_t p = 0; p < k; p += KB, pa += 2 * kParts * kTile, pb += 2 * kParts * kTile) {
+        if (kParts == 2) {
+          load_a(pa + 2 * kTile);
+          load_b(pb);
+          products();
+          load_a(pa);
+          products();
+          load_b(pb + 2 * kTile);
+        } else {
+          load_a(pa);
+          load_b(pb);
+        }
+        products();
       }
       _tile_stored(0, at, stride * 4);
       _tile_stored(1, at + 16, stride * 4);
       _tile_stored(2, at + 16 * stride, stride * 4);
       _tile_stored(3, at + 16 * stride + 16, stride * 4);
       if (whole) continue;
-      const int64_t rows = m - i < L ? m - i : L, columns = n - j < L ? n - j : L;
+      const int64_t rows = m - i < kLines ? m - i : kLines, columns = n - j < kLines ? n - j : kLines;
       float* to = c + i * ldc + j;
       for (int64_t r = 0; r < rows; r++)
-        for (int64_t s = 0; s < columns; s++) to[r * ldc + s] = accumulate ? to[r * ldc + s] + edge[r * L + s] : edge[r * L + s];
+        for (int64_t s = 0; s < columns; s++) to[r * ldc + s] = accumulate ? to[r * ldc + s] + edge[r * kLines + s] : edge[r * kLines + s];
     }
   }
   _tile_release();
@@ -151,8 +216,9 @@ void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64
 
 }  // namespace
 
-extern const Panels panels_amx;
-const Panels panels_amx = {L, L, KB, 2, 512, 256, pack_a, pack_b, block};
+extern const Panels panels_amx, split_panels_amx;
+const Panels panels_amx = {kLines, kLines, KB, 2, 0x80008000, 512, 256, pack<tile_a>, pack<tile_b>, block<1>};
+const Panels split_panels_amx = {kLines, kLines, KB, 4, 0x80008000, 256, 256, pack_parts<tile_a>, pack_parts<tile_b>, block<2>};
 
 }  // namespace dc
 #endif

@@ -14,24 +14,43 @@ inline __attribute__((always_inline)) vf round_even(vf x) {
 // clamp(round(x), low, high); NaN gives low. Clamping first is the same, and keeps x within round_even's reach.
 inline __attribute__((always_inline)) vf to_code(vf x, vf low, vf high) { return round_even(vmin(vmax(x, low), high)); }
 
-void ldlq(const LdlqColumns& c) {
+// V vectors of rows at once: a column waits for the one before it, other rows fill the time.
+template <int V>
+void ldlq_lanes(const LdlqColumns& c, int64_t r) {
   const vf low = splat(c.low), high = splat(c.high);
-  for (int r = 0; r < c.nr; r += W) {
-    vf loss = loadf(c.loss + r);
-    for (int j = 0; j < c.m; j++) {
-      const int at = j * c.nr + r;
-      vf sum = loadf(c.feedback + at);
-      for (int i = 0; i < j; i++) sum = madd(loadf(c.e + i * c.nr + r), splat(c.factor[i * c.mr + j]), sum);
-      const vf w = loadf(c.e + at), v = w + sum;
-      const vf s = loadf(c.scale[j] + r), z = loadf(c.zero[j] + r);
-      const vf code = to_code(v / s + z, low, high), q = (code - z) * s, d = (v - q) * c.diagonal[j];
-      storef(c.codes + at, code);
-      storef(c.q + at, q);
-      storef(c.e + at, w - q);
-      loss = madd(d, d, loss);
+  vf loss[V];
+  for (int v = 0; v < V; v++) loss[v] = loadf(c.loss + r + v * W);
+  for (int j = 0; j < c.m; j++) {
+    const int64_t at = int64_t(j) * c.nr + r;
+    vf even[V], odd[V];
+    for (int v = 0; v < V; v++) even[v] = loadf(c.feedback + at + v * W), odd[v] = vf{};
+    const float *f = c.factor + j, *e = c.e + r;
+    int i = 0;
+    for (; i + 2 <= j; i += 2, f += 2 * c.mr, e += 2 * c.nr)
+      for (int v = 0; v < V; v++) {
+        even[v] = madd(loadf(e + v * W), splat(f[0]), even[v]);
+        odd[v] = madd(loadf(e + c.nr + v * W), splat(f[c.mr]), odd[v]);
+      }
+    if (i < j)
+      for (int v = 0; v < V; v++) even[v] = madd(loadf(e + v * W), splat(f[0]), even[v]);
+    const vf inverse = splat(c.inverse[j]), diagonal = splat(c.diagonal[j]);
+    for (int v = 0; v < V; v++) {
+      const vf w = loadf(c.e + at + v * W), x = madd(even[v] + odd[v], inverse, w);
+      const vf s = loadf(c.scale[j] + r + v * W), z = loadf(c.zero[j] + r + v * W);
+      const vf code = to_code(x / s + z, low, high), q = (code - z) * s, d = (x - q) * diagonal;
+      storef(c.codes + at + v * W, code);
+      storef(c.q + at + v * W, q);
+      storef(c.e + at + v * W, w - q);
+      loss[v] = madd(d, d, loss[v]);
     }
-    storef(c.loss + r, loss);
   }
+  for (int v = 0; v < V; v++) storef(c.loss + r + v * W, loss[v]);
+}
+
+void ldlq(const LdlqColumns& c) {
+  int64_t r = 0;
+  for (; r + 2 * W <= c.nr; r += 2 * W) ldlq_lanes<2>(c, r);
+  for (; r < c.nr; r += W) ldlq_lanes<1>(c, r);
 }
 
 void solve(float* x, const float* l, const float* inverse, int m, int mr, int nr) {
@@ -41,6 +60,73 @@ void solve(float* x, const float* l, const float* inverse, int m, int mr, int nr
       for (int i = 0; i < j; i++) sum = madd(loadf(x + i * nr + r), splat(l[i * mr + j]), sum);
       storef(x + j * nr + r, sum * inverse[j]);
     }
+  }
+}
+
+int factor(float* m, int64_t ld, int n) {
+  constexpr int most = 64;
+  alignas(64) float l[most][most] = {}, column[most] = {};
+  for (int i = 0; i < n; i++) std::memcpy(l[i], m + i * ld, size_t(i + 1) * 4);
+  for (int j = 0; j < n; j++) {
+    const float pivot = l[j][j];
+    if (!(pivot > 0 && std::isfinite(pivot))) return j + 1;
+    const float root = std::sqrt(pivot), inverse = 1 / root;
+    l[j][j] = root;
+    column[j] = 0;  // finished columns of the vector below stay as they are
+    for (int i = j + 1; i < n; i++) column[i] = l[i][j] *= inverse;
+    const int first = (j + 1) / W * W;
+    for (int i = j + 1; i < n; i++) {
+      const vf x = splat(-column[i]);
+      for (int p = first; p <= i; p += W) storef(l[i] + p, madd(x, loadf(column + p), loadf(l[i] + p)));
+    }
+  }
+  for (int i = 0; i < n; i++) std::memcpy(m + i * ld, l[i], size_t(i + 1) * 4);
+  return 0;
+}
+
+// Squares of L x L are transposed, the edges copied one by one.
+template <class T, class Store>
+inline __attribute__((always_inline)) void unstrip_into(T* out, int64_t ld, const float* strip, int nr, int64_t rows,
+                                                        int64_t columns, const Store& store) {
+  for (int64_t r = 0; r < rows; r += L) {
+    int64_t j = 0;
+    if (r + L <= rows)
+      for (; j + L <= columns; j += L) {
+        lane square[L];
+        for (int i = 0; i < L; i++) std::memcpy(&square[i], strip + (j + i) * nr + r, sizeof(lane));
+        transpose(square);
+        for (int i = 0; i < L; i++) store(out + (r + i) * ld + j, square[i]);
+      }
+    for (; j < columns; j++)
+      for (int64_t i = r; i < rows && i < r + L; i++) out[i * ld + j] = T(strip[j * nr + i]);
+  }
+}
+void unstrip(float* out, int64_t ld, const float* strip, int nr, int64_t rows, int64_t columns) {
+  unstrip_into(out, ld, strip, nr, rows, columns, [](float* to, const lane& v) { std::memcpy(to, &v, sizeof v); });
+}
+void unstrip_bytes(int8_t* out, int64_t ld, const float* strip, int nr, int64_t rows, int64_t columns) {
+  unstrip_into(out, ld, strip, nr, rows, columns, [](int8_t* to, const lane& v) {
+#if defined(__AVX2__)
+    const __m256i x = _mm256_cvtps_epi32(v);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(half, half));
+#else
+    for (int i = 0; i < L; i++) to[i] = int8_t(v[i]);
+#endif
+  });
+}
+void flip(float* out, int64_t ldo, const float* in, int64_t ldi, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += L) {
+    int64_t j = 0;
+    if (i + L <= rows)
+      for (; j + L <= columns; j += L) {
+        lane square[L];
+        for (int q = 0; q < L; q++) std::memcpy(&square[q], in + (columns - 1 - j - q) * ldi + rows - i - L, sizeof(lane));
+        transpose(square);
+        for (int q = 0; q < L; q++) std::memcpy(out + (i + q) * ldo + j, &square[L - 1 - q], sizeof(lane));
+      }
+    for (; j < columns; j++)
+      for (int64_t q = i; q < rows && q < i + L; q++) out[q * ldo + j] = in[(columns - 1 - j) * ldi + rows - 1 - q];
   }
 }
 
@@ -215,7 +301,7 @@ int64_t descend(const DescentColumns& d) {
 }  // namespace
 
 extern const SweepKernels DC_FOR_ISA(sweep_kernels);
-const SweepKernels DC_FOR_ISA(sweep_kernels) = {W,           descend,  ldlq,       solve, search,
-                                                search_zero, quantize, dequantize, range};
+const SweepKernels DC_FOR_ISA(sweep_kernels) = {W,      descend,     ldlq,     solve,      factor, unstrip, unstrip_bytes,
+                                                flip,   search,  search_zero, quantize, dequantize, range};
 
 }  // namespace dc

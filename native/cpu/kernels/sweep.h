@@ -12,9 +12,10 @@ struct LdlqColumns {
   int m, mr, nr;
   float low, high;
   float* e;               // [m, nr]: W in, W - Q out
-  const float* feedback;  // [m, nr]: sum over earlier columns i of (W_i - Q_i) R_ij / R_jj
-  const float* factor;    // [m, mr]: R_ij / R_jj of these columns, row i, column j > i
+  const float* feedback;  // [m, nr]: sum over earlier columns i of (W_i - Q_i) R_ij
+  const float* factor;    // [m, mr]: R_ij of these columns, row i, column j > i
   const float* diagonal;  // [m]: R_jj
+  const float* inverse;   // [m]: 1 / R_jj
   const float* const* scale;  // [m] -> [nr]
   const float* const* zero;   // [m] -> [nr]
   float* codes;               // [m, nr]
@@ -49,6 +50,14 @@ struct SweepKernels {
   // X L' = B for m columns of a strip: x [m, nr] holds B less what earlier columns contribute; l [m, mr] = -L_ji (row i,
   // column j > i), inverse [m] = 1 / L_jj.
   void (*solve)(float* x, const float* l, const float* inverse, int m, int mr, int nr);
+  // Cholesky factor of the lower triangle of m [n, n] in place, n <= 64; 0, or 1 + the index of the first pivot that is
+  // not positive and finite.
+  int (*factor)(float* m, int64_t ld, int n);
+  // Columns [columns, nr] of a strip -> rows [rows, columns], as they are or (where they are integers) as bytes.
+  void (*unstrip)(float* out, int64_t ld, const float* strip, int nr, int64_t rows, int64_t columns);
+  void (*unstrip_bytes)(int8_t* out, int64_t ld, const float* strip, int nr, int64_t rows, int64_t columns);
+  // out [rows, columns] = in [columns, rows] mirrored at its other diagonal: out(i, j) = in(columns - 1 - j, rows - 1 - i).
+  void (*flip)(float* out, int64_t ldo, const float* in, int64_t ldi, int64_t rows, int64_t columns);
   // Best scale base * multiple (negated where that is better), judged by sum weight (w - deq w)^2; n a multiple of 16.
   float (*search)(const GridSearch&, const float* w, const float* weight, int64_t n, float base);
   // The same with a zero point, which is one of `candidates` zeros.
