@@ -15,7 +15,7 @@ import {
 import { badUsage } from '../base/errors.js';
 import { formatBytes } from '../base/files.js';
 import { count, duration } from '../base/text.js';
-import type { JobOptions, MoeOptions } from '../moe/options.js';
+import { leastBalance, type JobOptions, type MoeOptions } from '../moe/options.js';
 import type { LayerRange, MoePlan } from '../moe/plan.js';
 import type { MoeReport } from '../moe/report.js';
 import { pruneMeasures } from '../moe/surgery/options.js';
@@ -55,6 +55,16 @@ const options = {
       return Number(given);
     },
   ),
+  groups: integer({
+    min: 2,
+    max: 2048,
+    help: 'Limit routing: experts form so many groups, those that fire together in one, and a token takes its experts from the best of them. glm4_moe only; with --top-groups.',
+  }),
+  topGroups: integer({
+    min: 1,
+    max: 2048,
+    help: 'How many of the groups that is, by the sums of their two best scores.',
+  }),
   method: choice(['split', 'upcycle', 'drop'], {
     default: 'split',
     help: 'split: experts are parts of the dense network. upcycle: each is a copy of it, for continued training. drop: a copy with some neurons drawn anew.',
@@ -154,6 +164,12 @@ const options = {
     section: fineSection,
     help: 'fitted: the method of this tool. The others are baselines to measure it against: the same experts on for every token (static), neurons dealt out at random, and clusters after CMoE.',
   }),
+  balance: number({
+    min: leastBalance,
+    max: 100,
+    section: fineSection,
+    help: 'Even out the load: selection biases are lowered until, on calibration text, no expert of a layer gets more than 1 + x times the mean (MaxVio at most x). What that costs is reported. glm4_moe only.',
+  }),
   ridge: number({
     min: 1e-8,
     max: 10,
@@ -192,6 +208,7 @@ export const command = defineCommand({
     const job = jobOptions(given, io);
     requireThen(given, io);
     requireDrop(given, io);
+    requireGroups(given);
     const distill = distillationOf(given, job, io);
     if (given.dryRun) return showPlan(await previewMoe(job), job, given, distill);
     using env = await openEnvironment(given, io);
@@ -239,13 +256,21 @@ async function joined({ mixture, distilled, quantized }: StagedResult, given: Gi
   return { ...rest, data: { ...data, mixture: mixtureData, ...stage }, text: `${lines.slice(1).join('\n')}\n${text}` };
 }
 
+function requireGroups({ groups, topGroups }: Given): void {
+  if ((groups === undefined) === (topGroups === undefined)) return;
+  throw badUsage('Groups of experts, and how many of them a token takes experts from, go together', {
+    got: groups === undefined ? `--top-groups ${topGroups}` : `--groups ${groups}`,
+    expected: 'both of --groups and --top-groups',
+  });
+}
+
 function requireDrop({ method }: Given, io: Io): void {
   if (method === 'drop' || !asks(io, 'dropRatio')) return;
   throw badUsage('Only --method drop draws neurons anew', { got: `--drop-ratio with --method ${method}` });
 }
 
 /** Options that say how a dense model is divided. */
-const divides = ['experts', 'active', 'shared', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'layers', 'pad', 'then', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[]), 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
+const divides = ['experts', 'active', 'shared', 'groups', 'topGroups', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'layers', 'pad', 'then', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[]), 'rounds', 'routerSteps', 'split', 'balance', 'ridge'] as const; // prettier-ignore
 
 /** What is to become of a mixture; undefined where a dense model is to become one. */
 function surgeryOf({ pruneExperts, mergeExperts }: Given, io: Io) {
@@ -331,6 +356,7 @@ function commonOptions(given: Given, io: Io): JobOptions {
 }
 
 function jobOptions(given: Given, io: Io): MoeOptions {
+  const { groups, topGroups, balance } = given;
   const { from } = io.settings;
   return {
     ...commonOptions(given, io),
@@ -339,6 +365,7 @@ function jobOptions(given: Given, io: Io): MoeOptions {
     experts: given.experts,
     active: given.active,
     ...(given.shared !== undefined && { shared: given.shared }),
+    ...(groups !== undefined && topGroups !== undefined && { limit: { groups, topGroups } }),
     dense: given.denseLayers,
     ...(given.layers !== undefined && { layers: given.layers }),
     pad: given.pad,
@@ -348,6 +375,7 @@ function jobOptions(given: Given, io: Io): MoeOptions {
     rounds: given.rounds,
     steps: given.routerSteps,
     lambda: given.ridge,
+    ...(balance !== undefined && { balance }),
     split: given.split,
   };
 }

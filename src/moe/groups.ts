@@ -1,4 +1,4 @@
-import { add, binary, choiceGradient, reduce } from '../tensor/ops.js';
+import { add, binary, choiceGradient, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { choose, scoresOf, type Router } from './choose.js';
 import { clusterNeurons } from './cluster.js';
@@ -36,7 +36,7 @@ export interface SoftChoice extends Choice {
 
 /**
  * `choiceGradient` under a limit: a soft choice of K among the experts of the groups that are open, and beside it one of
- * the open groups, by the sums of their two best scores, each worth what the token would take of it without a limit.
+ * the open groups, by the sums of their two best scores, each worth what the token would take of it if it were open.
  * scores, c f32 [T, R]: f32 [T, R].
  */
 export function limitedGradient(
@@ -59,8 +59,13 @@ export function limitedGradient(
     add(work, ds, choiceGradient(work, within.view(tokens, experts), c, { active, ...soft }), ds);
   }
   if (topGroups < groups) {
-    const wanted = binary(work, 'mul', c, maskOf(work, choose(work, scores, { active }), experts));
-    const worth = reduce(work, 'sum', byGroup(wanted), 2);
+    // What a token would take of a group: what lies above the least that it takes of those that are open, softly.
+    const taken = maskOf(work, choose(work, scores, { active, limit }), experts);
+    const least = reduce(work, 'min', binary(work, 'sub', scores, taken, { alpha: apart }), 1);
+    const above = binary(work, 'sub', scores, least.view(-1, 1));
+    unary(work, 'affine', above, 1 / soft.temperature, -apart / soft.temperature, above);
+    unary(work, 'sigmoid', above, 0, 0, above);
+    const worth = reduce(work, 'sum', byGroup(binary(work, 'mul', c, above)), 2);
     const gradient = choiceGradient(work, value, worth, { active: topGroups, ...soft });
     add(work, byGroup(ds), binary(work, 'mul', byGroup(best), gradient.view(tokens, groups, 1)), byGroup(ds));
   }

@@ -46,3 +46,6 @@ export interface MoeOptions extends JobOptions, Omit<MoeRecipe, 'shared'> {
   /** A baseline to measure against in place of the method; default: fitted. */
   readonly split?: SplitKind;
 }
+
+/** Of a few thousand tokens loads scatter by more than this anyway. */
+export const leastBalance = 0.01;

@@ -2,6 +2,7 @@ import { join } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { readJsonFile } from '../base/files.js';
 import type { Json } from '../base/job.js';
+import type { SharedSearch } from './search-shared.js';
 import { layerFromJson, toJson, type MoeReport } from './report.js';
 
 type Provenance = Readonly<Record<string, Json>>;
@@ -20,12 +21,15 @@ export async function finishedBy(out: string, fingerprint: Provenance): Promise<
 export async function finishedLayers(
   out: string,
   fingerprint: Provenance,
-): Promise<Pick<MoeReport, 'layers' | 'exactness'> | undefined> {
+): Promise<Pick<MoeReport, 'layers' | 'exactness' | 'sharedSearch'> | undefined> {
   const provenance = await finishedBy(out, fingerprint);
   return (
     provenance && {
       layers: ((provenance.layers ?? []) as readonly Json[]).map(layerFromJson),
       exactness: (provenance.allExpertsOn ?? undefined) as unknown as MoeReport['exactness'],
+      ...(provenance.sharedSearch !== undefined && {
+        sharedSearch: provenance.sharedSearch as unknown as SharedSearch,
+      }),
     }
   );
 }

@@ -11,7 +11,7 @@ import { blockResults, blockStep, eachBlock, streamBlocks } from '../arch/stream
 import { WeightReader } from '../arch/weights.js';
 import { modelCard } from './card.js';
 import type { Container } from './containers/types.js';
-import type { MoeOptions } from './options.js';
+import { leastBalance, type MoeOptions } from './options.js';
 import { describePlan, describeShape, dropRatioOf, makePlan, type MoePlan, type MoeRecipe } from './plan.js';
 import { describeSearch, layerFromJson, toJson, totalsOf, type LayerReport, type MoeReport } from './report.js';
 import { finishedLayers } from './reuse.js';
@@ -31,8 +31,6 @@ const finalFactor = 5;
 const [leastTokens, goodTokens] = [2, 16] as const;
 /** More tokens than this, and than the routers want, make clusters and routers slower but no better; the refit sees all. */
 const sampleEnough = 65_536;
-/** Of a few thousand tokens loads scatter by more than this anyway. */
-export const leastBalance = 0.01;
 /** Larger than this the standing test has failed: something is wrong with the split itself. */
 const exactnessLimit = 1e-3;
 
@@ -63,28 +61,28 @@ export async function runMoe(options: MoeOptions, env: JobEnv): Promise<MoeRepor
   if (options.out.endsWith('.gguf')) throw badUsage('A mixture cannot be written as .gguf', { hint: 'Write a folder or a .bin, then convert it.' }); // prettier-ignore
   const open = await openModel(options.input, { config: options.config });
   try {
-    let recipe = plainRecipe(options);
-    let plan = makePlan(open, recipe, isTorch(options.out));
-    requireSplit(options, plan);
-    if (options.shared === 'auto') sharedCandidates(recipe, plan);
-    for (const line of [...open.notes, ...describePlan(plan)]) env.log.info(line);
+    const recipe = plainRecipe(options);
+    const asked = makePlan(open, recipe, isTorch(options.out));
+    requireSplit(options, asked);
+    if (options.shared === 'auto') sharedCandidates(recipe, asked);
+    for (const line of [...open.notes, ...describePlan(asked)]) env.log.info(line);
     const { reuse = false, restart = false, overwrite = false } = options;
     if (!restart && !reuse) await requireNoOutput(options.out, overwrite);
-    const set = plan.method === 'split' ? await calibrate(options, open, env) : undefined;
-    let search: SharedSearch | undefined;
-    if (options.shared === 'auto' && set) {
-      search = await searchShared(open, set, searchOptions(options, recipe, env), env);
-      env.log.info(describeSearch(search));
+    const set = asked.method === 'split' ? await calibrate(options, open, env) : undefined;
+    const print = fingerprint(options, asked, open, set, env);
+    const decided = (search: SharedSearch | undefined) => {
+      if (!search) return { options, open, set, print, plan: asked };
       const { shared, experts, active } = search.best;
-      recipe = { ...recipe, shared, experts, active };
-      plan = makePlan(open, recipe, isTorch(options.out));
-    }
-    const print = fingerprint(options, plan, open, set, env);
+      return { options, open, set, print, search, plan: makePlan(open, { ...recipe, shared, experts, active }, isTorch(options.out)) }; // prettier-ignore
+    };
     const finished = reuse && !restart ? await finishedLayers(options.out, print) : undefined;
-    if (finished) return { ...unmeasured({ options, plan, open, set, search }), ...finished, out: resolve(options.out), resumed: true, seconds: 0 }; // prettier-ignore
-    return await Job.run({ out: options.out, overwrite, restart, fingerprint: print }, (job) =>
-      runJob({ options, open, plan, set, search, job, env, started }),
-    );
+    if (finished) {
+      return { ...unmeasured(decided(finished.sharedSearch)), ...finished, out: resolve(options.out), resumed: true, seconds: 0 }; // prettier-ignore
+    }
+    return await Job.run({ out: options.out, overwrite, restart, fingerprint: print }, async (job) => {
+      const search = options.shared === 'auto' && set ? await searchOnce(job, open, set, searchOptions(options, recipe, env), env) : undefined; // prettier-ignore
+      return await runJob({ ...decided(search), job, env, started });
+    });
   } finally {
     await open.close();
   }
@@ -95,10 +93,26 @@ interface Context {
   readonly open: OpenModel;
   readonly plan: MoePlan;
   readonly set: CalibrationSet | undefined;
-  readonly search: SharedSearch | undefined;
+  readonly search?: SharedSearch;
+  readonly print: Record<string, Json>;
   readonly job: Job;
   readonly env: JobEnv;
   readonly started: number;
+}
+
+/** The search as the job's first step: a run that goes on finds what an earlier one found. */
+async function searchOnce(
+  job: Job,
+  open: OpenModel,
+  set: CalibrationSet,
+  options: SearchOptions,
+  env: JobEnv,
+): Promise<SharedSearch> {
+  const known = job.data(searchStep) as unknown as SharedSearch | undefined;
+  const search = known ?? (await searchShared(open, set, options, env));
+  if (!known) await job.mark(searchStep, toJson(search));
+  env.log.info(describeSearch(search));
+  return search;
 }
 
 async function calibrate(options: MoeOptions, open: OpenModel, env: JobEnv): Promise<CalibrationSet> {
@@ -151,6 +165,12 @@ const refits = (o: MoeOptions): boolean => o.method === 'split' && o.active < o.
 export const statesOf = ({ states }: Pick<MoeOptions, 'states'>, env: JobEnv): 'f32' | 'bf16' =>
   states ?? (env.device.kind === 'cpu' ? 'f32' : 'bf16');
 
+/** What stays the same whatever number of shared experts is found. */
+const searchedShape = ({ routed, active, shared, ...rest }: MoeShape) => ({
+  ...rest,
+  ...{ parts: routed + shared, on: active + shared, shared: 'auto' },
+});
+
 function fingerprint(
   options: MoeOptions,
   plan: MoePlan,
@@ -165,7 +185,7 @@ function fingerprint(
     recipe: {
       method: plan.method,
       container: plan.container.name,
-      shape: toJson(plan.shape),
+      shape: toJson(options.shared === 'auto' ? searchedShape(plan.shape) : plan.shape),
       dense: [...plan.source.dense],
       refit: refits(options),
       ...splitOptions(options),
@@ -199,10 +219,10 @@ const plainRecipe = ({ shared, ...options }: MoeOptions): MoeRecipe => ({
   ...(shared !== undefined && shared !== 'auto' && { shared }),
 });
 
-const stage = 'moe';
+const [stage, searchStep] = ['moe', 'shared-search'] as const;
 
 async function runJob(context: Context): Promise<MoeReport> {
-  const { options, open, plan, set, job, env } = context;
+  const { options, open, plan, set, print, job, env } = context;
   const { model, checkpoint } = open;
   if (job.finished) {
     const report = reportOf(context);
@@ -221,7 +241,7 @@ async function runJob(context: Context): Promise<MoeReport> {
     extraFiles: new Map([['README.md', modelCard(options, plan, set)]]),
     provenance: {
       tool: options.tool,
-      recipe: { command: options.commandLine, ...fingerprint(options, plan, open, set, env) },
+      recipe: { command: options.commandLine, ...print },
       inputs: checkpoint.files,
     },
     accept: options.accept,

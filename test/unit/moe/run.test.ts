@@ -3,16 +3,22 @@ import { cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, 
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it, vi } from 'vitest';
+import { calibrationTokens } from '../../../src/arch/calibration.js';
+import { forwardContext } from '../../../src/arch/context.js';
 import { openModel } from '../../../src/arch/open.js';
 import { ResidentModel } from '../../../src/arch/resident.js';
+import { WeightReader } from '../../../src/arch/weights.js';
 import { silentLog } from '../../../src/base/log.js';
 import type { JobEnv } from '../../../src/backend/env.js';
 import { openDevice } from '../../../src/backend/load.js';
 import type { ContainerName } from '../../../src/moe/containers/types.js';
+import { loadOf } from '../../../src/moe/judge.js';
 import type { MoeOptions } from '../../../src/moe/options.js';
 import { previewMoe, runMoe } from '../../../src/moe/run.js';
-import { totalsOf } from '../../../src/moe/report.js';
-import { Scope } from '../../../src/tensor/tensor.js';
+import { summary, totalsOf } from '../../../src/moe/report.js';
+import { run } from '../../../src/nn/run.js';
+import { route } from '../../../src/tensor/ops.js';
+import { Scope, type Tensor } from '../../../src/tensor/tensor.js';
 import { archCase, fixture, relativeError } from '../../arch/support.js';
 
 vi.setConfig({ testTimeout: 300_000 });
@@ -103,6 +109,19 @@ describe('all experts on', () => {
     expect(last.plan.config.first_k_dense_replace).toBe(2);
   });
 
+  it('is the dense model with all groups open as well, where routing is limited to some', async () => {
+    const limit = { groups: 4, topGroups: 2 };
+    const report = await runMoe(job('groups', { active: 3, limit, refit: false }), env);
+    expect(report.plan.config).toMatchObject({ n_group: 4, topk_group: 2, num_experts_per_tok: 3 });
+    expect(report.exactness!.output.relative).toBeLessThan(5e-5);
+    const open = (change: object) => logitsOf(withConfig('groups', { num_experts_per_tok: 8, ...change }));
+    expect(relativeError(await open({ topk_group: 4 }), await dense)).toBeLessThan(5e-5);
+    // The limit stands in the file: without it tokens go elsewhere.
+    const [limited, free] = [await logitsOf(report.out), await logitsOf(withConfig('groups', { topk_group: 4 }))];
+    expect(relativeError(limited, free)).toBeGreaterThan(0.01);
+    expect(report.layers.every(({ router, errors }) => router.kept <= router.oracleKept + 1e-6 && errors.oracle <= errors.routed)).toBe(true); // prettier-ignore
+  });
+
   it('holds for copies with any number of active experts', async () => {
     for (const container of ['glm4_moe', 'qwen2_moe', 'mixtral'] satisfies ContainerName[]) {
       const report = await runMoe(job(`copies-${container}`, { method: 'upcycle', container, experts: 3 }), env);
@@ -132,6 +151,52 @@ describe('at the asked budget', () => {
   });
 });
 
+describe('a balanced load', () => {
+  it('stays below the bound on calibration text, lies in the file, and its cost is reported', async () => {
+    const balanced = await runMoe(job('balanced', { active: 3, balance: 0.1, refit: false }), env);
+    const plain = await runMoe(job('unbalanced', { active: 3, refit: false }), env);
+    for (const { balance, router, errors, tokens } of balanced.layers) {
+      expect(balance!.maxVio[0]).toBeGreaterThan(balance!.maxVio[1]);
+      expect(balance!.maxVio[1]).toBeLessThanOrEqual(0.1);
+      expect(tokens).toBeGreaterThan(500);
+      expect(balance!.before.kept).toBeGreaterThan(router.kept - 0.01);
+      expect(errors.routed).toBeLessThan(1.15 * balance!.error);
+    }
+    const totals = totalsOf(balanced.layers);
+    expect(totals.unbalanced!.maxVio).toBeGreaterThan(1.3 * totals.maxVio);
+    expect(totals.unbalanced!.bound).toBe(0.1);
+    expect(summary(balanced).join()).toMatch(
+      /Balanced to MaxVio 0.1 on calibration text \(before at most [^]*layer error/,
+    );
+    expect(totalsOf(plain.layers).unbalanced).toBeUndefined();
+    // What the file's own router does with the calibration text of its first layer.
+    expect(await firstLayerVio(balanced.out)).toBeLessThan(0.15);
+    expect(await firstLayerVio(plain.out)).toBeGreaterThan(0.25);
+  });
+});
+
+/** MaxVio of the first layer as the container routes it, on text of the calibration. */
+async function firstLayerVio(path: string): Promise<number> {
+  const open = await openModel(path);
+  const set = await calibrationTokens(open, { ...job('').calibration!, seqLen: 64 }, env);
+  const reader = new WeightReader(open, env.device, 'f32');
+  using scope = new Scope(env.device);
+  const outer = await reader.outer(scope, 'embedding');
+  const block = open.model.blocks[0]!;
+  const weights = await reader.block(0, scope);
+  const ctx = forwardContext(scope, open.model, weights, set.n, set.seqLen, { tokens: set.tokens });
+  const x = open.model.embed(scope.from('i32', [set.n, set.seqLen], set.tokens), forwardContext(scope, open.model, outer, set.n, set.seqLen)); // prettier-ignore
+  let idx: Tensor | undefined;
+  run(block.forward(x, ctx), ctx, (call) => {
+    if (call.kind === 'route') idx = route(scope, call.logits, call.options).idx;
+    return undefined;
+  });
+  const { active, experts } = block.moe!;
+  const { maxVio } = loadOf(await idx!.int32(), active, experts);
+  await open.close();
+  return maxVio;
+}
+
 describe('the number of shared experts', () => {
   it('is searched among mixtures with as many neurons on, by what the conversion would lose', async () => {
     const { layers, plan, sharedSearch } = await runMoe(job('shared', { experts: 7, active: 3, shared: 'auto' }), env);
@@ -147,6 +212,31 @@ describe('the number of shared experts', () => {
     const made = await runMoe(job('shared-other', other), env);
     expect(lost(made.layers) / other.errors[0]!).toBeCloseTo(1, 3);
     expect(lost(made.layers) / lost(layers)).not.toBeCloseTo(1, 3);
+  });
+
+  it('is searched once: a job that goes on takes what it found, and ends with the same bytes', async () => {
+    const options = { experts: 7, active: 3, shared: 'auto' } as const;
+    const stop = new AbortController();
+    const log = { ...env.log, progress: ({ done }: { done: number }) => done === 1 && stop.abort() };
+    await expect(runMoe(job('search', options), { ...env, log, signal: stop.signal })).rejects.toThrow('are saved');
+    const steps = join(folder, 'search.part', 'steps');
+    const found = readdirSync(steps).map((name) => join(steps, name)).filter((path) => readFileSync(path, 'utf8').includes('"shared-search"')); // prettier-ignore
+    expect(found).toHaveLength(1);
+    cpSync(join(folder, 'search.part'), join(folder, 'edited.part'), { recursive: true });
+    const report = await runMoe(job('search', options), env);
+    expect(report.resumed).toBe(true);
+    // The one before was never interrupted.
+    for (const name of ['model.safetensors', 'config.json']) {
+      expect(readFileSync(join(folder, 'search', name)).equals(readFileSync(join(folder, 'shared', name)))).toBe(true); // prettier-ignore
+    }
+    // Only what is not searched again can tell something else.
+    const path = found[0]!.replace('search.part', 'edited.part');
+    writeFileSync(path, readFileSync(path, 'utf8').replaceAll(/"tokens":\d+/g, '"tokens":77'));
+    expect((await runMoe(job('edited', options), env)).sharedSearch!.tokens).toBe(77);
+    // A finished output is known again without a search.
+    const reused = await runMoe(job('search', { ...options, reuse: true }), env);
+    expect(reused.plan.shape).toEqual(report.plan.shape);
+    expect(reused.sharedSearch).toEqual(report.sharedSearch);
   });
 });
 
@@ -219,6 +309,19 @@ describe('refusals', () => {
     expect(await refused({ shared: 'auto', active: 8 })).toContain('weighs what experts that are off cost');
     expect(await refused({ shared: 'auto', method: 'upcycle' })).toContain('weighs what experts that are off cost');
     expect(await refused({ shared: 'auto', container: 'mixtral' })).toContain('cannot have shared experts');
+    const limit = (groups: number, topGroups: number) => ({ groups, topGroups });
+    expect(await refused({ limit: limit(3, 2) })).toContain('do not divide into equal groups');
+    expect(await refused({ limit: limit(8, 4) })).toContain('needs two');
+    expect(await refused({ active: 3, limit: limit(4, 1) })).toMatch(
+      /fewer experts than a token takes[^]*--top-groups from 2 to 4/,
+    );
+    expect(await refused({ limit: limit(4, 5) })).toContain('More best groups than there are');
+    expect(await refused({ container: 'qwen2_moe', limit: limit(4, 2) })).toMatch(/qwen2_moe cannot limit routing to groups[^]*--container glm4_moe/); // prettier-ignore
+    expect(await refused({ balance: 0.001 })).toContain('at least 0.01');
+    expect(await refused({ container: 'mixtral', balance: 0.1 })).toMatch(/mixtral cannot balance loads: its router has no selection bias[^]*glm4_moe/); // prettier-ignore
+    expect(await refused({ active: 8, balance: 0.1 })).toContain('every load is the same');
+    expect(await refused({ method: 'upcycle', balance: 0.1 })).toContain('--balance 0.1 with upcycle');
+    expect(await refused({ split: 'static', balance: 0.1 })).toContain('--balance 0.1 with static');
     const middle = await refused({ layers: [[1, 2]] });
     expect(middle).toContain('In the container glm4_moe only the first layers can stay dense');
     expect(middle).toContain('--layers 1-2, which leaves layer 3 dense');
