@@ -21,6 +21,7 @@
 #include <unistd.h>
 #include <vector>
 
+#include "assign_addon.h"
 #include "backend.h"
 #include "bpe_addon.h"
 #include "files.h"
@@ -599,6 +600,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("Device", Device::define(env));
   exports.Set("join", Napi::Function::New<&Device::Join>(env, "join"));
   define_hasher(env, exports);
+  exports.Set("assign", define_assign(env));
   exports.Set("BpeTrainer", define_bpe_trainer(env));
   return exports;
 }

@@ -1,8 +1,9 @@
-// The balanced assignment of both backends: it runs on the host, one item after another.
+// Balanced assignment of items to places. It runs on the host, one item after another, beside whatever a device does.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace dc {
@@ -13,27 +14,33 @@ namespace dc {
 class Auction {
  public:
   // scores [items, places], rows without gaps.
-  Auction(const float* scores, int64_t items, int places, const int32_t* capacities)
-      : items_(items), places_(places), scores_(scores, scores + items * places), price_(size_t(places)), shown_(size_t(places)),
-        rival_(size_t(items)), place_(size_t(items), -1), waiting_(size_t(items)), seats_(size_t(places)) {
-    for (int e = 0; e < places; e++) {
-      seats_[size_t(e)].size = capacities[e];
-      seats_[size_t(e)].bid.resize(size_t(capacities[e]));
-      seats_[size_t(e)].item.resize(size_t(capacities[e]));
+  Auction(std::vector<float> scores, const std::vector<int32_t>& capacities)
+      : places_(int(capacities.size())), items_(int64_t(scores.size()) / places_), scores_(std::move(scores)), price_(size_t(places_)),
+        shown_(size_t(places_)), rival_(size_t(items_)), place_(size_t(items_), -1), waiting_(size_t(items_)), seats_(size_t(places_)) {
+    for (size_t e = 0; e < seats_.size(); e++) {
+      seats_[e].size = capacities[e];
+      seats_[e].bid.resize(size_t(capacities[e]));
+      seats_[e].item.resize(size_t(capacities[e]));
     }
   }
 
   // Until nobody would gain more than epsilon deviations of the scores by another place; `prices` [places] in and out.
   // False: scores that are not finite.
   bool run(double epsilon, double* prices) {
-    double sum = 0, squares = 0;
-    for (const float v : scores_) sum += v, squares += double(v) * v;
-    if (!std::isfinite(squares)) return false;
-    const double n = std::max(1.0, double(items_) * places_), mean = sum / n;
-    const double deviation = std::sqrt(std::max(squares / n - mean * mean, 0.0)), spread = deviation > 0 ? deviation : 1;
+    double sums[LANES] = {}, squares[LANES] = {};
+    const size_t count = scores_.size(), whole = count / LANES * LANES;
+    auto add = [&](size_t lane, double v) { sums[lane] += v, squares[lane] += v * v; };
+    for (size_t i = 0; i < whole; i += LANES)
+      for (size_t l = 0; l < LANES; l++) add(l, scores_[i + l]);
+    for (size_t i = whole; i < count; i++) add(i - whole, scores_[i]);
+    double sum = 0, square = 0;
+    for (size_t l = 0; l < LANES; l++) sum += sums[l], square += squares[l];
+    if (!std::isfinite(square)) return false;
+    const double n = std::max(1.0, double(count)), mean = sum / n;
+    const double deviation = std::sqrt(std::max(square / n - mean * mean, 0.0)), spread = deviation > 0 ? deviation : 1;
     for (int64_t i = 0; i < items_; i++) {
       float* row = scores_.data() + i * places_;
-      const float top = *std::max_element(row, row + places_);
+      const float top = largest(row, places_);
       for (int e = 0; e < places_; e++) row[e] -= top;
     }
     double low = INFINITY, high = -INFINITY;
@@ -59,6 +66,16 @@ class Auction {
 
  private:
   static constexpr int LANES = 16;
+
+  static float largest(const float* row, int n) {
+    float best[LANES];
+    std::fill(best, best + LANES, -INFINITY);
+    const int whole = n / LANES * LANES;
+    for (int e = 0; e < whole; e += LANES)
+      for (int l = 0; l < LANES; l++) best[l] = row[e + l] > best[l] ? row[e + l] : best[l];
+    for (int e = whole; e < n; e++) best[0] = std::max(best[0], row[e]);
+    return *std::max_element(best, best + LANES);
+  }
 
   // A heap of bids, the lowest on top.
   struct Seats {
@@ -144,8 +161,8 @@ class Auction {
     return at;
   }
 
-  const int64_t items_;
   const int places_;
+  const int64_t items_;
   std::vector<float> scores_;
   std::vector<double> price_;
   std::vector<float> shown_, rival_;  // prices as they are looked at; what the best other place was worth at the last look
@@ -153,19 +170,23 @@ class Auction {
   std::vector<Seats> seats_;
 };
 
-// The op: all of it in host memory. NULL, or what is wrong.
-inline const char* assign_balanced(int32_t* place, double* prices, const float* scores, const int32_t* capacities, int64_t items, int places, double epsilon) {
-  int64_t seats = 0;
-  for (int e = 0; e < places; e++) {
-    if (capacities[e] < 0) return "a place has less than no room";
-    seats += capacities[e];
+// Places of items such that the sum of scores [items, places] is within items epsilon deviations of the scores of the most
+// there is, where place e takes capacities[e] items, in all as many as there are; scores are finite. prices: what places
+// cost, from an assignment of like scores (zeros: from none), in and out. NULL, or what is wrong.
+inline const char* assign_balanced(std::vector<float> scores, const std::vector<int32_t>& capacities, double epsilon, std::vector<int32_t>* places,
+                                   std::vector<double>* prices) {
+  uint64_t seats = 0;
+  for (const int32_t size : capacities) {
+    if (size < 0) return "a place has less than no room";
+    seats += uint64_t(size);
   }
-  if (seats != items) return "the places do not take as many items as there are";
+  if (seats * capacities.size() != scores.size()) return "the places do not take as many items as there are";
   if (!(epsilon > 0)) return "epsilon must be positive";
-  if (items == 0) return nullptr;
-  Auction auction(scores, items, places, capacities);
-  if (!auction.run(epsilon, prices)) return "scores that are not finite";
-  std::copy(auction.places().begin(), auction.places().end(), place);
+  places->clear();
+  if (scores.empty()) return nullptr;
+  Auction auction(std::move(scores), capacities);
+  if (!auction.run(epsilon, prices->data())) return "scores that are not finite";
+  *places = auction.places();
   return nullptr;
 }
 

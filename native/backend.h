@@ -128,11 +128,6 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
      sum_e p_te = active, 0 < active < E: ds f32 [T,E] = scale q (c - sum(q c) / sum(q)) / temperature, q = p (1 - p).
      s, c float [T,E]. */                                                                                              \
   X(choice_gradient, "ds s c", "active", "temperature scale")                                                          \
-  /* Balanced assignment: place i32 [n] of each item such that sum_i scores[i, place_i] is within n epsilon deviations of
-     the scores of the most there is, where place e takes capacities[e] items, i32 [E], n in all. scores f32 [n,E], finite.
-     prices f64 [E], in place: what places cost, from an assignment of like scores (zeros: from none). Host work on every
-     backend; all four without gaps. */                                                                                \
-  X(assign, "place prices scores capacities", "", "epsilon")                                                           \
   /* -- linear algebra and quantization ------------------------------------------------------------------------ */    \
   /* H f32 [K,K] += alpha sum_t row_weight_t X_t'X_t, lower triangle only (the upper is undefined); X float [T,K]. With
      offsets i32 [E+1] and H [E,K,K], rows are sorted by expert. row_weight f32 [T] (absent: 1). */                    \

@@ -1,7 +1,6 @@
 // Mixture of experts: routing, the order of rows by expert, and the way back.
 #include <algorithm>
 
-#include "assign.h"
 #include "view.h"
 
 using namespace dc;
@@ -129,10 +128,4 @@ extern "C" int dc_cpu_expert_combine(dc_context* c, const dc_call* call) {
     }
   });
   return 0;
-}
-
-extern "C" int dc_cpu_assign(dc_context* c, const dc_call* call) {
-  const dc_tensor *t = call->t, &scores = t[2];
-  const char* wrong = assign_balanced(data<int32_t>(t[0]), data<double>(t[1]), data<float>(scores), data<int32_t>(t[3]), scores.dim[0], int(scores.dim[1]), call->f[0]);
-  return wrong ? fail(c, "assign: %s", wrong) : 0;
 }

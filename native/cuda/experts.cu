@@ -1,7 +1,4 @@
 // Mixture of experts: routing, stable sort by expert, weighted combination; their gradients.
-#include <vector>
-
-#include "assign.h"
 #include "cuda.cuh"
 
 namespace dc {
@@ -356,22 +353,4 @@ extern "C" int dc_cuda_choice_gradient(dc_context* c, const dc_call* call) {
   if (shared > 48 << 10) return fail(c, "choice_gradient: %d experts are more than this kernel holds", E);
   choice_grad<<<unsigned(ceil_div(tokens, warps)), warps * 32, shared, c->stream>>>(ds, s, gains, float(active), float(temperature), float(temperature * log(active / (E - active))), float(call->f[1]), tokens, E);
   return launched(c, "choice_gradient");
-}
-
-extern "C" int dc_cuda_assign(dc_context* c, const dc_call* call) {
-  const dc_tensor &place = call->t[0], &prices = call->t[1], &scores = call->t[2], &capacities = call->t[3];
-  const int64_t items = scores.dim[0], places = scores.dim[1];
-  std::vector<float> s(static_cast<size_t>(items * places));
-  std::vector<double> price(static_cast<size_t>(places));
-  std::vector<int32_t> capacity(static_cast<size_t>(places)), chosen(static_cast<size_t>(items));
-  DC_CUDA(cudaMemcpyAsync(s.data(), scores.data, s.size() * 4, cudaMemcpyDeviceToHost, c->stream));
-  DC_CUDA(cudaMemcpyAsync(price.data(), prices.data, price.size() * 8, cudaMemcpyDeviceToHost, c->stream));
-  DC_CUDA(cudaMemcpyAsync(capacity.data(), capacities.data, capacity.size() * 4, cudaMemcpyDeviceToHost, c->stream));
-  DC_CUDA(cudaStreamSynchronize(c->stream));
-  const char* wrong = assign_balanced(chosen.data(), price.data(), s.data(), capacity.data(), items, int(places), call->f[0]);
-  if (wrong) return fail(c, "assign: %s", wrong);
-  DC_CUDA(cudaMemcpyAsync(place.data, chosen.data(), chosen.size() * 4, cudaMemcpyHostToDevice, c->stream));
-  DC_CUDA(cudaMemcpyAsync(prices.data, price.data(), price.size() * 8, cudaMemcpyHostToDevice, c->stream));
-  DC_CUDA(cudaStreamSynchronize(c->stream));
-  return 0;
 }

@@ -31,6 +31,7 @@ export class Device {
   readonly kind: DeviceKind;
   readonly index: number;
   readonly #native: NativeDevice;
+  readonly #assign: NativeModule['assign'];
   readonly #ops: ReadonlyMap<string, number>;
   readonly #numbers = new Float64Array(maxNumbers);
   /** Threads that work on file transfers. */
@@ -41,6 +42,7 @@ export class Device {
   constructor(native: NativeModule, library: string, options: DeviceOptions) {
     this.kind = options.kind;
     this.index = options.index ?? 0;
+    this.#assign = native.assign;
     this.#ops = new Map(native.ops.map((op, i) => [op.name, i]));
     this.#transfers = options.ioThreads ?? 4;
     const settings = { threads: options.threads, blas: options.blas === false ? 0 : 1 };
@@ -162,6 +164,20 @@ export class Device {
     return this.#native
       .copyRange(from.fd, from.position, to.fd, to.position, bytes, dtypeCode[dtype])
       .catch((e: unknown) => this.#raise(e, 'copy', from.fd));
+  }
+
+  /** Balanced assignment, on a thread of the host: see `assign` in src/tensor/ops/experts.ts. `prices` is changed. */
+  async assign(
+    scores: Float32Array,
+    capacities: Int32Array,
+    prices: Float64Array,
+    epsilon: number,
+  ): Promise<Int32Array> {
+    const made = await this.#assign(scores, capacities, prices, epsilon).catch((e: unknown) =>
+      this.#raise(e, 'assign'),
+    );
+    prices.set(made.prices);
+    return made.places;
   }
 
   /** Resolves when everything enqueued so far is done; rejects with the first failure. */

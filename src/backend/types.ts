@@ -16,6 +16,13 @@ export interface NativeModule {
   ) => NativeDevice;
   /** Makes devices of one backend the ranks of a group, in this order. */
   readonly join: (devices: readonly NativeDevice[]) => void;
+  /** Balanced assignment: see native/assign.h. */
+  readonly assign: (
+    scores: Float32Array,
+    capacities: Int32Array,
+    prices: Float64Array,
+    epsilon: number,
+  ) => Promise<{ places: Int32Array; prices: Float64Array }>;
   /** Learns byte-level BPE: see native/bpe.h. */
   readonly BpeTrainer: new (splits: readonly string[]) => NativeBpeTrainer;
   /** Absent where Node hashes as fast. */

@@ -26,11 +26,10 @@ export async function clusterNeurons(
   const features = neuronFeatures(scope, z);
   let centres = await firstCentres(scope, features, experts, new Random(seed, 1));
   let assigned: Int32Array = new Int32Array(n).fill(-1);
-  const room = scope.from('i32', [experts], capacities);
-  const prices = scope.zeros('f64', [experts]);
+  const prices = new Float64Array(experts);
   for (let i = 0; i < iterations; i++) {
     using step = new Scope(device);
-    const next = await assign(step, affinity(step, features, centres), room, prices).int32();
+    const next = await assign(affinity(step, features, centres), capacities, prices);
     let moved = 0;
     for (let neuron = 0; neuron < n; neuron++) if (next[neuron] !== assigned[neuron]) moved++;
     assigned = next;

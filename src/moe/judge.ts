@@ -1,13 +1,12 @@
-import type { FloatDType } from '../base/dtype.js';
-import { binary, cast, cholesky, choleskySolve, gather, gemm, hessianAdd, matmulT, normAdd, reduce, unary } from '../tensor/ops.js'; // prettier-ignore
+import { binary, gather, gemm, normAdd, reduce, unary } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { bestWithin } from './groups.js';
 import { membership } from './masks.js';
 import type { Measured } from './measured.js';
 import { choose, scoresOf, type Router } from './choose.js';
-import { heldPart, type FfnWeights } from './sample.js';
-import { columnMeans, energies } from './score.js';
-import { pieces, type Choice, type MoeShape } from './shape.js';
+import { heldPart } from './sample.js';
+import { energies } from './score.js';
+import type { Choice } from './shape.js';
 
 /** |a - b|^2 / |b|^2 over all rows. */
 export async function relativeError(a: Tensor, b: Tensor): Promise<number> {
@@ -94,61 +93,6 @@ export async function judgeRouter(x: Tensor, energy: Tensor, router: Router, cho
     oracleKept: oracle / Math.max(all, 1e-30),
     overlap: both / (tokens * active),
   };
-}
-
-/** Errors |y' - y|^2 / |y|^2 of the layer's output on held-out tokens, at the same number of neurons a token. */
-export interface StaticErrors {
-  /** The neurons with the largest contributions always, the mean of the others as a bias. */
-  readonly staticBias: number;
-  /** The same neurons with down_proj refitted by least squares. */
-  readonly staticRefit: number;
-}
-
-/** `target`: the layer's output on held-out tokens, f32 [held, C]. */
-export async function staticErrors(
-  { sample, h: fit, scores }: Measured,
-  w: FfnWeights,
-  shape: MoeShape,
-  target: Tensor,
-): Promise<StaticErrors> {
-  using s = new Scope(target.device);
-  const h = { fit, held: heldPart(sample).h };
-  const budget = Math.round((shape.ffn * (shape.active + shape.shared)) / pieces(shape));
-  const order = Int32Array.from(scores, (_, i) => i).sort((a, b) => scores[b]! - scores[a]! || a - b);
-  const [on, off] = [order.slice(0, budget).sort(), order.slice(budget).sort()];
-  if (off.length === 0) return { staticBias: 0, staticRefit: 0 };
-  const index = (list: Int32Array) => s.from('i32', [list.length], list);
-  const [kept, lost] = [index(on), index(off)];
-  const columns = { on: gather(s, w.down, kept, 1, 'f32'), off: gather(s, w.down, lost, 1, 'f32') };
-
-  const plain = matmulT(s, gather(s, h.held, kept, 1), columns.on, { fast: 'split' });
-  const mean = columnMeans(s, gather(s, h.fit, lost, 1));
-  const bias = matmulT(s, mean.view(1, -1), columns.off);
-  const staticBias = await relativeError(binary(s, 'add', plain, bias), target);
-  const staticRefit = await refitStatic(s, h, { kept, lost, columns }, w.down.dtype as FloatDType, target, plain);
-  return { staticBias, staticRefit };
-}
-
-async function refitStatic(
-  s: Scope,
-  h: { fit: Tensor; held: Tensor },
-  { kept, lost, columns }: { kept: Tensor; lost: Tensor; columns: { on: Tensor; off: Tensor } },
-  dtype: FloatDType,
-  target: Tensor,
-  plain: Tensor,
-): Promise<number> {
-  // In the precision of the forward pass, as the method's own refit is.
-  const x = gather(s, h.fit, kept, 1, dtype);
-  const gram = s.zeros('f32', [x.dim(1), x.dim(1)]);
-  const alpha = 1 / x.dim(0);
-  hessianAdd(gram, x, { alpha });
-  const missing = matmulT(s, gather(s, h.fit, lost, 1, dtype), cast(s, columns.off, dtype));
-  const cross = gemm(s, x.transpose(), missing, { alpha, dtype: 'f32' });
-  const { factor, info } = cholesky(s, gram, 1e-2);
-  if ((await info.int32())[0] !== 0) return NaN;
-  const change = choleskySolve(s, factor, cross);
-  const y = gemm(s, gather(s, h.held, kept, 1), change, { beta: 1, out: plain, fast: 'split' });
-  return relativeError(y, target);
 }
 
 /** Energies of the routed experts on held-out tokens: f32 [held, R]. */

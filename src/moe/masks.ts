@@ -1,6 +1,8 @@
-import { binary, expertCombine, fill } from '../tensor/ops.js';
+import { binary, expertCombine, fill, gather } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import { choose, scoresOf, type Router } from './choose.js';
+import type { Restructured } from './restructured.js';
+import { heldPart, type Sample } from './sample.js';
 import type { MoeShape } from './shape.js';
 
 /** f32 [T, experts + always]: 1 at the experts idx i32 [T, K] that a row names, and in all columns behind the experts. */
@@ -32,4 +34,12 @@ export function applyMask(s: Scope, h: Tensor, mask: Tensor, shape: MoeShape): T
   const [tokens, count] = mask.shape as [number, number];
   const masked = binary(s, 'mul', h.view(tokens, count, shape.width), mask.view(tokens, count, 1));
   return masked.view(tokens, count * shape.width);
+}
+
+/** Held-out tokens' neurons in the order of the split, all of them and as routed. */
+export function heldNeurons(s: Scope, sample: Sample, { split, router }: Pick<Restructured, 'split' | 'router'>) {
+  const { x, h } = heldPart(sample);
+  const { order, shape } = split;
+  const whole = gather(s, h, s.from('i32', [order.length], order), 1);
+  return { whole, masked: applyMask(s, whole, routingMask(s, x, router, shape), shape) };
 }

@@ -1,11 +1,22 @@
 import type { Json } from '../base/job.js';
 import type { Balanced } from './balance.js';
 import type { Exactness } from './exactness.js';
-import type { RouterJudgement, StaticErrors } from './judge.js';
+import type { BaselineErrors } from './baseline-errors.js';
+import type { RouterJudgement } from './judge.js';
 import type { MoePlan } from './plan.js';
 import type { SharedSearch } from './search-shared.js';
 
-/** What became of one layer. Errors are |y' - y|^2 / |y|^2 of the feed-forward output on held-out tokens. */
+/** Errors |y' - y|^2 / |y|^2 of the feed-forward output on held-out tokens. */
+export interface OwnErrors {
+  /** With the routing's choice of experts and the dense weights. */
+  readonly routed: number;
+  /** With down_proj refitted; absent when the refit was not asked for or did not help. */
+  readonly refit?: number;
+  /** If the best experts were chosen for each token. */
+  readonly oracle: number;
+}
+
+/** What became of one layer. */
 export interface LayerReport {
   readonly block: number;
   /** Tokens that the split and the router were fitted to, and held-out ones. */
@@ -18,18 +29,7 @@ export interface LayerReport {
     /** `errors.routed` of it. */
     readonly error: number;
   };
-  readonly errors: {
-    /** With the routing's choice of experts and the dense weights. */
-    readonly routed: number;
-    /** With down_proj refitted; absent when the refit was not asked for or did not help. */
-    readonly refit?: number;
-    /** If the best experts were chosen for each token. */
-    readonly oracle: number;
-    /** Experts drawn at random, the ridge router. */
-    readonly randomSplit: number;
-    /** A split after CMoE, without refit. */
-    readonly cmoe: number;
-  } & StaticErrors;
+  readonly errors: OwnErrors & BaselineErrors;
   readonly refitLambda?: number;
   readonly seconds: Readonly<Record<string, number>>;
 }

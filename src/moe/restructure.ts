@@ -42,15 +42,14 @@ export async function restructure(scope: Scope, measured: Measured, options: Spl
     const router = await fitRouter(work, fitter, expertEnergies(work, z, expertOf, shape.routed), 0);
     expertOf = await groupExperts(expertOf, x, router, { active: shape.active, limit }, seed);
   }
-  const room = work.from('i32', [shape.routed], capacities);
-  const prices = work.zeros('f64', [shape.routed]);
+  const prices = new Float64Array(shape.routed);
   const rounds = shape.active < shape.routed ? options.rounds : 0;
   const few = evenRows(work, x, balancedTokens);
   for (let round = 0; round < rounds; round++) {
     using step = new Scope(scope.device);
     const fitted = await fitRouter(step, fitter, expertEnergies(step, z, expertOf, shape.routed), options.steps);
     const router = balance === undefined ? fitted : (await balanceLoad(step, few, fitted, shape, balance)).router;
-    expertOf = await reassign(step, z, x, router, room, shape, prices);
+    expertOf = await reassign(step, z, x, router, capacities, shape, prices);
   }
   const router = await fitRouter(scope, fitter, expertEnergies(work, z, expertOf, shape.routed), options.finalSteps);
   const made = { split: layOut(shape, shared, rest, expertOf), router, scores, expertOf, rest };
@@ -76,10 +75,10 @@ async function reassign(
   z: Tensor,
   x: Tensor,
   router: Router,
-  room: Tensor,
+  capacities: Int32Array,
   choice: Choice,
-  prices: Tensor,
+  prices: Float64Array,
 ): Promise<Int32Array> {
-  const mask = maskOf(s, choose(s, scoresOf(s, x, router), choice), room.dim(0));
-  return await assign(s, gemm(s, z.transpose(), mask, { fast: true }), room, prices).int32();
+  const mask = maskOf(s, choose(s, scoresOf(s, x, router), choice), capacities.length);
+  return await assign(gemm(s, z.transpose(), mask, { fast: true }), capacities, prices);
 }

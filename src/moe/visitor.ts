@@ -7,24 +7,23 @@ import type { Call, ExpertsCall, ForwardContext, LinearCall, Weights } from '../
 import type { BlockVisitor, Site } from '../arch/stream.js';
 import type { Block, FfnSpec } from '../arch/types.js';
 import type { WeightReader } from '../arch/weights.js';
-import { cast, gather, matmulT } from '../tensor/ops.js';
+import { cast, matmulT } from '../tensor/ops.js';
 import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { StandingTest } from './standing-test.js';
-import { baselineSplit } from './baseline.js';
-import { bestExperts, heldEnergies, judgeRouter, relativeError, staticErrors } from './judge.js';
-import { applyMask, maskOf, routingMask } from './masks.js';
+import { baselineErrors } from './baseline-errors.js';
+import { bestExperts, heldEnergies, judgeRouter, relativeError } from './judge.js';
+import { applyMask, heldNeurons, maskOf, routingMask } from './masks.js';
 import { measure, type Measured } from './measured.js';
 import { Activations, mixtureOutput, runsWhole } from './mixture.js';
 import { writeThrough } from './output.js';
 import { ffnOf, type MoePlan } from './plan.js';
-import { outputOf, refitDown, type Held, type Refit } from './refit.js';
-import { detailOf, toJson, type LayerReport } from './report.js';
+import { outputOf, refitDown } from './refit.js';
+import { detailOf, toJson, type LayerReport, type OwnErrors } from './report.js';
 import { restructure } from './restructure.js';
-import type { Restructured, SplitKind, SplitOptions } from './restructured.js';
-import type { Router } from './choose.js';
-import { captureSample, freeBytes, heldOut, heldPart, type FfnWeights, type Sample } from './sample.js';
+import type { Restructured, SplitOptions } from './restructured.js';
+import { captureSample, freeBytes, heldOut, heldPart, type FfnWeights } from './sample.js';
 import { capacity } from './shape.js';
-import { arrange, cut, cutDowns, type Experts, type Split } from './split.js';
+import { arrange, cut, cutDowns, type Experts } from './split.js';
 import { storeRouter } from './store-router.js';
 import { LayerStore } from './store.js';
 import { Timer } from './timer.js';
@@ -79,26 +78,50 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
   }
 
   async visit(site: Site): Promise<void> {
-    const { env, plan, reader, refit, split, sampleTokens, budget } = this.#options;
-    const { shape, container } = plan;
+    const { env, plan, split, sampleTokens } = this.#options;
     const timer = (this.#timer = new Timer());
     const ffn = ffnOf(site.block);
-    const scope = (this.#scope = new Scope(env.device));
+    this.#scope = new Scope(env.device);
     using work = new Scope(env.device);
     const w = ffnWeights(site.weights, ffn);
     const sample = await captureSample(site, w, ffn, sampleTokens, work);
     await timer.mark('sample', env);
-    const options = { ...split, shape, intercept: container.selectionBias };
+    const options = { ...split, shape: plan.shape, intercept: plan.container.selectionBias };
     const measured = await measure(work, sample, w, options);
+    const target = outputOf(work, heldPart(sample).h, cast(work, w.down, 'f32'));
+    // Assignments of one compute on the host while the device works on the other.
+    const [report, baselines] = await allEnded([
+      this.#make(work, site, ffn, w, measured, options, target, timer),
+      baselineErrors(measured, w, options, target),
+    ]);
+    this.#report = { ...report, errors: { ...report.errors, ...baselines }, seconds: timer.seconds };
+    await timer.mark('judge', env);
+  }
+
+  /** The layer as it will be, and what there is to say of it. */
+  async #make(
+    work: Scope,
+    site: Site,
+    ffn: FfnSpec,
+    w: FfnWeights,
+    measured: Measured,
+    options: SplitOptions,
+    target: Tensor,
+    timer: Timer,
+  ): Promise<Omit<LayerReport, 'errors' | 'seconds'> & { readonly errors: OwnErrors }> {
+    const { env, plan, reader, refit, budget } = this.#options;
+    const { shape, container } = plan;
+    const { sample } = measured;
+    const scope = this.#scope!;
     const made = await restructure(scope, measured, options);
     await timer.mark('split', env);
 
     const arranged = arrange(scope, made.split, w);
-    const hold = this.#hold(work, sample, made);
-    const held = { ...hold, target: outputOf(work, hold.whole, cast(work, arranged.down, 'f32')) };
+    const { whole, masked } = heldNeurons(work, sample, made);
     const activations = new Activations(scope, arranged, made.router, shape, ffn.activation);
     const bytes = site.tokens * capacity(shape) * dtypeSize(reader.dtype);
     const keep = site.held && runsWhole(shape) && bytes <= freeBytes(env, budget) / 2;
+    const held = { masked, target };
     const refitted = refit ? await refitDown(work, site, activations, arranged.down, held, heldOut, keep) : undefined;
     await timer.mark('refit', env);
 
@@ -112,7 +135,29 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
     const plain = { ...arranged, down: refitted ? refitted.down : arranged.down };
     this.#converted = { ffn, output: this.#output(scope, plain, activations) };
     await timer.mark('cut', env);
-    this.#report = await this.#judge(site, measured, w, options, made, arranged, held, refitted, timer);
+
+    const down = cast(work, arranged.down, 'f32');
+    const error = (h: Tensor) => relativeError(outputOf(work, h, down), target);
+    const energy = heldEnergies(work, measured, made.rest, made.expertOf, shape.routed);
+    const best = maskOf(work, await bestExperts(work, energy, shape), shape.routed, shape.shared);
+    const { x } = heldPart(sample);
+    const unbalanced = async ({ unbalanced: router, ...balance }: NonNullable<Restructured['balance']>) => ({
+      ...balance,
+      before: await judgeRouter(x, energy, router, shape),
+      error: await error(applyMask(work, whole, routingMask(work, x, router, shape), shape)),
+    });
+    return {
+      block: site.block.index,
+      tokens: sample.fit,
+      held: sample.held,
+      router: await judgeRouter(x, energy, made.router, shape),
+      ...(made.balance && { balance: await unbalanced(made.balance) }),
+      errors: {
+        ...(refitted?.errors ?? { routed: await error(masked) }),
+        oracle: await error(applyMask(work, whole, best, shape)),
+      },
+      ...(refitted && { refitLambda: refitted.lambda }),
+    };
   }
 
   /** How a batch gets from the input of the layer to its output, as routed. */
@@ -143,66 +188,6 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
     if (reader.dtype === 'f32' || reader.dtype === dtype) return w;
     const read = (name: string) => reader.tensor(`${name}.weight`, s, dtype);
     return { gate: await read(ffn.gate.name), up: await read(ffn.up.name), down: await read(ffn.down.name) };
-  }
-
-  /** Held-out tokens' neurons in the order of the split, all of them and as routed. */
-  #hold(s: Scope, sample: Sample, { split: { order, shape }, router }: { split: Split; router: Router }) {
-    const { x, h } = heldPart(sample);
-    const whole = gather(s, h, s.from('i32', [order.length], order), 1);
-    return { whole, masked: applyMask(s, whole, routingMask(s, x, router, shape), shape) };
-  }
-
-  async #judge(
-    site: Site,
-    measured: Measured,
-    w: FfnWeights,
-    options: SplitOptions,
-    made: Restructured,
-    arranged: FfnWeights,
-    held: Held & { readonly whole: Tensor },
-    refitted: Refit | undefined,
-    timer: Timer,
-  ): Promise<LayerReport> {
-    const { env } = this.#options;
-    const { shape } = options;
-    const { routed, shared } = shape;
-    const { sample } = measured;
-    using s = new Scope(env.device);
-    const down = cast(s, arranged.down, 'f32');
-    const { target } = held;
-    const error = (h: Tensor, columns: Tensor) => relativeError(outputOf(s, h, columns), target);
-    const energy = heldEnergies(s, measured, made.rest, made.expertOf, routed);
-    const best = await bestExperts(s, energy, shape);
-    const oracle = applyMask(s, held.whole, maskOf(s, best, routed, shared), shape);
-    const baseline = async (kind: Exclude<SplitKind, 'fitted'>): Promise<number> => {
-      using work = new Scope(env.device);
-      const other = await baselineSplit(kind, work, measured, options);
-      return await error(this.#hold(work, sample, other).masked, cast(work, arrange(work, other.split, w).down, 'f32'));
-    };
-    const { x } = heldPart(sample);
-    const unbalanced = async ({ unbalanced: router, ...balance }: NonNullable<Restructured['balance']>) => ({
-      ...balance,
-      before: await judgeRouter(x, energy, router, shape),
-      error: await error(applyMask(s, held.whole, routingMask(s, x, router, shape), shape), down),
-    });
-    const report: LayerReport = {
-      block: site.block.index,
-      tokens: sample.fit,
-      held: sample.held,
-      router: await judgeRouter(x, energy, made.router, shape),
-      ...(made.balance && { balance: await unbalanced(made.balance) }),
-      errors: {
-        ...(refitted?.errors ?? { routed: await error(held.masked, down) }),
-        oracle: await error(oracle, down),
-        ...(await staticErrors(measured, w, shape, target)),
-        randomSplit: await baseline('random'),
-        cmoe: await baseline('cmoe'),
-      },
-      ...(refitted && { refitLambda: refitted.lambda }),
-      seconds: timer.seconds,
-    };
-    await timer.mark('judge', env);
-    return report;
   }
 
   answer(call: Call, ctx: ForwardContext, block: Block): unknown {

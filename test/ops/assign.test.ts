@@ -29,11 +29,9 @@ onDevices('assign', (device, random) => {
     before: Float64Array = new Float64Array(capacities.length),
   ) => {
     const e = capacities.length;
-    const prices = s.from('f64', [e], before);
-    const room = s.from('i32', [e], Int32Array.from(capacities));
+    const prices = before.slice();
     const x = s.from('f32', [scores.length / e, e], Float32Array.from(scores));
-    const places = await assign(s, x, room, prices, epsilon).int32();
-    return { places, prices: new Float64Array((await prices.bytesOut()).buffer) };
+    return { places: await assign(x, Int32Array.from(capacities), prices, epsilon), prices };
   };
   const total = (scores: ArrayLike<number>, places: Int32Array, n: number) =>
     places.reduce((sum, place, i) => sum + scores[i * n + place]!, 0);
@@ -87,6 +85,15 @@ onDevices('assign', (device, random) => {
       expect(countsOf(one.places, e)).toEqual([...capacities]);
       expect(total(next, one.places, e)).toBeGreaterThan(bound(next, one.prices) - slack * 1.2);
     });
+  });
+
+  it('of several at once are what they are alone', async () => {
+    using s = new Scope(device());
+    const [e, n] = [5, 200];
+    const all = Array.from({ length: 6 }, () => random.normals(n * e).map(Math.fround));
+    const capacities = [40, 40, 40, 40, 40];
+    const together = await Promise.all(all.map((scores) => run(s, scores, capacities)));
+    for (const [i, scores] of all.entries()) expect(together[i]).toEqual(await run(s, scores, capacities));
   });
 
   it('refuses capacities that do not sum to the number of items, and scores that are not finite', async () => {

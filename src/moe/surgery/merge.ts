@@ -20,8 +20,7 @@ export async function alignNeurons(base: FfnWeights, other: FfnWeights): Promise
     const size = Math.sqrt((await sizeOf(a)) * (await sizeOf(b)));
     if (size > 0) gemm(s, a, b.transpose(), { alpha: 1 / size, beta: 1, out: likeness });
   }
-  const room = s.from('i32', [width], new Int32Array(width).fill(1));
-  return await assign(s, likeness, room, s.zeros('f64', [width])).int32();
+  return await assign(likeness, new Int32Array(width).fill(1), new Float64Array(width));
 }
 
 async function sizeOf(x: Tensor): Promise<number> {

@@ -151,19 +151,21 @@ export function choiceGradient(
 }
 
 /**
- * Assigns n items to E places with `capacities` i32 [E] (their sum is n) so that the sum of scores f32 [n, E] is within n
- * `epsilon` deviations of the scores of the largest: the place of each item, i32 [n]. `prices` f64 [E], from an assignment
- * with like scores (zeros: from none): this one starts there and leaves its own.
- * An auction with epsilon-scaling (Bertsekas & Castanon 1989), on the host: scores that are not finite are refused.
+ * Assigns n items to E places with `capacities` (their sum is n) so that the sum of scores f32 [n, E] is within n `epsilon`
+ * deviations of the scores of the largest: the place of each item. `prices`, one a place, from an assignment with like
+ * scores (zeros: from none): this one starts there and leaves its own.
+ * An auction with epsilon-scaling (Bertsekas & Castanon 1989), on a thread of the host: the device goes on with what is
+ * enqueued. Scores that are not finite are refused.
  */
-export function assign(s: Scope, scores: Tensor, capacities: Tensor, prices: Tensor, epsilon = 1e-3): Tensor {
+export async function assign(
+  scores: Tensor,
+  capacities: Int32Array,
+  prices: Float64Array,
+  epsilon = 1e-3,
+): Promise<Int32Array> {
   ensureShape('assign', 'scores', scores, -1, -1);
-  for (const t of [capacities, prices]) ensureShape('assign', 'one a place', t, scores.dim(1));
-  ensureDType('assign', 'f32', scores);
-  ensureDType('assign', 'i32', capacities);
-  ensureDType('assign', 'f64', prices);
-  ensureContiguous('assign', scores, capacities, prices);
-  const place = s.empty('i32', [scores.dim(0)]);
-  place.device.run('assign', [place, prices, scores, capacities], [], [epsilon]);
-  return place;
+  for (const { length } of [capacities, prices]) {
+    ensure(length === scores.dim(1), 'assign', `${length} places`, scores);
+  }
+  return await scores.device.assign(await scores.float32(), capacities, prices, epsilon);
 }
