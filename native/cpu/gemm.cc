@@ -113,6 +113,14 @@ void multiply_few(dc_context* c, const Product& x) {
     part(0, x.n);
 }
 
+// The panels of the unit that both operands can use.
+const Panels& panels_of(const Product& x) {
+  if (x.a.dtype == DC_BF16 && x.b.dtype == DC_BF16 && bf16_panels()) return *bf16_panels();
+  const bool large = x.k >= 512 && x.n >= 512;  // whatever the rows: the same sums for any number of them
+  if (x.split && large && x.a.dtype == DC_F32 && x.b.dtype == DC_F32 && split_panels()) return *split_panels();
+  return float_panels();
+}
+
 // The product by OpenBLAS: large, fp32, every operand with one stride of 1. False: not of that kind.
 bool multiply_blas(dc_context* c, const Product& x) {
   if (!c || !c->blas || x.m * x.n * x.k < 128 * 128 * 128) return false;
@@ -141,8 +149,8 @@ bool multiply_blas(dc_context* c, const Product& x) {
 void multiply(dc_context* c, const Product& x) {
   if (x.m == 0 || x.n == 0) return;
   if (x.m <= 8 && x.b.stride[0] == 1 && x.k > 0) return multiply_few(c, x);
-  if (multiply_blas(c, x)) return;
-  const Panels& kernel = x.a.dtype == DC_BF16 && x.b.dtype == DC_BF16 && bf16_panels() ? *bf16_panels() : float_panels();
+  const Panels& kernel = panels_of(x);
+  if (&kernel == &float_panels() && multiply_blas(c, x)) return;
   auto each = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     if (c)
       parallel_for(c, n, 1, body);
@@ -222,7 +230,8 @@ void multiply(dc_context* c, const Product& x) {
 }
 
 void sgemm_into(dc_context* c, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
-                bool transpose_a, const float* b, int64_t ldb, bool transpose_b, float beta, float* out, int64_t ldc) {
+                bool transpose_a, const float* b, int64_t ldb, bool transpose_b, float beta, float* out, int64_t ldc,
+                bool exact) {
   auto view = [](const float* p, int64_t rows, int64_t columns, int64_t ld, bool transpose) {
     dc_tensor t{};
     t.data = const_cast<float*>(p);
@@ -235,7 +244,7 @@ void sgemm_into(dc_context* c, int64_t m, int64_t n, int64_t k, float alpha, con
   Product x;
   x.c = view(out, m, n, ldc, false), x.a = view(a, m, k, lda, transpose_a), x.b = view(b, k, n, ldb, transpose_b);
   x.m = m, x.n = n, x.k = k;
-  x.alpha = alpha, x.beta = beta;
+  x.alpha = alpha, x.beta = beta, x.split = !exact;
   multiply(c, x);
 }
 
@@ -264,6 +273,7 @@ extern "C" int dc_cpu_gemm(dc_context* c, const dc_call* call) {
   Product x;
   x.alpha = call->f[0];
   x.beta = call->f[1];
+  x.split = call->i[0] != 0;
   std::vector<float> bias_row;
   if (present(bias)) {
     bias_row.resize(size_t(bias.dim[0]));

@@ -11,6 +11,7 @@ struct Product {
   int64_t m = 0, n = 0, k = 0;
   double alpha = 1, beta = 0;
   const float* bias = nullptr;
+  bool split = false;  // large fp32 products may use split_panels(): off by 2^-16 of each term
 };
 // On the context's threads (not from inside parallel_for), or with NULL on the calling one. Every element of C is
 // summed in the same order whatever the number of threads and rows.
@@ -18,9 +19,10 @@ void multiply(dc_context* c, const Product& x);
 
 // C [m,n] = alpha op(A) op(B) + beta C; row-major, leading dimensions in elements. op(A) [m,k] is A or, with
 // transpose_a, the transpose of A [k,m]; likewise B [k,n]. With beta 0, C is written without being read.
-// Splits the work over the context's threads: not to be called from inside parallel_for.
+// Not `exact`: as Product::split. Splits the work over the context's threads: not to be called from inside parallel_for.
 void sgemm_into(dc_context* c, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
-                bool transpose_a, const float* b, int64_t ldb, bool transpose_b, float beta, float* out, int64_t ldc);
+                bool transpose_a, const float* b, int64_t ldb, bool transpose_b, float beta, float* out, int64_t ldc,
+                bool exact = false);
 
 // Memory that a thread keeps between calls; contents undefined.
 class Scratch {

@@ -379,7 +379,8 @@ void solve_triangle(dc_context* c, const Matrix<float>& m, bool upper, bool tran
     const int64_t r0 = forward ? b1 : 0, rows = forward ? n - b1 : b0;
     if (rows == 0) continue;
     const float* t = transposed ? m.row(b0) + r0 : m.row(r0) + b0;
-    sgemm_into(c, rows, width, b1 - b0, -1, t, m.stride, transposed, x.row(b0), x.stride, false, 1, x.row(r0), x.stride);
+    sgemm_into(c, rows, width, b1 - b0, -1, t, m.stride, transposed, x.row(b0), x.stride, false, 1, x.row(r0), x.stride,
+               true);
   }
 }
 

@@ -68,6 +68,33 @@ onDevices('gemm', (device, random) => {
     }
   });
 
+  for (const [m, n, k] of [
+    [9, 512, 512],
+    [45, 530, 601],
+    [33, 70, 131],
+  ] as const)
+    test(`three products of bf16 parts, ${m} x ${n} x ${k}: within 2^-16 of the terms`, async () => {
+      using s = new Scope(device());
+      const a = rounded('f32', random.normals(m * k));
+      const b = rounded('f32', random.normals(k * n));
+      const before = rounded('f32', random.normals(m * n));
+      const expected = product(a, b, m, n, k);
+      const terms = product(a.map(Math.abs), b.map(Math.abs), m, n, k);
+      for (const orderA of [[0, 1], [1, 0]])
+        for (const orderB of [[0, 1], [1, 0]]) {
+          const x = tensor(s, 'f32', [m, k], a, { order: orderA, pad: 3 });
+          const y = tensor(s, 'f32', [k, n], b, { order: orderB, pad: 1 });
+          const plain = await gemm(s, x, y, { fast: 'split' }).float32();
+          const out = gemm(s, x, y, { fast: 'split', alpha: -0.5, beta: 2, out: tensor(s, 'f32', [m, n], before) });
+          const scaled = await out.float32();
+          for (let i = 0; i < m * n; i++) {
+            expect(Math.abs(plain[i]! - expected[i]!)).toBeLessThan(2 ** -16 * terms[i]!);
+            const want = 2 * before[i]! - 0.5 * expected[i]!;
+            expect(Math.abs(scaled[i]! - want)).toBeLessThan(2 ** -16 * (terms[i]! + Math.abs(before[i]!)));
+          }
+        }
+    }); // prettier-ignore
+
   test('batches, shared operands, empty dimensions', async () => {
     using s = new Scope(device());
     const [e, m, n, k] = [5, 9, 21, 30];
