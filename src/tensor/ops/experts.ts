@@ -1,5 +1,5 @@
 import { Scope, type Tensor } from '../tensor.js';
-import { ensure, ensureContiguous, ensureDType, ensureFloat, ensureShape } from './check.js';
+import { ensure, ensureDType, ensureFloat, ensureShape } from './check.js';
 import { binary, gather, reduce, unary } from './math.js';
 import { softmax } from './layers.js';
 
