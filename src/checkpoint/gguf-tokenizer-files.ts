@@ -1,19 +1,42 @@
+import {
+  addedToken,
+  aroundText,
+  bpeModel,
+  byteLevel,
+  byteLevelDecoder,
+  tokenizerJson,
+} from '../base/tokenizer-json.js';
 import type { GgufValue } from '../formats/gguf.js';
 import { pieceKinds as kinds } from '../formats/sentencepiece.js';
+
+/** One way of llama.cpp to cut text into words. */
+interface PreTokenizer {
+  /** Values of `tokenizer.ggml.pre`; the first one is written. */
+  readonly names: readonly [string, ...string[]];
+  /** As tokenizer.json has them; none: ByteLevel with its own expression. */
+  readonly patterns: readonly string[];
+  /** A word that is a token is that token, whatever the merges make of it (`ignore_merges` of tokenizer.json). */
+  readonly ignoreMerges?: boolean;
+  /** Texts begin with BOS where the file does not say whether they do. */
+  readonly bos?: boolean;
+}
+
+const llama3 = ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"]; // prettier-ignore
 
 /**
  * Pre-tokenizers that llama.cpp knows, by the regular expressions of tokenizer.json. A wrong one would silently cut
  * text otherwise than in training, so an unknown one is refused.
  */
-export const preTokenizers: readonly (readonly [pre: string, patterns: readonly string[]])[] = [
-  ['gpt-2', []], // ByteLevel with its own expression
-  ['llama-bpe', ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"]],
-  ['qwen2', ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"]],
-  ['deepseek-v3', [
+export const preTokenizers: readonly PreTokenizer[] = [
+  { names: ['gpt-2', 'olmo'], patterns: [] },
+  { names: ['llama-bpe', 'llama3', 'llama-v3', 'falcon3'], patterns: llama3, ignoreMerges: true, bos: true },
+  { names: ['smaug-bpe', 'dbrx', 'glm4', 'chatglm-bpe'], patterns: llama3 },
+  { names: ['qwen2', 'deepseek-r1-qwen'], patterns: ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"] },
+  { names: ['deepseek-v3'], patterns: [
     '\\p{N}{1,3}',
     '[一-龥\u3040-ゟ゠-ヿ]+',
     '[!"#$%&\'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+',
-  ]],
+  ] },
 ]; // prettier-ignore
 
 const strings = (metadata: ReadonlyMap<string, GgufValue>, key: string): string[] | undefined => {
@@ -38,9 +61,9 @@ export function tokenizerFromGguf(metadata: ReadonlyMap<string, GgufValue>): {
   const whole = metadata.get('tokenizer.huggingface.json')?.value;
   let tokenizer: string;
   if (typeof whole === 'string') tokenizer = whole;
-  else if (kind === 'gpt2' && !preTokenizers.some(([name]) => name === preOf(metadata))) {
+  else if (kind === 'gpt2' && preTokenizerOf(metadata) === undefined) {
     return { files, notes: [`The tokenizer of the GGUF file cuts text in a way that is not known here (${preOf(metadata)}): put the model's tokenizer.json beside it.`] }; // prettier-ignore
-  } else if (kind === 'gpt2') tokenizer = JSON.stringify(byteLevel(metadata, tokens, types), null, 1);
+  } else if (kind === 'gpt2') tokenizer = JSON.stringify(byteBpe(metadata, tokens, types), null, 1);
   else if (kind === 'llama') tokenizer = JSON.stringify(sentencePiece(metadata, tokens, types), null, 1);
   else if (kind === 't5') tokenizer = JSON.stringify(unigram(metadata, tokens, types), null, 1);
   else return { files, notes: [`The tokenizer of the GGUF file (${String(kind)}) is of a kind that is not rebuilt.`] };
@@ -53,6 +76,8 @@ const preOf = (metadata: ReadonlyMap<string, GgufValue>): string => {
   const pre = metadata.get('tokenizer.ggml.pre')?.value;
   return typeof pre === 'string' ? pre : 'gpt-2';
 };
+const preTokenizerOf = (metadata: ReadonlyMap<string, GgufValue>): PreTokenizer | undefined =>
+  preTokenizers.find(({ names }) => names.includes(preOf(metadata)));
 const flag = (metadata: ReadonlyMap<string, GgufValue>, key: string): boolean | undefined => {
   const value = metadata.get(`tokenizer.ggml.${key}`)?.value;
   return typeof value === 'boolean' ? value : undefined;
@@ -82,8 +107,7 @@ function addedTokens(tokens: readonly string[], types: readonly number[]): objec
   return tokens.flatMap((content, id) => {
     const kind = types[id];
     if (kind !== kinds.control && kind !== kinds.userDefined && kind !== kinds.unknown) return [];
-    const special = kind !== kinds.userDefined;
-    return [{ id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special }];
+    return [addedToken(id, content, kind !== kinds.userDefined)];
   });
 }
 
@@ -105,58 +129,29 @@ function template(
   defaultBos: boolean,
   defaultEos = false,
 ): object | null {
-  const bos = (flag(metadata, 'add_bos_token') ?? defaultBos) ? tokenOf(metadata, tokens, 'bos') : undefined;
-  const eos = (flag(metadata, 'add_eos_token') ?? defaultEos) ? tokenOf(metadata, tokens, 'eos') : undefined;
-  const ends = [bos, eos].filter((token) => token !== undefined);
-  if (ends.length === 0) return null;
-  const one = (id: string, type: number): object => ({ SpecialToken: { id, type_id: type } });
-  const sequence = (id: string, type: number): object[] => [
-    ...(bos === undefined ? [] : [one(bos, type)]),
-    { Sequence: { id, type_id: type } },
-    ...(eos === undefined ? [] : [one(eos, type)]),
-  ];
-  const special = ends.map((id) => [id, { id, ids: [tokens.indexOf(id)], tokens: [id] }] as const);
-  return {
-    type: 'TemplateProcessing',
-    single: sequence('A', 0),
-    pair: [...sequence('A', 0), ...sequence('B', 1)],
-    special_tokens: Object.fromEntries(special),
+  const end = (key: 'bos' | 'eos', isDefault: boolean) => {
+    const token = (flag(metadata, `add_${key}_token`) ?? isDefault) ? tokenOf(metadata, tokens, key) : undefined;
+    return token === undefined ? undefined : { id: tokens.indexOf(token), token };
   };
+  return aroundText(end('bos', defaultBos), end('eos', defaultEos));
 }
 
-function byteLevel(
+function byteBpe(
   metadata: ReadonlyMap<string, GgufValue>,
   tokens: readonly string[],
   types: readonly number[],
 ): object {
-  const pre = preOf(metadata);
-  const known = preTokenizers.find(([name]) => name === pre)!;
-  const [, patterns] = known;
-  const bytes = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: patterns.length === 0 };
+  const { patterns, ignoreMerges = false, bos = false } = preTokenizerOf(metadata)!;
+  const bytes = byteLevel(patterns.length === 0);
   const splits = patterns.map((Regex) => ({ type: 'Split', pattern: { Regex }, behavior: 'Isolated', invert: false }));
   const merges = (strings(metadata, 'merges') ?? []).map((merge) => merge.split(' '));
-  return {
-    version: '1.0',
-    truncation: null,
-    padding: null,
-    added_tokens: addedTokens(tokens, types),
-    normalizer: null,
-    pre_tokenizer: splits.length === 0 ? bytes : { type: 'Sequence', pretokenizers: [...splits, bytes] },
-    post_processor: template(metadata, tokens, false),
-    decoder: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true },
-    model: {
-      type: 'BPE',
-      dropout: null,
-      unk_token: null,
-      continuing_subword_prefix: null,
-      end_of_word_suffix: null,
-      fuse_unk: false,
-      byte_fallback: false,
-      ignore_merges: pre === 'llama-bpe',
-      vocab: vocabOf(tokens, types),
-      merges,
-    },
-  };
+  return tokenizerJson({
+    added: addedTokens(tokens, types),
+    preTokenizer: splits.length === 0 ? bytes : { type: 'Sequence', pretokenizers: [...splits, bytes] },
+    postProcessor: template(metadata, tokens, bos),
+    decoder: byteLevelDecoder,
+    model: bpeModel({ ignoreMerges, vocab: vocabOf(tokens, types), merges }),
+  });
 }
 
 function sentencePiece(
@@ -168,14 +163,11 @@ function sentencePiece(
   const space = '▁';
   const prefix = flag(metadata, 'add_space_prefix') ?? true;
   const replace = { type: 'Replace', pattern: { String: ' ' }, content: space };
-  return {
-    version: '1.0',
-    truncation: null,
-    padding: null,
-    added_tokens: addedTokens(tokens, types),
+  return tokenizerJson({
+    added: addedTokens(tokens, types),
     normalizer: prefix ? { type: 'Sequence', normalizers: [{ type: 'Prepend', prepend: space }, replace] } : replace,
-    pre_tokenizer: null,
-    post_processor: template(metadata, tokens, true),
+    preTokenizer: null,
+    postProcessor: template(metadata, tokens, true),
     decoder: {
       type: 'Sequence',
       decoders: [
@@ -185,18 +177,13 @@ function sentencePiece(
         ...(prefix ? [{ type: 'Strip', content: ' ', start: 1, stop: 0 }] : []),
       ],
     },
-    model: {
-      type: 'BPE',
-      dropout: null,
-      unk_token: tokens[types.indexOf(kinds.unknown)] ?? null,
-      continuing_subword_prefix: null,
-      end_of_word_suffix: null,
-      fuse_unk: true,
-      byte_fallback: true,
+    model: bpeModel({
+      unknown: tokens[types.indexOf(kinds.unknown)],
+      byteFallback: true,
       vocab: vocabOf(tokens, types),
       merges: mergesOf(tokens, types, scores),
-    },
-  };
+    }),
+  });
 }
 
 /** All pairs of pieces that make a piece, best piece first: SentencePiece knows scores of pieces, BPE ranks of merges. */
@@ -227,7 +214,6 @@ function unigram(
   types: readonly number[],
 ): object {
   const scores = numbers(metadata, 'scores') ?? tokens.map(() => 0);
-  const space = '▁';
   const prepend_scheme = (flag(metadata, 'add_space_prefix') ?? true) ? 'always' : 'never';
   const charsmap = Buffer.from((numbers(metadata, 'precompiled_charsmap') ?? []).map((byte) => byte & 255));
   const normalizers = [
@@ -244,20 +230,18 @@ function unigram(
   const end = tokens.findLastIndex((token, id) => !isPadding(token, types[id])) + 1;
   const vocab = tokens.slice(0, end).map((token, id) => [token, isPadding(token, types[id]) ? least : scores[id]!]);
   const unknown = metadata.get('tokenizer.ggml.unknown_token_id')?.value;
-  return {
-    version: '1.0',
-    truncation: null,
-    padding: null,
-    added_tokens: addedTokens(tokens, types),
+  const spaces = { type: 'Metaspace', replacement: '▁', prepend_scheme, split: false };
+  return tokenizerJson({
+    added: addedTokens(tokens, types),
     normalizer: normalizers.length > 0 ? { type: 'Sequence', normalizers } : null,
-    pre_tokenizer: { type: 'Metaspace', replacement: space, prepend_scheme, split: false },
-    post_processor: template(metadata, tokens, false, true),
-    decoder: { type: 'Metaspace', replacement: space, prepend_scheme, split: false },
+    preTokenizer: spaces,
+    postProcessor: template(metadata, tokens, false, true),
+    decoder: spaces,
     model: {
       type: 'Unigram',
       unk_id: typeof unknown === 'number' ? unknown : types.indexOf(kinds.unknown),
       vocab,
       byte_fallback: false,
     },
-  };
+  });
 }

@@ -104,8 +104,10 @@ function writeBpe(
     Array.isArray(merge) ? (merge as string[]).join(' ') : (merge as string),
   );
   const isBytes = model['byte_fallback'] === true;
+  const ignoreMerges = model['ignore_merges'] === true;
+  if (isBytes && ignoreMerges) throw fail('llama.cpp does not ignore the merges of tokenizers that fall back to bytes', 'ignore_merges true', 'false', keep); // prettier-ignore
   out.set('ggml.model', 'string', isBytes ? 'llama' : 'gpt2');
-  out.set('ggml.pre', 'string', isBytes ? 'default' : findPre(tokenizer));
+  out.set('ggml.pre', 'string', isBytes ? 'default' : findPre(tokenizer, ignoreMerges));
   const { tokens, types } = listTokens(vocab, added, vocabSize, isBytes ? (model['unk_token'] ?? null) : null, isBytes);
   out.list('tokens', 'string', tokens);
   if (isBytes) out.list('scores', 'f32', scoresOf(tokens, merges));
@@ -184,7 +186,7 @@ function unigramSpaces(tokenizer: JsonObject): { prefix: boolean; merge: boolean
 export const tokenText = (value: JsonValue | undefined): string | undefined =>
   typeof value === 'string' ? value : isJsonObject(value) ? (value['content'] as string) : undefined;
 
-function findPre(tokenizer: JsonObject): string {
+function findPre(tokenizer: JsonObject, ignoreMerges: boolean): string {
   const pre = tokenizer['pre_tokenizer'];
   const steps =
     isJsonObject(pre) && pre['type'] === 'Sequence' ? records(pre['pretokenizers']) : isJsonObject(pre) ? [pre] : [];
@@ -198,12 +200,19 @@ function findPre(tokenizer: JsonObject): string {
     throw fail('This pre-tokenizer is not written as GGUF', step, 'Split by a regular expression');
   });
   const own = bytes['use_regex'] !== false;
-  const found = preTokenizers.find(
-    ([, known]) => known.join('\0') === patterns.join('\0') && (known.length === 0) === own,
+  const known = preTokenizers.filter(
+    (one) => one.patterns.join('\0') === patterns.join('\0') && (one.patterns.length === 0) === own,
   );
-  if (found !== undefined) return found[0];
-  throw fail('llama.cpp may not know the pre-tokenizer of this model', patterns, preTokenizers.map(([name]) => name).join(', '),
-    'Text would be cut otherwise than in training. Use --format safetensors.'); // prettier-ignore
+  const found = known.find((one) => (one.ignoreMerges ?? false) === ignoreMerges);
+  if (found !== undefined) return found.names[0];
+  if (known.length > 0)
+    throw fail(
+      'llama.cpp does not know this pre-tokenizer together with ignore_merges',
+      `ignore_merges ${ignoreMerges}`,
+      `ignore_merges ${!ignoreMerges}`,
+      keep,
+    );
+  throw fail('llama.cpp may not know the pre-tokenizer of this model', patterns, preTokenizers.map(({ names: [name] }) => name).join(', '), keep); // prettier-ignore
 }
 
 function listTokens(

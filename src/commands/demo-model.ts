@@ -1,6 +1,7 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { JobEnv } from '../backend/env.js';
+import { addedToken, bpeModel, byteLevel, tokenizerJson } from '../base/tokenizer-json.js';
 import { buildSafetensorsHeader } from '../formats/safetensors.js';
 import { fill, random } from '../tensor/ops.js';
 import { Scope } from '../tensor/tensor.js';
@@ -77,17 +78,11 @@ function byteTokenizer() {
   for (let byte = 0; byte < 256; byte++) {
     vocab[String.fromCodePoint(printable(byte) ? byte : 256 + others++)] = byte;
   }
-  const special = (id: number, content: string) => ({ id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special: true }); // prettier-ignore
-  const bytes = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: false };
-  return {
-    version: '1.0',
-    truncation: null,
-    padding: null,
-    added_tokens: [special(256, '<s>'), special(257, '</s>')],
-    normalizer: null,
-    pre_tokenizer: bytes,
-    post_processor: null,
+  const bytes = byteLevel(false);
+  return tokenizerJson({
+    added: [addedToken(256, '<s>'), addedToken(257, '</s>')],
+    preTokenizer: bytes,
     decoder: bytes,
-    model: { type: 'BPE', dropout: null, unk_token: null, continuing_subword_prefix: null, end_of_word_suffix: null, fuse_unk: false, byte_fallback: false, ignore_merges: false, vocab: { ...vocab, '<s>': 256, '</s>': 257 }, merges: [] }, // prettier-ignore
-  };
+    model: bpeModel({ vocab: { ...vocab, '<s>': 256, '</s>': 257 }, merges: [] }),
+  });
 }

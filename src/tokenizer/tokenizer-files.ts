@@ -1,4 +1,5 @@
 import { badUsage } from '../base/errors.js';
+import { addedToken, aroundText, bpeModel, byteLevelDecoder, tokenizerJson } from '../base/tokenizer-json.js';
 import type { Bpe } from './bpe-train.js';
 import { preTokenizerJson, stagesOf, type DigitCut, type PreTokenizerName } from './splits.js';
 
@@ -54,7 +55,7 @@ export function tokenizerFiles(bpe: Bpe, options: FileOptions): Map<string, stri
     clean_up_tokenization_spaces: false,
   };
   return new Map([
-    ['tokenizer.json', line(tokenizerJson(bpe, options))],
+    ['tokenizer.json', line(jsonOf(bpe, options))],
     ['tokenizer_config.json', line(config)],
     ['special_tokens_map.json', line({ ...named, ...extra })],
   ]);
@@ -62,40 +63,12 @@ export function tokenizerFiles(bpe: Bpe, options: FileOptions): Map<string, stri
 
 const line = (value: unknown): string => `${JSON.stringify(value, null, 2)}\n`;
 
-function tokenizerJson({ tokens, merges }: Bpe, { preTokenizer, digits, special, addBos }: FileOptions) {
-  const flags = { single_word: false, lstrip: false, rstrip: false, normalized: false, special: true };
-  return {
-    version: '1.0',
-    truncation: null,
-    padding: null,
-    added_tokens: special.all.map((content, id) => ({ id, content, ...flags })),
-    normalizer: null,
-    pre_tokenizer: preTokenizerJson(stagesOf(preTokenizer, digits)),
-    post_processor: addBos && special.bos !== undefined ? beginWith(special.bos, special.all.indexOf(special.bos)) : null,
-    decoder: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true },
-    // Dropout is for training: a tokenizer that is used gives one text the same tokens every time.
-    model: {
-      type: 'BPE',
-      dropout: null,
-      unk_token: null,
-      continuing_subword_prefix: null,
-      end_of_word_suffix: null,
-      fuse_unk: false,
-      byte_fallback: false,
-      ignore_merges: false,
-      vocab: Object.fromEntries(tokens.map((token, id) => [token, id])),
-      merges,
-    },
-  };
-} // prettier-ignore
-
-function beginWith(token: string, id: number) {
-  const begin = (type: number) => ({ SpecialToken: { id: token, type_id: type } });
-  const text = (name: string, type: number) => ({ Sequence: { id: name, type_id: type } });
-  return {
-    type: 'TemplateProcessing',
-    single: [begin(0), text('A', 0)],
-    pair: [begin(0), text('A', 0), begin(1), text('B', 1)],
-    special_tokens: { [token]: { id: token, ids: [id], tokens: [token] } },
-  };
+function jsonOf({ tokens, merges }: Bpe, { preTokenizer, digits, special: { all, bos }, addBos }: FileOptions) {
+  return tokenizerJson({
+    added: all.map((content, id) => addedToken(id, content)),
+    preTokenizer: preTokenizerJson(stagesOf(preTokenizer, digits)),
+    postProcessor: addBos && bos !== undefined ? aroundText({ id: all.indexOf(bos), token: bos }, undefined) : null,
+    decoder: byteLevelDecoder,
+    model: bpeModel({ vocab: Object.fromEntries(tokens.map((token, id) => [token, id])), merges }),
+  });
 }

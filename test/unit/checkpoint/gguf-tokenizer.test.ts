@@ -75,6 +75,43 @@ async function idsOf(metadata: ReadonlyMap<string, GgufValue>, texts: readonly s
   return Promise.all(texts.map(async (text) => [...(await tokenizer.encode(text))]));
 }
 
+describe('words that are tokens which merges do not make', () => {
+  /** Made by fixtures/tokenizer/make_ignore_merges.py: pre-tokenizer of Llama 3. */
+  const made = JSON.parse(read('tokenizer/ignore-merges.json')) as { tokenizer: JsonObject; texts: string[]; ids: Record<'true' | 'false', number[][]> }; // prettier-ignore
+  const config = { bos_token: '<|begin_of_text|>' };
+  const metadataWith = (ignore_merges: boolean, pre_tokenizer = made.tokenizer['pre_tokenizer']!) => {
+    const model = { ...(made.tokenizer['model'] as JsonObject), ignore_merges };
+    const metadata = tokenizerToGguf({ text: '', tokenizer: { ...made.tokenizer, model, pre_tokenizer }, config }, 270);
+    metadata.delete('tokenizer.huggingface.json');
+    return metadata;
+  };
+  const begun = async (metadata: ReadonlyMap<string, GgufValue>): Promise<number[][]> => {
+    const tokenizer = await makeTokenizer(tokenizerFromGguf(metadata).files.get('tokenizer.json')!, 'made');
+    return Promise.all(made.texts.map(async (text) => [...(await tokenizer.encode(text, { special: true }))]));
+  };
+
+  it.each([
+    [true, 'llama-bpe'],
+    [false, 'smaug-bpe'],
+  ])('ignore_merges %s is %s to llama.cpp, and comes back', async (ignore, pre) => {
+    const metadata = metadataWith(ignore);
+    expect(metadata.get('tokenizer.ggml.pre')!.value).toBe(pre);
+    expect(await begun(metadata)).toEqual(made.ids[`${ignore}`]);
+  });
+
+  it('texts begin with BOS where an old file of Llama 3 does not say so', async () => {
+    const metadata = metadataWith(true);
+    metadata.delete('tokenizer.ggml.add_bos_token');
+    expect(await begun(metadata)).toEqual(made.ids.true);
+  });
+
+  it('are refused where llama.cpp would cut them', () => {
+    const bytes = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true };
+    expect(metadataWith(false, bytes).get('tokenizer.ggml.pre')!.value).toBe('gpt-2');
+    expect(() => metadataWith(true, bytes)).toThrow('ignore_merges');
+  });
+});
+
 describe('a Unigram tokenizer', () => {
   const rows = 164;
   const files = (change: (tokenizer: JsonObject) => void = () => undefined) => {
