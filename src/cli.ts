@@ -2,7 +2,7 @@ import { readFileSync } from 'node:fs';
 import { ConvertError, bug, didYouMean } from './base/errors.js';
 import { errorCode, ioError } from './base/files.js';
 import { environmentName, fromEnvironment, mergeTables, resolveOptions, type Values } from './base/options.js';
-import { createPaint, takesColors, type Paint } from './base/paint.js';
+import { createPaint, noPaint, takesColors, type Paint } from './base/paint.js';
 import type { ProgressLog, ProgressMode } from './base/progress.js';
 import { columns, reflow, shellQuote } from './base/text.js';
 import { usageOf } from './base/usage.js';
@@ -34,8 +34,8 @@ const run: Run = {
   environment: process.env,
   json: process.argv.includes('--json') || /^(true|yes|on|1)$/i.test(process.env.DEEPSEEK_CONVERT_JSON ?? ''),
   command: undefined,
-  paintOut: createPaint(takesColors(process.stdout, process.env)),
-  paintErr: createPaint(takesColors(process.stderr, process.env)),
+  paintOut: await createPaint(takesColors(process.stdout, process.env)),
+  paintErr: await createPaint(takesColors(process.stderr, process.env)),
   log: undefined,
 };
 
@@ -80,7 +80,7 @@ async function main(): Promise<number> {
   const { values, from } = resolveOptions(table, sources);
   const common = values as Values<typeof commonOptions>;
   run.json = common.json;
-  if (!common.color) run.paintOut = run.paintErr = createPaint(false);
+  if (!common.color) run.paintOut = run.paintErr = noPaint;
   const { createProgress } = await import('./base/progress.js');
   run.log = await createProgress({
     mode: progressMode(common.progress),

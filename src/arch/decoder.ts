@@ -129,14 +129,16 @@ function block(
   return {
     index,
     name: spell(layer),
-    tensors: [
-      ...around.attention.tensors,
-      normTensor(before),
-      ...attention.tensors,
-      ...around.mlp.tensors,
-      normTensor(between),
-      ...mlp.tensors,
-    ],
+    get tensors() {
+      return [
+        ...around.attention.tensors,
+        normTensor(before),
+        ...attention.tensors,
+        ...around.mlp.tensors,
+        normTensor(between),
+        ...mlp.tensors,
+      ];
+    },
     linears: [...attention.linears, ...mlp.linears],
     norms: { attention: before, feedForward: between },
     attention,

@@ -54,13 +54,22 @@ export function storedWeights(
   return weights;
 }
 
+/** Whether each tensor is the weight of its name as it stands: then they need no `storedWeights` to be looked up. */
+export function isPlain(tensors: ReadonlyMap<string, TensorEntry>, layout: LayoutReader | undefined): boolean {
+  if (layout !== undefined) return false;
+  for (const { shape, name } of tensors.values()) if (shape.length === 3 && fusedExperts.test(name)) return false;
+  return true;
+}
+
+const fusedExperts = /^(.*\.experts)\.(gate_up_proj|down_proj)$/;
+
 /**
  * Experts that are stored as one tensor (`experts.gate_up_proj` [E, 2 I, C], `experts.down_proj` [E, C, I]) as one
  * entry an expert and projection; any other tensor as it is.
  */
 function unfused(entry: TensorEntry): TensorEntry[] {
   if (entry.shape.length !== 3) return [entry];
-  const match = /^(.*\.experts)\.(gate_up_proj|down_proj)$/.exec(entry.name);
+  const match = fusedExperts.exec(entry.name);
   const { shape, span } = entry;
   if (!match || entry.strides || !['plain', 'ggml'].includes(entry.encoding.kind)) return [entry];
   const [, prefix, kind] = match;

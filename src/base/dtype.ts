@@ -42,4 +42,8 @@ export const dtypeSize = (dtype: DType): number => sizes[dtype];
 
 export type FloatDType = 'f32' | 'bf16' | 'f16';
 
-export const elementCount = (shape: readonly number[]): number => shape.reduce((n, d) => n * d, 1);
+export function elementCount(shape: readonly number[]): number {
+  let count = 1;
+  for (const size of shape) count *= size;
+  return count;
+}

@@ -1,10 +1,15 @@
-import { Chalk } from 'chalk';
-
 /** Words in colours, or as they are where there are none. */
 export type Paint = Readonly<Record<'bold' | 'dim' | 'red' | 'green' | 'yellow' | 'cyan', (text: string) => string>>;
 
-/** `colored` false: every word as it is. */
-export const createPaint = (colored: boolean): Paint => new Chalk({ level: colored ? 1 : 0 });
+/** Every word as it is. */
+export const noPaint: Paint = (() => {
+  const asIs = (text: string): string => text;
+  return { bold: asIs, dim: asIs, red: asIs, green: asIs, yellow: asIs, cyan: asIs };
+})();
+
+/** Its library is loaded only where there are colours: programs that call this one mostly want none. */
+export const createPaint = async (colored: boolean): Promise<Paint> =>
+  colored ? new (await import('chalk')).Chalk({ level: 1 }) : noPaint;
 
 /** Whether colours are asked for (FORCE_COLOR) or, on a terminal that has them, not refused (NO_COLOR). */
 export function takesColors(

@@ -71,10 +71,10 @@ export function nativeName(hf: string): { name: string; split: 0 | 1 | undefined
  * Errors (kind 'input'): unknown names, shards that disagree in shape or miss a part.
  */
 export function fromNative(
-  shards: readonly Map<string, TensorEntry>[],
+  shards: readonly (readonly TensorEntry[])[],
   config: Readonly<Record<string, unknown>>,
 ): Map<string, TensorEntry> {
-  const names = new Set(shards.flatMap((shard) => [...shard.keys()]));
+  const names = new Set(shards.flatMap((shard) => shard.map(({ name }) => name)));
   const joined = shards.map((shard) => joinScales(shard, config));
   const tensors = new Map<string, TensorEntry>();
   for (const native of names) {

@@ -4,7 +4,8 @@ import type { GgufFile, GgufValue } from '../formats/gguf.js';
 import type { OnnxFile } from '../formats/onnx.js';
 import { OpenFile } from '../formats/source.js';
 import type { RandomAccess } from '../formats/source.js';
-import type { ParsedFile, TensorEntry } from '../formats/types.js';
+import type { ParsedFile } from '../formats/types.js';
+import { byName } from './by-name.js';
 import { detectFormat, extensionNote } from './detect.js';
 import type { FileFormat } from './detect.js';
 import type { Located } from './locate.js';
@@ -23,18 +24,21 @@ export interface OpenedFile extends ParsedFile {
   readonly onnx?: Pick<OnnxFile, 'nodes' | 'externalFiles'>;
 }
 
+type Parser = (source: RandomAccess) => ParsedFile;
 /** Loaded with the first file of the format. */
-const parsers: Record<FileFormat, () => Promise<(source: RandomAccess) => ParsedFile>> = {
+const loaders: Record<FileFormat, () => Promise<Parser>> = {
   safetensors: async () => (await import('../formats/safetensors.js')).readSafetensors,
   torch: async () => (await import('../formats/torch.js')).readTorch,
   gguf: async () => (await import('../formats/gguf.js')).readGguf,
   onnx: async () => (await import('../formats/onnx.js')).readOnnx,
 };
 
+const loaded: Partial<Record<FileFormat, Parser>> = {};
+
 export async function parseFile(path: string): Promise<OpenedFile> {
   using source = new OpenFile(path);
   const format = detectFormat(source);
-  const parse = await parsers[format]();
+  const parse = (loaded[format] ??= await loaders[format]());
   const parsed = parse(source);
   const note = extensionNote(path, format);
   const notes = note === undefined ? parsed.notes : [note, ...parsed.notes];
@@ -57,40 +61,24 @@ export async function parseFiles(paths: readonly string[], where: string): Promi
   return files;
 }
 
-/** All tensors by name; an index must agree with what the files hold. */
-export function collectTensors(files: readonly OpenedFile[], { index }: Located): Map<string, TensorEntry> {
-  const tensors = new Map<string, TensorEntry>();
-  for (const file of files) {
-    for (const tensor of file.tensors) {
-      const before = tensors.size;
-      if (tensors.set(tensor.name, tensor).size > before) continue;
-      if (index) refuseDuplicates(index.path);
-      const other = files.flatMap((one) => one.tensors).find(({ name }) => name === tensor.name)!;
-      const where = `tensor ${JSON.stringify(tensor.name)}`;
-      throw badInput('A tensor is in two files', { where, got: `${other.span.path} and ${file.path}` });
-    }
-  }
+/** Refuses an index that does not agree with what the files hold; one tensor in two files is for `byName` to see. */
+export function checkIndex(files: readonly OpenedFile[], { path, shards }: NonNullable<Located['index']>): void {
   const named = new Map(files.map((file) => [basename(file.path), file]));
-  for (const [shard, names] of index?.shards ?? []) {
-    const file = named.get(shard);
-    let next = 0;
-    for (const name of names) {
-      // An index mostly lists a file's tensors in the file's order: of 100,000 few need to be looked up.
-      if (file?.tensors[next]?.name === name) {
-        next++;
-        continue;
-      }
-      const tensor = tensors.get(name);
-      if (tensor && tensor.span.path === file?.path) continue;
-      refuseDuplicates(index!.path);
-      throw badInput('A tensor of the index is not where it should be', {
-        where: `tensor ${JSON.stringify(name)}`,
-        expected: `in ${shard}`,
-        got: tensor === undefined ? 'nowhere' : `in ${tensor.span.path}`,
-        hint: 'Index and shards do not belong together: download or copy them again.',
-      });
-    }
+  for (const [shard, names] of shards) {
+    const expected = new Set(names);
+    let found = 0;
+    for (const { name } of named.get(shard)?.tensors ?? []) if (expected.has(name)) found++;
+    if (found === names.length) continue;
+    refuseDuplicates(path);
+    byName(files.flatMap(({ tensors }) => tensors));
+    for (const { name } of named.get(shard)?.tensors ?? []) expected.delete(name);
+    const [name] = expected;
+    const elsewhere = files.find(({ tensors }) => tensors.some((tensor) => tensor.name === name));
+    throw badInput('A tensor of the index is not where it should be', {
+      where: `tensor ${JSON.stringify(name)}`,
+      expected: `in ${shard}`,
+      got: elsewhere === undefined ? 'nowhere' : `in ${elsewhere.path}`,
+      hint: 'Index and shards do not belong together: download or copy them again.',
+    });
   }
-  if (tensors.size === 0) throw badInput('The checkpoint holds no tensors', { where: files[0]?.path ?? '' });
-  return tensors;
 }

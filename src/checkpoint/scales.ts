@@ -2,6 +2,7 @@ import { badInput } from '../base/errors.js';
 import { encodingName } from '../formats/ggml.js';
 import type { Encoding, TensorEntry } from '../formats/types.js';
 import { isJsonObject } from '../formats/json.js';
+import { addDistinct, byName } from './by-name.js';
 
 /** Name of a weight's scale in DeepSeek's own files; in Hugging Face form it is the weight's with `_scale_inv`. */
 const deepseekScale = (weight: string): string => `${weight.slice(0, -'.weight'.length)}.scale`;
@@ -11,40 +12,70 @@ const suffix = '.weight_scale_inv';
 type Scaled = Extract<Encoding, { kind: 'scaled' }>;
 
 /**
- * Joins block-scaled weights with their scales, wherever those lie: FP8 E4M3 with one scale per block (128 x 128 unless
- * the config says otherwise), and FP4 experts, two values a byte in I8, with an E8M0 scale per row and 32 columns.
- * The weight then has its logical shape; the scale is no tensor of its own any more. Changes `tensors`, and returns it.
- * Errors (kind 'input'): a scale of another shape than the blocks ask for, a scale or weight without its partner.
+ * All tensors by name, block-scaled weights joined with their scales, wherever those lie: FP8 E4M3 with one scale per
+ * block (128 x 128 unless the config says otherwise), and FP4 experts, two values a byte in I8, with an E8M0 scale per
+ * row and 32 columns. The weight then has its logical shape; the scale is no tensor of its own any more.
+ * Errors (kind 'input'): a scale of another shape than the blocks ask for, a scale or weight without its partner, a name
+ * that stands for two.
  */
 export function joinScales(
-  tensors: Map<string, TensorEntry>,
+  entries: readonly TensorEntry[],
   config: Readonly<Record<string, unknown>>,
 ): Map<string, TensorEntry> {
   const block = configBlock(config);
-  const listed = [...tensors.values()].filter(({ name }) => name.endsWith(suffix));
-  let used = 0;
-  for (const entry of tensors.values()) {
+  const joined = new Map<string, TensorEntry>();
+  const scales = entries.filter(({ name }) => name.endsWith(suffix));
+  // Scales are mostly listed in the order of their weights: of 45,000 few need to be looked up, which is left for later.
+  const rest = new Map<string, TensorEntry>();
+  const late: TensorEntry[] = [];
+  let [at, passed] = [0, 0];
+  for (const entry of entries) {
     const { name } = entry;
-    if (entry.shape.length !== 2) continue;
-    const isFp8 = entry.encoding.kind === 'plain' && entry.encoding.dtype === 'f8_e4m3';
-    if ((!isFp8 && !mayBeFp4(entry)) || !name.endsWith('.weight')) continue;
-    // Scales are mostly listed in the order of their weights: of 45,000 few need to be looked up.
-    const next = listed[used];
-    const inOrder = next?.name.length === name.length + '_scale_inv'.length && next.name.startsWith(name);
-    const scale = inOrder ? next : (tensors.get(`${name}_scale_inv`) ?? tensors.get(deepseekScale(name)));
-    if (scale === undefined) {
-      if (isFp8 && block !== undefined) throw missing(entry, 'scale', `${name}_scale_inv or ${deepseekScale(name)}`);
+    if (entry === scales[passed]) {
+      passed++;
       continue;
     }
-    const encoding = isFp8 ? fp8(entry, scale, block ?? [128, 128]) : fp4(entry, scale);
-    if (encoding === undefined) continue;
-    tensors.set(name, { ...entry, encoding, shape: logicalShape(entry, encoding) });
-    tensors.delete(scale.name);
-    if (scale.name.endsWith(suffix)) used++;
+    if (!mayBeScaled(entry)) {
+      addDistinct(joined, entry, entries);
+      continue;
+    }
+    const scale = scales[at++];
+    const inOrder = scale?.name.length === name.length + '_scale_inv'.length && scale.name.startsWith(name);
+    if (scale && !inOrder) addDistinct(rest, scale, entries);
+    if (!inOrder) late.push(entry);
+    addDistinct(joined, inOrder ? withScale(entry, scale, block) : entry, entries);
   }
-  if (used === listed.length) return tensors;
-  const alone = listed.find(({ name }) => tensors.has(name))!;
+  for (const scale of scales.slice(at)) addDistinct(rest, scale, entries);
+  for (const entry of late) {
+    const { name } = entry;
+    const scale = rest.get(`${name}_scale_inv`) ?? joined.get(deepseekScale(name));
+    if (scale === undefined) {
+      if (isFp8(entry) && block) throw missing(entry, 'scale', `${name}_scale_inv or ${deepseekScale(name)}`);
+      continue;
+    }
+    const weight = withScale(entry, scale, block);
+    if (weight === entry) continue;
+    joined.set(name, weight);
+    if (!rest.delete(scale.name)) joined.delete(scale.name);
+  }
+  const [alone] = rest.values();
+  if (alone === undefined) return joined;
+  byName(entries); // refuses a scale that is there twice
   throw missing(alone, 'weight', alone.name.replace(/_scale_inv$/, ''));
+}
+
+const isFp8 = ({ encoding }: TensorEntry): boolean => encoding.kind === 'plain' && encoding.dtype === 'f8_e4m3';
+const mayBeScaled = (entry: TensorEntry): boolean =>
+  entry.shape.length === 2 && (isFp8(entry) || mayBeFp4(entry)) && entry.name.endsWith('.weight');
+
+const usualBlock: readonly [number, number] = [128, 128];
+/** The weight with its scale; itself where that is no scale for it. */
+function withScale(entry: TensorEntry, scale: TensorEntry, block = usualBlock): TensorEntry {
+  const encoding = isFp8(entry) ? fp8(entry, scale, block) : fp4(entry, scale);
+  if (encoding === undefined) return entry;
+  const packed = encoding.element === 'f4_e2m1' && entry.encoding.kind === 'plain';
+  const [rows, columns] = entry.shape as [number, number];
+  return { name: entry.name, shape: packed ? [rows, 2 * columns] : entry.shape, encoding, span: entry.span };
 }
 
 function missing(entry: TensorEntry, what: string, expected: string): Error {
@@ -93,9 +124,6 @@ function fp4(weight: TensorEntry, scale: TensorEntry): Scaled | undefined {
   requireShape(weight, scale, [rows, packed ? 2 * columns : columns], block);
   return { kind: 'scaled', element: 'f4_e2m1', block, scale, scaleElement: 'f8_e8m0' };
 }
-
-const logicalShape = ({ shape, encoding }: TensorEntry, { element }: Scaled): readonly number[] =>
-  element === 'f4_e2m1' && encoding.kind === 'plain' ? [shape[0]!, 2 * shape[1]!] : shape;
 
 function scaleElementOf({ encoding }: TensorEntry): Scaled['scaleElement'] | undefined {
   if (encoding.kind === 'plain')

@@ -1,10 +1,10 @@
 import { badInput } from '../base/errors.js';
-import { decodeUtf8, isJsonObject, parseJson, tryJson } from '../formats/json.js';
+import { isJsonObject, parseJson, tryJson } from '../formats/json.js';
 import { Cursor } from '../formats/usual-json.js';
 import { OpenFile } from '../formats/source.js';
 
 /** Shards, and the tensors that each must hold. */
-export type ShardIndex = ReadonlyMap<string, ReadonlySet<string>>;
+export type ShardIndex = ReadonlyMap<string, readonly string[]>;
 
 /** Names of shards have five digits. */
 const mostShards = 100_000;
@@ -12,8 +12,8 @@ const mostShards = 100_000;
 const isPlainName = (name: string): boolean => name !== '' && name !== '.' && name !== '..' && !/[/\\\0]/.test(name);
 
 /**
- * Reads `weight_map`, whose files must be plain names. A tensor may still stand in it for two files: whoever compares it
- * with the files finds that one of them is wrong, and calls `refuseDuplicates` first.
+ * Reads `weight_map`, whose files must be plain names. A tensor may still stand in it twice: whoever compares it with the
+ * files finds that something is wrong, and calls `refuseDuplicates` first.
  */
 export const readIndex = (path: string): ShardIndex => parseIndex(readBytes(path), path);
 
@@ -35,7 +35,7 @@ function readAny(bytes: Buffer, path: string): ShardIndex {
   const index = parseJson(bytes, { where: path, lenient: true, maxValues: 2_000_000 });
   const map = isJsonObject(index) ? index['weight_map'] : undefined;
   if (!isJsonObject(map)) throw badInput('The index has no weight_map', { where: path });
-  const result = new Map<string, Set<string>>();
+  const result = new Map<string, string[]>();
   for (const tensor in map) {
     const name = map[tensor];
     if (typeof name !== 'string' || !isPlainName(name)) {
@@ -45,13 +45,15 @@ function readAny(bytes: Buffer, path: string): ShardIndex {
       });
     }
     const tensors = result.get(name);
-    if (tensors === undefined) result.set(name, new Set([tensor]));
-    else tensors.add(tensor);
+    if (tensors === undefined) result.set(name, [tensor]);
+    else tensors.push(tensor);
     if (result.size > mostShards) throw badInput('The index names too many files', { where: path, expected: `at most ${mostShards}` }); // prettier-ignore
   }
   if (result.size === 0) throw badInput('The index names no tensors', { where: path });
   return result;
 }
+
+const [key, colon, open, comma, close] = ['"weight_map"', ':', '{', ',', '}'].map((text) => Buffer.from(text)) as [Buffer, Buffer, Buffer, Buffer, Buffer]; // prettier-ignore
 
 /** Stands for the map while the rest of the index is read. */
 const placeholder = '(weight_map)';
@@ -61,38 +63,38 @@ const placeholder = '(weight_map)';
  * is otherwise; then it is read as any JSON.
  */
 function readUsual(bytes: Buffer, path: string): ShardIndex | undefined {
-  const text = decodeUtf8(bytes);
-  const start = text === undefined ? undefined : /"weight_map"\s*:\s*\{/.exec(text);
-  if (text === undefined || !start || text.includes(placeholder)) return undefined;
-  const from = start.index + start[0].length;
-  const index = new Map<string, Set<string>>();
-  const cursor = new Cursor(text, from);
-  let quoted = '';
-  let tensors = new Set<string>();
+  const cursor = new Cursor(bytes, bytes.indexOf(key) + key.length);
+  cursor.skipSpace();
+  if (cursor.at < key.length || !cursor.pass(colon)) return undefined;
+  cursor.skipSpace();
+  if (!cursor.pass(open)) return undefined;
+  const head = bytes.subarray(0, cursor.at - 1);
+  const index = new Map<string, string[]>();
+  let quoted: Buffer | undefined;
+  let tensors: string[] = [];
   for (let more = true; more;) {
     cursor.skipSpace();
     const tensor = cursor.string();
     if (tensor === undefined) return undefined;
     cursor.skipSpace();
-    if (!cursor.pass(':')) return undefined;
+    if (!cursor.pass(colon)) return undefined;
     cursor.skipSpace();
     // Mostly the file of the tensor before.
-    if (quoted === '' || !cursor.pass(quoted)) {
+    if (!quoted || !cursor.pass(quoted)) {
       const name = cursor.string();
       if (name === undefined || !isPlainName(name)) return undefined;
-      quoted = `"${name}"`;
-      tensors = index.get(name) ?? new Set();
+      quoted = Buffer.from(`"${name}"`);
+      tensors = index.get(name) ?? [];
       index.set(name, tensors);
       if (index.size > mostShards) return undefined;
     }
-    const before = tensors.size;
-    if (tensors.add(tensor).size === before) return undefined;
+    tensors.push(tensor);
     cursor.skipSpace();
-    more = cursor.pass(',');
+    more = cursor.pass(comma);
   }
-  if (!cursor.pass('}')) return undefined;
-  const rest = `${text.slice(0, from - 1)}"${placeholder}"${text.slice(cursor.at)}`;
-  if (rest.length > 65_536) return undefined;
-  const whole = tryJson(rest, { where: path, lenient: true });
+  if (!cursor.pass(close)) return undefined;
+  const tail = bytes.subarray(cursor.at);
+  if (head.length + tail.length > 65_536 || head.includes(placeholder) || tail.includes(placeholder)) return undefined;
+  const whole = tryJson(Buffer.concat([head, Buffer.from(`"${placeholder}"`), tail]), { where: path, lenient: true });
   return isJsonObject(whole) && whole['weight_map'] === placeholder ? index : undefined;
 }

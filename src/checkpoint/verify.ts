@@ -4,7 +4,7 @@ import { encodingName } from '../formats/ggml.js';
 import { plannedBytes, plannedEncoding } from './layout.js';
 import type { OutputLayout } from './layout.js';
 import { locate } from './locate.js';
-import { collectTensors, parseFile } from './parse.js';
+import { checkIndex, parseFile } from './parse.js';
 import type { OpenedFile } from './parse.js';
 import { planKey } from './types.js';
 import type { PlannedTensor } from './types.js';
@@ -52,5 +52,6 @@ export async function verifyOutput(
     if (extra !== undefined) fail('a tensor too many', extra, 'none', 'a tensor');
   }
   // The index, too, as a reader takes it.
-  if (layout.index !== undefined) collectTensors(files.map(({ parsed }) => parsed), await locate(folder)); // prettier-ignore
+  const index = layout.index && (await locate(folder)).index;
+  if (index) checkIndex([...parsedFiles.values()], index);
 }

@@ -188,9 +188,9 @@ class Writer implements CheckpointWriter {
     }
     await this.flush();
     const outputs: Json[] = [];
-    for (const file of this.files) {
-      const sha256 = await file.finish();
-      outputs.push({ name: file.layout.name, bytes: file.layout.size, sha256 });
+    const sums = await Promise.all(this.files.map((file) => file.finish()));
+    for (const [i, { layout }] of this.files.entries()) {
+      outputs.push({ name: layout.name, bytes: layout.size, sha256: sums[i]! });
     }
     const sidecars = this.sidecars.filter(({ role }) => role !== 'provenance');
     for (const { partName, name, bytes } of sidecars) {

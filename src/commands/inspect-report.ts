@@ -5,14 +5,14 @@ import { elementCount } from '../base/dtype.js';
 import { formatBytes } from '../base/files.js';
 import { columns, count, factRows, short } from '../base/text.js';
 import { buildModel } from '../arch/registry.js';
-import { storedWeights, type StoredWeight } from '../arch/stored.js';
+import { isPlain, storedWeights, type StoredWeight } from '../arch/stored.js';
 import type { Model } from '../arch/types.js';
 import { openCheckpoint } from '../checkpoint/open.js';
-import type { Checkpoint } from '../checkpoint/types.js';
+import type { Checkpoint, Encoding, TensorEntry } from '../checkpoint/types.js';
 import { detectLayout } from '../layout/detect.js';
 import { outlook, type Outlook } from './outlook.js';
 import { looks, type LookValues, type Stored } from './inspect-look.js';
-import { encodingName, summarize, type ModelSummary } from './summary.js';
+import { encodingName, summarize, type Held, type ModelSummary } from './summary.js';
 import type { CommandResult, Io } from './types.js';
 
 /** Tensors beyond which plans would take longer than a look at the model should: inspect answers within a second. */
@@ -37,8 +37,8 @@ async function report(checkpoint: Checkpoint, given: Given, io: Io): Promise<Com
   const { config, configPath } = checkpoint;
   const listed = given.tensors;
   const notes = [...checkpoint.notes];
-  const { model, stored: weights } = understand(checkpoint, notes);
-  const summary = model && summarize(model, weights);
+  const { model, held, weights } = understand(checkpoint, notes);
+  const summary = model && summarize(model, held);
   notes.push(...(summary?.problems ?? []));
   const foreseen = checkpoint.tensors.size <= mostForeseen;
   if (!foreseen) notes.push('So many tensors are not planned here: quantize --dry-run and moe --dry-run say what they would do.'); // prettier-ignore
@@ -80,7 +80,7 @@ async function report(checkpoint: Checkpoint, given: Given, io: Io): Promise<Com
     ...(would ? outlookRows(would) : []),
   ]; // prettier-ignore
   const look = looks(given)
-    ? await (await import('./inspect-view.js')).view({ checkpoint, model, stored: weights, types: stored, facts: rows, notes }, given, io) // prettier-ignore
+    ? await (await import('./inspect-view.js')).view({ checkpoint, model, stored: weights(), types: stored, facts: rows, notes }, given, io) // prettier-ignore
     : undefined;
   const parts = [
     factRows(
@@ -97,18 +97,21 @@ async function report(checkpoint: Checkpoint, given: Given, io: Io): Promise<Com
 interface Understood {
   /** Undefined, with a note why: what is stored can be shown all the same. */
   readonly model: Model | undefined;
-  readonly stored: ReadonlyMap<string, StoredWeight>;
+  readonly held: Held;
+  readonly weights: () => ReadonlyMap<string, StoredWeight>;
 }
 
 function understand({ config, configPath, tensors }: Checkpoint, notes: string[]): Understood {
-  const nothing = { model: undefined, stored: new Map<string, StoredWeight>() };
+  const nothing = { model: undefined, held: new Map(), weights: () => new Map<string, StoredWeight>() };
   if (configPath === undefined) {
     notes.push('No config.json beside it and no --config: only what is stored is known.');
     return nothing;
   }
   try {
-    const stored = storedWeights(tensors, detectLayout(config, configPath));
-    return { model: buildModel(config, configPath, (name) => stored.has(name)), stored };
+    const layout = detectLayout(config, configPath);
+    const weights = () => storedWeights(tensors, layout);
+    const held = isPlain(tensors, layout) ? tensors : weights();
+    return { model: buildModel(config, configPath, (name) => held.has(name)), held, weights };
   } catch (error) {
     if (!(error instanceof ConvertError) || error.kind !== 'input') throw error;
     notes.push(error.message.replace(/\s*\n\s*/g, ' '));
@@ -172,8 +175,11 @@ function architecture(type: string | null, name: unknown, model: Model | undefin
 
 function histogram({ tensors }: Checkpoint): Stored[] {
   const types = new Map<string, Stored>();
+  let type = '';
+  let before: TensorEntry | undefined;
   for (const entry of tensors.values()) {
-    const type = encodingName(entry);
+    if (!before || !sameEncoding(entry.encoding, before.encoding)) type = encodingName(entry);
+    before = entry;
     const at = types.get(type) ?? { type, tensors: 0, values: 0, bytes: 0 };
     at.tensors += 1;
     at.values += elementCount(entry.shape);
@@ -182,6 +188,10 @@ function histogram({ tensors }: Checkpoint): Stored[] {
   }
   return [...types.values()].sort((a, b) => b.bytes - a.bytes);
 }
+
+/** Whether the name is the same without looking further: neighbours mostly are, and names take time to make. */
+const sameEncoding = (a: Encoding, b: Encoding): boolean =>
+  a === b || (a.kind === 'scaled' && b.kind === 'scaled' && a.element === b.element && a.block === b.block);
 
 function quantizationOf(config: Checkpoint['config']): { method: string; bits: number | undefined } | undefined {
   const found = config.quantization_config as Record<string, unknown> | undefined;

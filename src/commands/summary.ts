@@ -34,9 +34,11 @@ export interface ExpertSummary {
 
 const quantizable = ({ role }: LinearSpec): boolean => role !== 'router' && role !== 'head' && role !== 'other';
 
-/** `stored`: what the checkpoint holds, by the names that architectures use. */
-export function summarize(model: Model, stored: ReadonlyMap<string, StoredWeight>): ModelSummary {
-  const { total, others, problems } = compare([model.outer, ...model.blocks.map((block) => block.tensors)], stored);
+/** What a checkpoint holds, by the names that architectures use. */
+export type Held = ReadonlyMap<string, Pick<StoredWeight, 'shape' | 'linear'>>;
+
+export function summarize(model: Model, stored: Held): ModelSummary {
+  const { total, others, problems } = compare(model, stored);
   const [carried, unknown] = [others.filter((name) => isCarried(model, name)), others.filter((name) => !isCarried(model, name))]; // prettier-ignore
   tell(problems, unknown, 'Tensors that the architecture does not know');
   const cached = 2 * sum(model.blocks.map(({ attention }) => attention.cached?.(model.context) ?? 0));
@@ -78,11 +80,16 @@ interface Comparison {
   readonly problems: string[];
 }
 
+function* specsOf({ outer, blocks }: Model): Generator<readonly TensorSpec[]> {
+  yield outer;
+  for (const { tensors } of blocks) yield tensors;
+}
+
 /** In one pass: there may be 100,000 tensors. */
-function compare(parts: readonly (readonly TensorSpec[])[], stored: ReadonlyMap<string, StoredWeight>): Comparison {
+function compare(model: Model, stored: Held): Comparison {
   const [missing, otherShape]: string[][] = [[], []];
   let [total, found] = [0, 0];
-  for (const specs of parts) {
+  for (const specs of specsOf(model)) {
     for (const { name, shape, optional, below } of specs) {
       const own = stored.get(name);
       if (own !== undefined || optional !== true) total += below === undefined ? elementCount(shape) : 0;
@@ -97,7 +104,9 @@ function compare(parts: readonly (readonly TensorSpec[])[], stored: ReadonlyMap<
       }
     }
   }
-  const known = new Set(found === stored.size ? [] : parts.flatMap((specs) => specs.map(({ name }) => name)));
+  const known = new Set(
+    found === stored.size ? [] : [...specsOf(model)].flatMap((specs) => specs.map(({ name }) => name)),
+  );
   const others = found === stored.size ? [] : [...stored.keys()].filter((name) => !known.has(name));
   const problems: string[] = [];
   tell(problems, missing!, 'The architecture expects tensors that are not there');

@@ -47,9 +47,9 @@ export function parseJson(bytes: Uint8Array | string, options: JsonOptions): Jso
 }
 
 /** The same, undefined for what it refuses: where another reading follows that says what is wrong. */
-export function tryJson(text: string, options: JsonOptions): JsonValue | undefined {
+export function tryJson(bytes: Uint8Array | string, options: JsonOptions): JsonValue | undefined {
   try {
-    return parseJson(text, options);
+    return parseJson(bytes, options);
   } catch (error) {
     if (error instanceof ConvertError) return undefined;
     throw error;

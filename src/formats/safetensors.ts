@@ -1,6 +1,6 @@
 import type { DType } from '../base/dtype.js';
 import { badInput, didYouMean } from '../base/errors.js';
-import { decodeUtf8, isJsonObject, parseJson, tryJson } from './json.js';
+import { isJsonObject, parseJson, tryJson } from './json.js';
 import type { JsonObject, JsonValue } from './json.js';
 import { hashHeaders, safeU64 } from './source.js';
 import type { RandomAccess } from './source.js';
@@ -77,61 +77,85 @@ export function readSafetensors(source: RandomAccess): SafetensorsFile {
 
 type Listing = Pick<SafetensorsFile, 'tensors' | 'metadata'>;
 
-const metadataPattern = /\{(?:"__metadata__":(\{(?:"[^"\\]*":"[^"\\]*",?)*\})(?:,(?=")|(?=\})))?/y;
+const metadataPattern = /^\{(?:"__metadata__":(\{(?:"[^"\\]*":"[^"\\]*",?)*\})(?:,(?=")|(?=\})))?/;
 /**
- * A header in the form that the libraries write, without building objects of it: a model of 90,000 tensors opens in
- * half the time. Undefined when anything in it is otherwise; then the header is read as any JSON.
+ * A header in the form that the libraries write. Undefined when anything in it is otherwise; then it is read as any JSON.
  */
 function readUsual(bytes: Buffer, path: string, dataStart: number): Listing | undefined {
-  const text = decodeUtf8(bytes);
-  if (text === undefined) return undefined;
-  metadataPattern.lastIndex = 0;
-  const start = metadataPattern.exec(text);
-  if (start === null) return undefined;
-  const listed = start[1] === undefined ? null : tryJson(start[1], { where: path });
+  const [start, metadata] = metadataPattern.exec(bytes.toString('latin1', 0, 4096)) ?? [];
+  if (start === undefined) return undefined;
+  const from = '{"__metadata__":'.length;
+  // Its values may hold any text: of the bytes, Latin-1 only tells where they lie.
+  const listed = metadata === undefined ? null : tryJson(bytes.subarray(from, from + metadata.length), { where: path });
   if (listed === undefined) return undefined;
+  const cursor = new Cursor(bytes, start.length);
   const tensors: TensorEntry[] = [];
   const names = new Set<string>(['__metadata__']);
-  const forms = new Map<string, Form>();
-  const cursor = new Cursor(text, metadataPattern.lastIndex);
+  const forms = new Map<string, UsualForm>();
+  const recent: UsualForm[] = [];
   for (;;) {
     const name = cursor.string();
     const before = names.size;
     if (name === undefined || names.add(name).size === before) return undefined;
-    const written = cursor.before(',"data_offsets":[');
-    if (written === undefined) return undefined;
-    let form = forms.get(written);
-    if (form === undefined) {
-      form = readForm(written);
-      if (form === undefined) return undefined;
-      forms.set(written, form);
+    let form: UsualForm | undefined;
+    for (const one of recent) {
+      if (!cursor.pass(one.written)) continue;
+      form = one;
+      break;
     }
-    const begin = cursor.count(',');
-    const end = cursor.count(']}');
+    if (form === undefined) {
+      const written = cursor.through(closing);
+      form = written && readForm(written, forms);
+      if (form === undefined) return undefined;
+      recent.unshift(form);
+      if (recent.length > 4) recent.pop();
+    }
+    const begin = cursor.pass(offsets) ? cursor.count(comma) : undefined;
+    const end = cursor.count(close);
     if (begin === undefined || end === undefined) return undefined;
     tensors.push(place(name, form, begin, end, path, dataStart));
-    if (cursor.pass(',')) continue;
-    const whole = cursor.pass('}') && /^ *$/.test(text.slice(cursor.at));
+    if (cursor.pass(comma)) continue;
+    const whole = cursor.pass(brace) && bytes.subarray(cursor.at).every((c) => c === 0x20);
     return whole ? { tensors, metadata: readMetadata(listed, path) } : undefined;
   }
 }
 
+const [offsets, comma, close, brace] = [',"data_offsets":[', ',', ']}', '}'].map((text) => Buffer.from(text)) as [Buffer, Buffer, Buffer, Buffer]; // prettier-ignore
+const closing = ']'.charCodeAt(0);
+
 /** What tensors of a file have in common: there are few forms, and many tensors share one. */
 interface Form {
   readonly type: string;
-  readonly dtype: { readonly encoding: Encoding; readonly bits: number };
+  readonly encoding: Encoding;
   readonly shape: readonly number[];
+  /** Of the whole tensor; no safe integer where the shape overflows. */
+  readonly bits: number;
 }
+
+/** A form as it is written between the name and the offsets. */
+type UsualForm = Form & { readonly written: Uint8Array };
+type DTypeForm = Pick<Form, 'encoding' | 'bits'>;
+
+const formOf = (type: string, { encoding, bits }: DTypeForm, shape: readonly number[]): Form => ({
+  ...{ type, encoding, shape },
+  bits: shape.reduce((product, dim) => (Number.isSafeInteger(product) ? product * dim : product), bits),
+});
 
 /** 15 digits are exact; a leading zero is no JSON. */
 const formPattern = /^:\{"dtype":"(\w+)","shape":\[((?:0|[1-9]\d{0,14})(?:,(?:0|[1-9]\d{0,14}))*)?\]$/;
 
-/** `:{"dtype":"BF16","shape":[4096,7168]` */
-function readForm(written: string): Form | undefined {
-  const [, type, sizes] = formPattern.exec(written) ?? [];
+/** `:{"dtype":"BF16","shape":[4096,7168]`; `known` are those of the file that have been read. */
+function readForm(written: Buffer, known: Map<string, UsualForm>): UsualForm | undefined {
+  const text = written.toString('latin1');
+  const before = known.get(text);
+  if (before !== undefined) return before;
+  const [, type, sizes] = formPattern.exec(text) ?? [];
   const dtype = type === undefined ? undefined : dtypes.get(type);
   const shape = sizes === undefined ? [] : sizes.split(',').map(Number);
-  return dtype && shape.length <= 64 ? { type: type!, dtype, shape } : undefined;
+  if (!dtype || shape.length > 64) return undefined;
+  const form = { ...formOf(type!, dtype, shape), written };
+  known.set(text, form);
+  return form;
 }
 
 function readAny(bytes: Buffer, path: string, dataStart: number): Listing {
@@ -164,22 +188,21 @@ function readTensor(name: string, value: JsonValue, path: string, dataStart: num
   if (offsets.length !== 2 || begin! > end!) {
     throw badInput('Bad data_offsets', { where, expected: '[begin, end]', got: JSON.stringify(offsets) });
   }
-  return place(name, { type: value['dtype'] as string, dtype, shape }, begin!, end!, path, dataStart);
+  return place(name, formOf(value['dtype'] as string, dtype, shape), begin!, end!, path, dataStart);
 }
 
 /** Checks a tensor's shape against its bytes. */
 function place(
   name: string,
-  { type, dtype, shape }: Form,
+  { type, encoding, shape, bits }: Form,
   begin: number,
   end: number,
   path: string,
   dataStart: number,
 ): TensorEntry {
   const bytes = end - begin;
-  const bits = shape.reduce((product, dim) => (Number.isSafeInteger(product) ? product * dim : product), dtype.bits);
   if (bytes >= 0 && bits === 8 * bytes && Number.isSafeInteger(bits)) {
-    return { name, shape, encoding: dtype.encoding, span: { path, offset: dataStart + begin, bytes } };
+    return { name, shape, encoding, span: { path, offset: dataStart + begin, bytes } };
   }
   const where = `${path}, tensor ${JSON.stringify(name)}`;
   if (bytes < 0) throw badInput('Bad data_offsets', { where, expected: '[begin, end]', got: `[${begin},${end}]` });
@@ -194,7 +217,7 @@ function place(
   });
 }
 
-function readDtype(value: JsonObject, where: string): { encoding: Encoding; bits: number } {
+function readDtype(value: JsonObject, where: string): DTypeForm {
   const name = value['dtype'];
   const dtype = typeof name === 'string' ? dtypes.get(name) : undefined;
   if (dtype !== undefined) return dtype;
@@ -222,9 +245,10 @@ function readIntegers(value: JsonObject, key: string, where: string): number[] {
 /** The data section must be covered exactly: no hole to hide bytes in, no byte with two meanings. */
 function requireContiguous(tensors: readonly TensorEntry[], dataStart: number, size: number, path: string): void {
   const order = (a: TensorEntry, b: TensorEntry) => a.span.offset - b.span.offset || a.span.bytes - b.span.bytes;
-  const sorted = tensors.every((tensor, i) => i === 0 || order(tensors[i - 1]!, tensor) <= 0);
   let at = dataStart;
-  for (const { name, span } of sorted ? tensors : [...tensors].sort(order)) {
+  const sorted = tensors.every(({ span }) => span.offset === at && ((at += span.bytes), true));
+  if (!sorted) at = dataStart;
+  for (const { name, span } of sorted ? [] : [...tensors].sort(order)) {
     if (span.offset !== at) {
       const what = span.offset < at ? 'Tensors overlap' : 'Hole between tensors';
       const where = `${path}, tensor ${JSON.stringify(name)}`;

@@ -1,55 +1,69 @@
-const [zero, space] = ['0', ' '].map((c) => c.charCodeAt(0)) as [number, number];
+const [quote, backslash, zero, nine, space] = ['"', '\\', '0', '9', ' '].map((c) => c.charCodeAt(0)) as [
+  number, number, number, number, number]; // prettier-ignore
+
+/** Bytes that stand for themselves in a string: ASCII without controls, quote and backslash. */
+const plain = Uint8Array.from({ length: 256 }, (_, c) => Number(c >= space && c < 0x7f && c !== quote && c !== backslash)); // prettier-ignore
+
+/** `toString('latin1', ...)` without its detours, which would take as long again; @types/node leaves it out. */
+type Latin1 = Buffer & { latin1Slice(start: number, end: number): string };
 
 /**
- * Reads JSON of the form that libraries write piece by piece, without building objects of it. What returns undefined
- * is otherwise, or wrong: a whole parser decides.
+ * Reads JSON of the form that libraries write straight from its bytes, without building objects of it: headers of models
+ * hold 100,000 tensors. What returns undefined is otherwise, or wrong, or not ASCII: a whole parser decides.
  */
 export class Cursor {
+  readonly bytes: Latin1;
+
   constructor(
-    readonly text: string,
+    bytes: Buffer,
     public at: number,
-  ) {}
+  ) {
+    this.bytes = bytes as Latin1;
+  }
 
   /** Whether `literal` comes next; then it is passed. */
-  pass(literal: string): boolean {
-    const found = this.text.startsWith(literal, this.at);
-    if (found) this.at += literal.length;
-    return found;
+  pass(literal: Uint8Array): boolean {
+    const { bytes, at } = this;
+    for (let i = 0; i < literal.length; i++) if (bytes[at + i] !== literal[i]) return false;
+    this.at = at + literal.length;
+    return true;
   }
 
   skipSpace(): void {
-    const { text } = this;
-    for (let code; (code = text.charCodeAt(this.at)) === space || code === 10 || code === 13 || code === 9;) this.at++;
+    const { bytes } = this;
+    for (let c; (c = bytes[this.at]) === space || c === 10 || c === 13 || c === 9;) this.at++;
   }
 
   /** A string that is not empty and has no escapes. */
   string(): string | undefined {
-    const { text } = this;
-    if (!this.pass('"')) return undefined;
-    const end = text.indexOf('"', this.at);
-    const value = text.slice(this.at, end);
-    if (end < 0 || value === '' || /[\\\u0000-\u001f]/.test(value)) return undefined;
+    const { bytes } = this;
+    if (bytes[this.at] !== quote) return undefined;
+    const start = this.at + 1;
+    let end = start;
+    while (plain[bytes[end]!] === 1) end++;
+    if (bytes[end] !== quote || end === start) return undefined;
     this.at = end + 1;
-    return value;
+    return bytes.latin1Slice(start, end);
   }
 
-  /** The text before `literal`, which is passed with it. */
-  before(literal: string): string | undefined {
-    const end = this.text.indexOf(literal, this.at);
+  /** The bytes up to and with `last`. */
+  through(last: number): Buffer | undefined {
+    const end = this.bytes.indexOf(last, this.at);
     if (end < 0) return undefined;
-    const found = this.text.slice(this.at, end);
-    this.at = end + literal.length;
+    const found = this.bytes.subarray(this.at, end + 1);
+    this.at = end + 1;
     return found;
   }
 
   /** A count and `literal` behind it, which is passed. */
-  count(literal: string): number | undefined {
-    const { text, at: start } = this;
-    let value = 0;
-    for (let digit; (digit = text.charCodeAt(this.at) - zero) >= 0 && digit <= 9; this.at++) value = 10 * value + digit;
-    const digits = this.at - start;
+  count(literal: Uint8Array): number | undefined {
+    const { bytes, at: start } = this;
+    let [value, end] = [0, start];
+    for (let c; (c = bytes[end]!) >= zero && c <= nine; end++) value = 10 * value + (c - zero);
+    const digits = end - start;
     // 15 digits are exact; a leading zero is no JSON.
-    if (digits === 0 || digits > 15 || (digits > 1 && text.charCodeAt(start) === zero)) return undefined;
+    if (digits === 0 || digits > 15 || (digits > 1 && bytes[start] === zero)) return undefined;
+    this.at = end;
     return this.pass(literal) ? value : undefined;
   }
 }

@@ -58,13 +58,20 @@ export function moeLayer(m: MoeLayerSpec, mix: Mix = sparse): Layer & { readonly
       router: m.router,
       expertLinears: m.experts,
     },
-    tensors: [
-      ...linearTensors([m.router, ...gate]),
-      ...(m.routeBias ? [{ name: m.routeBias, shape: [m.experts.length], f32: true }] : []),
-      ...(m.byToken ? [{ name: m.byToken.name, shape: [m.byToken.vocab, m.route.topK], below: m.experts.length }] : []),
-      ...linearTensors(m.experts.flatMap((e) => [e.gate, e.up, e.down])),
-      ...(shared?.tensors ?? []),
-    ],
+    // Made when asked for: of 256 experts in 58 layers there are 45,000.
+    get tensors() {
+      const routed: LinearSpec[] = [];
+      for (const e of m.experts) routed.push(e.gate, e.up, e.down);
+      return [
+        ...linearTensors([m.router, ...gate]),
+        ...(m.routeBias ? [{ name: m.routeBias, shape: [m.experts.length], f32: true }] : []),
+        ...(m.byToken
+          ? [{ name: m.byToken.name, shape: [m.byToken.vocab, m.route.topK], below: m.experts.length }]
+          : []),
+        ...linearTensors(routed),
+        ...(shared?.tensors ?? []),
+      ];
+    },
     linears: [
       [m.router],
       ...(shared?.linears ?? []),

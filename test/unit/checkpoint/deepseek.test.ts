@@ -51,15 +51,13 @@ describe('FP8 checkpoints', () => {
     ...{ name, shape, encoding },
     span: { path: 'x', offset: 0, bytes: 0 },
   });
-  const map = (...entries: TensorEntry[]): Map<string, TensorEntry> => new Map(entries.map((one) => [one.name, one]));
   const fp8 = { kind: 'plain', dtype: 'f8_e4m3' } as const;
   const f32 = { kind: 'plain', dtype: 'f32' } as const;
   const e8m0 = { kind: 'opaque', name: 'F8_E8M0', bits: 8 } as const;
   const config = { quantization_config: { quant_method: 'fp8', weight_block_size: [128, 128] } };
 
   it('refuse scales of another shape, and partners that are missing', async () => {
-    const message = (...entries: TensorEntry[]): Promise<string> =>
-      badInputMessage(() => joinScales(map(...entries), config));
+    const message = (...entries: TensorEntry[]): Promise<string> => badInputMessage(() => joinScales(entries, config));
     const weight = entry('a.weight', [256, 200], fp8);
     expect(await message(weight, entry('a.weight_scale_inv', [2, 1], f32))).toContain('expected [2, 2]');
     expect(await message(weight)).toContain('a.weight_scale_inv or a.scale');
@@ -69,15 +67,32 @@ describe('FP8 checkpoints', () => {
     );
   });
 
+  it('are found in any order; one that is there twice is refused', async () => {
+    const names = ['b', 'a', 'c', 'd'];
+    const weights = names.map((name) => entry(`${name}.weight`, [4, 4], fp8));
+    const scales = ['d', 'a', 'b', 'c'].map((name) => entry(`${name}.weight_scale_inv`, [1, 1], f32));
+    const orders = [[...weights, ...scales], [...scales, ...weights], weights.flatMap((one, i) => [one, scales[i]!])];
+    for (const entries of orders) {
+      const joined = joinScales(entries, config);
+      expect([...joined.keys()]).toEqual(names.map((name) => `${name}.weight`));
+      for (const { name, encoding } of joined.values()) {
+        expect(encoding).toMatchObject({ kind: 'scaled', scale: { name: `${name}_scale_inv` } });
+      }
+    }
+    expect(await badInputMessage(() => joinScales([...weights, ...scales, scales[0]!], config))).toContain(
+      'tensor "d.weight_scale_inv": got x and x',
+    );
+  });
+
   it('of V4 have FP4 experts beside FP8 linears, told by their scales', () => {
     const joined = joinScales(
-      map(
+      [
         entry('experts.0.w1.weight', [6, 32], { kind: 'plain', dtype: 'i8' }),
         entry('experts.0.w1.scale', [6, 2], e8m0),
         entry('wq_a.weight', [130, 64], fp8),
         entry('wq_a.scale', [2, 1], e8m0),
         entry('ids.weight', [6, 32], { kind: 'plain', dtype: 'i8' }),
-      ),
+      ],
       { ...config, expert_dtype: 'fp4' },
     );
     expect([...joined.keys()]).toEqual(['experts.0.w1.weight', 'wq_a.weight', 'ids.weight']);
