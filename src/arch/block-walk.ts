@@ -91,6 +91,8 @@ interface Suspended {
 /** One block: all batches from call to call, the visitor between. */
 export class BlockWalk {
   readonly #answer: (call: Call, ctx: ForwardContext) => unknown;
+  /** Until the batch before the one that runs is through. */
+  #before: Promise<void> = Promise.resolve();
 
   constructor(
     readonly options: WalkOptions,
@@ -126,9 +128,11 @@ export class BlockWalk {
         const site = await this.#siteAt(index, held);
         if (site === undefined) break;
         stopIfAborted(this.options.env, this.options.resumeHint);
+        await this.#idle();
         await this.visitor.visit(site);
         if (held) for (const one of held) await this.#advance(one);
       }
+      await this.#idle();
       if (!last) await this.#collect(held);
       else if (held) for (const one of held) if (!one.step.done) throw bug('a batch stopped before its block ended');
     } finally {
@@ -200,8 +204,16 @@ export class BlockWalk {
     while (!one.step.done && this.#heldCall(one.step.value) === undefined) {
       one.step = one.calls.next(this.#answer(one.step.value, one.ctx));
     }
-    // Ops are only enqueued: without this wait a fast producer would fill the device's memory with what is to come.
-    await this.options.env.device.sync();
+    // Ops are only enqueued: one batch ahead keeps the device busy and lets a failure or an abort end the job soon.
+    const before = this.#before;
+    this.#before = this.options.env.device.sync();
+    this.#before.catch(() => undefined); // reported where it is awaited
+    await before;
+  }
+
+  /** What was enqueued so far is done, and nothing of it has failed. */
+  async #idle(): Promise<void> {
+    await this.#before;
   }
 
   #heldCall(call: Call): LinearCall | ExpertsCall | undefined {
@@ -232,6 +244,7 @@ export class BlockWalk {
             }
             await handle(at, b);
             if (held === undefined) await this.options.env.device.sync();
+            await this.#idle();
           } finally {
             if (held === undefined) one.scope[Symbol.dispose]();
           }
@@ -254,6 +267,7 @@ export class BlockWalk {
       await this.states.put(b, one.step.value, one.scope);
       one.scope[Symbol.dispose]();
     }
+    await this.#idle();
     await this.states.next();
   }
 }

@@ -93,12 +93,13 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
 
   let ahead: Ahead | undefined;
   // A block counts as done when the states behind it are on disk. They go there while the next block computes, and where
-  // that takes longer than computing, only so often that no more than a third of the time goes into it: a job that is
-  // killed then repeats those blocks.
+  // that takes longer than computing, only so often that no more than a third of the time goes into it, and no more where
+  // it would outlast the computing: a job that is killed then repeats those blocks.
   let finished: Finished[] = [];
   let reached = -1;
   let settled: Promise<void> = Promise.resolve();
-  let [busy, since, cost] = [false, performance.now(), 0];
+  const begun = performance.now();
+  let [busy, since, cost] = [false, begun, 0];
   const settle = async (): Promise<void> => {
     const done = finished;
     [finished, busy, since] = [[], true, performance.now()];
@@ -145,7 +146,9 @@ export async function streamBlocks(options: StreamOptions, visitor: BlockVisitor
       if (needed(i)) reached = i;
       const { data, detail } = await visitor.finish(block, weights);
       finished.push({ i, seconds: (performance.now() - started) / 1000, data, detail });
-      const due = !geometry.resident || keep.has(block.index) || (!busy && performance.now() - since >= 2 * cost);
+      const left = ((performance.now() - begun) / (i + 1 - first)) * (to - 1 - i);
+      const pays = !busy && performance.now() - since >= 2 * cost && left > cost;
+      const due = !geometry.resident || keep.has(block.index) || pays;
       if (!due && i < to - 1) continue;
       await settled;
       settled = settle();

@@ -53,6 +53,7 @@ export async function assemble(
   try {
     const accepts = acceptances(run);
     for (const i of targets.keys()) writers.push(await writerOf(run, i, accepts[i]));
+    env.log.debug(`${secondsSince(run.started)} s until the outputs are planned`);
     await withTargets(run, writers, async (opened, reader) => {
       // Embedding and head are copied beside the blocks, which end early when that fails.
       const failing = new AbortController();
@@ -65,6 +66,7 @@ export async function assemble(
       await (failing.signal.aborted && !env.signal.aborted ? outer : filled);
       await outer;
     });
+    env.log.debug(`${secondsSince(run.started)} s until the blocks are written`);
     await checkpoint.assertUnchanged();
     const blocks = reportsOf(run);
     const checking = performance.now();
@@ -75,13 +77,14 @@ export async function assemble(
       const folder = several ? join(job.outputFolder, format) : job.outputFolder;
       verified += await target.verify(folder, probesOf(blocks, format), env);
     }
-    const seconds = (performance.now() - checking) / 1000;
-    env.log.info(`Verified ${verified} quantized linears as they were read back, ${seconds.toFixed(1)} s`);
+    env.log.info(`Verified ${verified} quantized linears as they were read back, ${secondsSince(checking)} s`);
+    const finishing = performance.now();
     // The one that is validated first: what was measured stands in the cards of the others too.
     const judged = judgedOf(run);
     for (const i of [judged, ...targets.keys()].filter((i, at, all) => i >= 0 && all.indexOf(i) === at)) {
       await writers[i]!.finish(provenanceReport(plan, blocks));
     }
+    env.log.debug(`${secondsSince(finishing)} s until checksums and names are in place`);
     if (several) {
       const outputs = targets.map(({ format, output: { bytes } }) => ({ folder: format, bytes }));
       await deliverParts(job, { schema: 1, tool: options.tool, outputs });
@@ -93,6 +96,8 @@ export async function assemble(
     for (const writer of writers) await writer.close();
   }
 }
+
+const secondsSince = (start: number): string => ((performance.now() - start) / 1000).toFixed(1);
 
 /** What lies outside the blocks. */
 async function writeOuter(opened: readonly TargetWriter[], job: Job): Promise<void> {

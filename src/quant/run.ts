@@ -77,25 +77,29 @@ export async function solveBlocks(
     coverage: new CoverageGate(model, options.maxUncovered, uncoveredBefore),
     calibrateAllExperts: options.calibrateAllExperts ?? false,
   });
-  const common = { open, env, reader, job, stage, range, resumeHint };
-  if (set === undefined) {
-    await eachBlock(common, async (block, weights) => {
-      for (const linears of block.linears) await visitor.quantize(linears, weights, { statistics: undefined });
-      const finished = await visitor.finish(block);
-      await visitor.flush();
-      return finished;
-    });
-    return;
+  try {
+    const common = { open, env, reader, job, stage, range, resumeHint };
+    if (set === undefined) {
+      await eachBlock(common, async (block, weights) => {
+        for (const linears of block.linears) await visitor.quantize(linears, weights, { statistics: undefined });
+        const finished = await visitor.finish(block);
+        await visitor.flush();
+        return finished;
+      });
+      return;
+    }
+    await streamBlocks(
+      {
+        ...common,
+        set,
+        dtype: statesOf(options, prepared, env),
+        independent: options.independentBlocks ?? false,
+        ...(options.batchRows !== undefined && { batchRows: options.batchRows }),
+        ...(options.budget !== undefined && { budget: options.budget }),
+      },
+      visitor,
+    );
+  } finally {
+    await visitor.settled();
   }
-  await streamBlocks(
-    {
-      ...common,
-      set,
-      dtype: statesOf(options, prepared, env),
-      independent: options.independentBlocks ?? false,
-      ...(options.batchRows !== undefined && { batchRows: options.batchRows }),
-      ...(options.budget !== undefined && { budget: options.budget }),
-    },
-    visitor,
-  );
 }

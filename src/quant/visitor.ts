@@ -55,6 +55,8 @@ export class QuantVisitor implements BlockVisitor {
   #allExperts: AllExpertStatistics | undefined;
   #stages: Record<string, number> = {};
   #tuned: RoundingReport | undefined;
+  /** Of the stack that was stored last, on the way to the files. */
+  #writes: Promise<void>[] = [];
   /** Norms of this block that have taken up scales, and are written. */
   readonly #folded = new Set<string>();
 
@@ -167,6 +169,7 @@ export class QuantVisitor implements BlockVisitor {
     const { env, targets } = this.#options;
     const { scheme, w, statistics, solution, scaling, method, tokens, notes, seconds } = stack;
     const writing = performance.now();
+    await this.#written();
     for (const { plan, from, to, coded } of parts(stack)) {
       using work = new Scope(env.device);
       const q = valuesOf(work, coded, scheme);
@@ -178,7 +181,7 @@ export class QuantVisitor implements BlockVisitor {
       const probes: Record<string, string> = {};
       for (const { name: targetName, target, writer } of targets) {
         const { tensors, values } = target.store(work, plan, scheme, coded, source);
-        for (const { name, tensor } of tensors) await writer.write(name, tensor.source());
+        this.#write(writer, tensors, work);
         if (values) probes[targetName] = await probe(values);
       }
       this.#put(weights, plan, scaling ? binary(work, 'div', q, scaling.s) : q);
@@ -202,6 +205,39 @@ export class QuantVisitor implements BlockVisitor {
       });
     }
     this.#time('write', writing);
+  }
+
+  /** Starts to write `tensors`, which may be of `work`; they are kept until they are written. */
+  #write(
+    writer: TensorSink,
+    tensors: readonly { readonly name: string; readonly tensor: Tensor }[],
+    work: Scope,
+  ): void {
+    const kept = new Scope(this.#options.env.device);
+    // All at once: a transfer waits for whatever is enqueued before it.
+    const writes = tensors.map(({ name, tensor }) => {
+      if (work.owns(tensor)) work.move(tensor, kept);
+      const own = kept.owns(tensor) ? tensor : cast(kept, tensor, tensor.dtype);
+      return writer.write(name, own.source());
+    });
+    const written = Promise.allSettled(writes).then((ends) => {
+      kept[Symbol.dispose]();
+      const failed = ends.find((end) => end.status === 'rejected');
+      if (failed) throw failed.reason;
+    });
+    written.catch(() => undefined); // reported where it is awaited
+    this.#writes.push(written);
+  }
+
+  async #written(): Promise<void> {
+    const writes = this.#writes;
+    this.#writes = [];
+    await Promise.all(writes);
+  }
+
+  /** Resolves when no transfer is under way any more, however they have ended. */
+  async settled(): Promise<void> {
+    await Promise.allSettled(this.#writes);
   }
 
   #put(weights: Weights, { linear }: Planned, q: Tensor): void {
@@ -254,8 +290,9 @@ export class QuantVisitor implements BlockVisitor {
     const started = performance.now();
     for (const { target, writer } of this.#options.targets) {
       await target.writeThrough(block.index, writer, this.#folded);
-      if (writer.blockByBlock) await writer.flush();
     }
+    await this.#written();
+    for (const { writer } of this.#options.targets) if (writer.blockByBlock) await writer.flush();
     this.#time('write', started);
     const stages = Object.fromEntries(Object.entries(this.#stages).map(([name, ms]) => [name, Math.round(ms) / 1000]));
     const linears = this.#linears;

@@ -34,11 +34,20 @@ export function blockLayouts({ output }: PlannedTarget, { linears }: QuantPlan):
 
 export const blockFile = (format: string, block: number): string => `${format}-${block}.bin`;
 
+interface Growing {
+  readonly block: number;
+  readonly path: string;
+  readonly file: FileHandle;
+  /** Tensors that are not written yet. */
+  readonly left: Set<string>;
+}
+
 /** Takes the tensors of one output, block after block, each block into a file that has its name when it is complete. */
 export class BlockFiles implements TensorSink {
   readonly blockByBlock = true;
   readonly #blockOf = new Map<string, number>();
-  #growing: { block: number; path: string; file: FileHandle; left: Set<string> } | undefined;
+  /** Begun by the first of several tensors that come at once. */
+  #growing: Promise<Growing> | undefined;
 
   constructor(
     private readonly folder: string,
@@ -50,7 +59,7 @@ export class BlockFiles implements TensorSink {
 
   async write(name: string, data: ByteSource): Promise<void> {
     const block = this.#blockOf.get(name);
-    const growing = (this.#growing ??= await this.#begin(block ?? -1));
+    const growing = await (this.#growing ??= this.#begin(block ?? -1));
     const place = this.layouts.get(growing.block)!.tensors.get(name);
     if (!place || place.bytes !== data.byteLength) {
       throw bug('A tensor is not what was planned for its block', { where: name, expected: `${place?.bytes} bytes in block ${growing.block}`, got: `${data.byteLength} bytes in block ${block}` }); // prettier-ignore
@@ -65,7 +74,7 @@ export class BlockFiles implements TensorSink {
 
   /** Ends the block. */
   async flush(): Promise<void> {
-    const growing = this.#growing;
+    const growing = await this.#growing;
     if (!growing) return; // the block has nothing in this output
     const { block, path, file, left } = growing;
     if (left.size > 0)
@@ -81,12 +90,11 @@ export class BlockFiles implements TensorSink {
 
   /** Throws away what is not complete. */
   async close(): Promise<void> {
-    const path = this.#growing?.path;
-    await this.#close();
+    const path = await this.#close().catch(() => undefined);
     if (path !== undefined) await rm(path, { force: true });
   }
 
-  async #begin(block: number) {
+  async #begin(block: number): Promise<Growing> {
     const layout = this.layouts.get(block);
     if (!layout) throw bug('A tensor that was not planned', { where: `${this.format}, block ${block}` });
     const path = join(this.folder, `.${blockFile(this.format, block)}.${processId()}.tmp`);
@@ -97,9 +105,12 @@ export class BlockFiles implements TensorSink {
     }
   }
 
-  async #close(): Promise<void> {
+  /** The path of what grew. */
+  async #close(): Promise<string | undefined> {
     const growing = this.#growing;
     this.#growing = undefined;
-    await growing?.file.close();
+    const { file, path } = (await growing) ?? {};
+    await file?.close();
+    return path;
   }
 }
