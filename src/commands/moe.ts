@@ -270,7 +270,7 @@ function requireDrop({ method }: Given, io: Io): void {
 }
 
 /** Options that say how a dense model is divided. */
-const divides = ['experts', 'active', 'shared', 'groups', 'topGroups', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'layers', 'pad', 'then', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[]), 'rounds', 'routerSteps', 'split', 'balance', 'ridge'] as const; // prettier-ignore
+const divides = ['experts', 'active', 'shared', 'groups', 'topGroups', 'method', 'dropRatio', 'container', 'refit', 'denseLayers', 'layers', 'pad', 'then', ...(Object.keys(distillOptions) as (keyof typeof distillOptions)[]), 'balance', 'rounds', 'routerSteps', 'split', 'ridge'] as const; // prettier-ignore
 
 /** What is to become of a mixture; undefined where a dense model is to become one. */
 function surgeryOf({ pruneExperts, mergeExperts }: Given, io: Io) {

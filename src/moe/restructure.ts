@@ -22,8 +22,9 @@ const balancedTokens = 8192;
  * Divides a layer's neurons among shared and routed experts and fits the router. Neurons are clustered by when they
  * fire; then routing and membership improve each other: the router is fitted to the experts as they are, and every
  * neuron goes where the router's choices keep most of its energy (a balanced assignment of sum_t z_tn m_te). Each half
- * step raises the energy that survives routing, and experts end up being what a linear router can predict. Where routing is limited to groups, experts
- * that fire together are put into one group before the rounds; where the load is to be balanced, every round's routing is.
+ * step raises the energy that survives routing, and experts end up being what a linear router can predict. Where routing
+ * is limited to groups, experts that fire together are put into one before the rounds; where the load is to be balanced,
+ * it is in every round.
  */
 export async function restructure(scope: Scope, measured: Measured, options: SplitOptions): Promise<Restructured> {
   const { shape, seed, balance, kind = 'fitted' } = options;
@@ -44,7 +45,7 @@ export async function restructure(scope: Scope, measured: Measured, options: Spl
   }
   const prices = new Float64Array(shape.routed);
   const rounds = shape.active < shape.routed ? options.rounds : 0;
-  const few = evenRows(work, x, balancedTokens);
+  const few = balance === undefined ? x : evenRows(work, x, balancedTokens);
   for (let round = 0; round < rounds; round++) {
     using step = new Scope(scope.device);
     const fitted = await fitRouter(step, fitter, expertEnergies(step, z, expertOf, shape.routed), options.steps);

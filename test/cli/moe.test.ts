@@ -71,12 +71,41 @@ it('--then quantize: one output, compared with the dense model', async () => {
   expect(existsSync(out('then.mixture'))).toBe(false);
 });
 
+it('--groups and --balance: what the mixture is, and what its loads are', async () => {
+  const given = [
+    'moe',
+    v1,
+    '-o',
+    out('groups'),
+    '--active',
+    '3',
+    '--groups',
+    '4',
+    '--top-groups',
+    '2',
+    '--balance',
+    '0.3',
+  ];
+  const { code, stdout, stderr } = await cli([...given, ...quick]);
+  expect(code, stderr).toBe(0);
+  expect(stdout).toContain('8 experts of 128, 3 active out of the best 2 of 4 groups, 1 shared');
+  expect(stdout).toMatch(/Balanced to MaxVio 0.3 on calibration text \(before at most \d.\d\d\)\n/);
+  const config = json(readFileSync(join(out('groups'), 'config.json'), 'utf8'));
+  expect(config).toMatchObject({ n_group: 4, topk_group: 2, num_experts_per_tok: 3 });
+});
+
 describe('refusals', () => {
   it.each<[string, string[], number, string]>([
     ['more active than experts', [v1, '--active', '9'], 2, 'More active experts than there are'],
     ['a mixture', [moe], 1, 'is a mixture of experts already'],
     ['shared experts in mixtral', [v1, '--container', 'mixtral', '--shared', '1'], 2, 'cannot have 1 shared experts'],
     ['a width that does not divide', [v1, '--pad', 'none'], 2, 'does not divide by the number of experts'],
+    ['groups without a number of the best', [v1, '--groups', '4'], 2, 'both of --groups and --top-groups'],
+    ['groups that do not divide', [v1, '--groups', '3', '--top-groups', '2'], 2, '--groups that divides 8'],
+    ['groups in qwen2_moe', [v1, '--container', 'qwen2_moe', '--groups', '4', '--top-groups', '2'], 2, 'cannot limit routing to groups'], // prettier-ignore
+    ['balance in qwen2_moe', [v1, '--container', 'qwen2_moe', '--balance', '0.2'], 2, 'cannot balance loads'],
+    ['balance of a mixture', [moe, '--prune-experts', '6', '--balance', '0.2'], 2, '--balance with --prune-experts'],
+    ['groups of a mixture', [moe, '--merge-experts', '6', '--groups', '2', '--top-groups', '1'], 2, '--groups with --merge-experts'], // prettier-ignore
     ['an unknown container', [v1, '--container', 'mixtrall'], 2, 'Did you mean mixtral?'],
     ['bits without a quantization', [v1, '--bits', '8'], 2, 'those of --then quantize'],
     ['a file behind --then quantize', [v1, '-o', out('y.bin'), '--then', 'quantize'], 2, 'writes a folder'],
