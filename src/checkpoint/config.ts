@@ -71,7 +71,8 @@ export function missingConfig(path: string, tried: readonly string[]): Error {
   });
 }
 
-function readConfig(path: string): FoundConfig {
+/** A JSON object of a file, read as strictly as a config. */
+export function readConfig(path: string): FoundConfig {
   using file = new OpenFile(path);
   if (file.size > 16 * 2 ** 20) throw badInput('The config is too large', { where: path, got: `${file.size} bytes` });
   return parseConfig(Buffer.from(file.read(0, file.size, 'config')), path);

@@ -2,9 +2,10 @@ import { createHash } from 'node:crypto';
 import { stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { badInput, didYouMean } from '../base/errors.js';
-import { exists, readJsonFile } from '../base/files.js';
+import { exists } from '../base/files.js';
 import type { TensorLoader } from '../arch/load.js';
 import type { StoredWeight } from '../arch/stored.js';
+import { readConfig } from '../checkpoint/config.js';
 import { openCheckpoint } from '../checkpoint/open.js';
 import type { TensorEntry } from '../checkpoint/types.js';
 import { binary, gemm } from '../tensor/ops.js';
@@ -80,7 +81,7 @@ export async function readAdapter(folder: string, shapes: ReadonlyMap<string, re
   if (!(await exists(folder)) || !(await stat(folder)).isDirectory() || !(await exists(where))) {
     throw badInput('The adapter is not a PEFT folder', { where: folder, expected: 'adapter_config.json and adapter_model.safetensors' }); // prettier-ignore
   }
-  const settings = (await readJsonFile(where)) as Settings;
+  const settings = readConfig(where).config as Settings;
   requirePlain(settings, where);
   const files = ['adapter_model.safetensors', 'adapter_model.bin'].map((name) => join(folder, name));
   const found = await Promise.all(files.map(exists));

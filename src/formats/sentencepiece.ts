@@ -43,12 +43,19 @@ export function parseSentencePiece(bytes: Buffer, path: string): SentencePieceMo
     'SentencePiece model',
   );
   const pieces: Piece[] = [];
+  const [words, reserved] = [new Set<string>(), new Set<string>()];
   const trainer = { kind: 1, suffix: 0, bytes: 0, unknown: 0, bos: 1, eos: 2, padding: -1 };
   const normalizer = { prefix: 1, merge: 1, escape: 1 };
   let charsmap: Buffer = Buffer.alloc(0);
   for (const field of fieldsOf(proto, 0, size)) {
-    if (field.number === 1) pieces.push(readPiece(proto, message(proto, field)));
-    else if (field.number === 2) readIntegers(proto, message(proto, field), trainerFields, trainer);
+    if (field.number === 1) {
+      const piece = readPiece(proto, message(proto, field));
+      pieces.push(piece);
+      // Names of their own have, as in SentencePiece itself, what stands for text and what does not.
+      const names = [pieceKinds.normal, pieceKinds.userDefined, pieceKinds.unused].some((k) => k === piece.kind) ? words : reserved; // prettier-ignore
+      if (names.has(piece.text)) throw proto.fail(`a piece that is there twice, ${JSON.stringify(piece.text)}`, field.start); // prettier-ignore
+      names.add(piece.text);
+    } else if (field.number === 2) readIntegers(proto, message(proto, field), trainerFields, trainer);
     else if (field.number === 3) {
       readIntegers(proto, message(proto, field), normalizerFields, normalizer);
       for (const part of fieldsOf(proto, field.start, field.end))
@@ -101,6 +108,7 @@ function readPiece(proto: Protobuf, { start, end }: Field): Piece {
     else if (field.number === 2 && field.wire === 5) piece = { ...piece, score: proto.bytes(field).readFloatLE() };
     else if (field.number === 3 && field.wire === 0) piece = { ...piece, kind: Number(field.value) };
   }
+  if (!Number.isFinite(piece.score)) throw proto.fail(`a piece with the score ${piece.score}`, start);
   if (piece.kind < pieceKinds.normal || piece.kind > pieceKinds.byte) throw proto.fail(`a piece of kind ${piece.kind}`, start); // prettier-ignore
   return piece;
 }

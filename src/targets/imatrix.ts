@@ -4,6 +4,7 @@ import { badInput } from '../base/errors.js';
 import { ioError } from '../base/files.js';
 import { readSpan } from '../base/io.js';
 import { parseFile } from '../checkpoint/parse.js';
+import { decodeUtf8 } from '../formats/json.js';
 
 /** Mean squared activation of each input channel: f32 [experts, K], one row for tensors that are no stack of experts. */
 export interface Importance {
@@ -27,7 +28,7 @@ export async function readImatrix(path: string): Promise<Imatrix> {
   });
   if (size > limits.bytes) throw badInput('Too large for an importance matrix', { where: path, got: `${size} bytes` });
   const bytes = await readFile(path);
-  return bytes.subarray(0, 4).toString('latin1') === 'GGUF' ? await fromGguf(path) : fromDat(path, bytes);
+  return bytes.subarray(0, 4).toString('latin1') === 'GGUF' ? await fromGguf(path) : parseDat(bytes, path);
 }
 
 async function fromGguf(path: string): Promise<Imatrix> {
@@ -68,8 +69,8 @@ async function fromGguf(path: string): Promise<Imatrix> {
   return usable(found, path);
 }
 
-/** i32 entries; each i32 length, name, i32 calls, i32 values, f32 sums (over `calls`). What follows is of no use here. */
-function fromDat(path: string, bytes: Buffer): Imatrix {
+/** The older form: i32 entries; each i32 length, name, i32 calls, i32 values, f32 sums (over `calls`). What follows is of no use here. */
+export function parseDat(bytes: Buffer, path: string): Imatrix {
   let at = 0;
   const fail = (what: string): Error => badInput(`Not an importance matrix: ${what}`, { where: `${path}, byte ${at}` });
   const int = (most: number, what: string): number => {
@@ -83,7 +84,9 @@ function fromDat(path: string, bytes: Buffer): Imatrix {
   const found = new Map<string, Importance>();
   for (let e = 0; e < entries; e++) {
     const length = int(limits.name, 'a name');
-    const name = bytes.subarray(at, at + length).toString('utf8');
+    const name = decodeUtf8(bytes.subarray(at, at + length));
+    if (name === undefined) throw fail('a name that is not UTF-8');
+    if (found.has(name)) throw fail(`two entries for ${JSON.stringify(name)}`);
     at += length;
     const calls = int(2 ** 31 - 1, 'a number of calls');
     const count = int(limits.values, 'a number of values');

@@ -6,6 +6,7 @@ import { parseConfig } from '../../src/checkpoint/config.js';
 import { fromNative } from '../../src/checkpoint/deepseek-native.js';
 import { detectFormat } from '../../src/checkpoint/detect.js';
 import { fromGguf } from '../../src/checkpoint/gguf-model.js';
+import { sentencePieceToGguf } from '../../src/checkpoint/gguf-sentencepiece.js';
 import { parseIndex } from '../../src/checkpoint/shard-index.js';
 import { fromOnnx } from '../../src/checkpoint/onnx-model.js';
 import { joinScales } from '../../src/checkpoint/scales.js';
@@ -14,10 +15,12 @@ import { buildGgufHeader, readGguf, type GgufValue } from '../../src/formats/ggu
 import { parseJson } from '../../src/formats/json.js';
 import { readOnnx } from '../../src/formats/onnx.js';
 import { readSafetensors } from '../../src/formats/safetensors.js';
+import { parseSentencePiece } from '../../src/formats/sentencepiece.js';
 import { inMemory } from '../../src/formats/source.js';
 import { readTorch, torchRefusals } from '../../src/formats/torch.js';
 import type { Encoding, TensorEntry } from '../../src/formats/types.js';
 import { detectLayout } from '../../src/layout/detect.js';
+import { parseDat } from '../../src/targets/imatrix.js';
 import { edge, pick, u64 } from './bytes.js';
 import { reshapeGguf } from './gguf.js';
 import { reshapeJson } from './json.js';
@@ -261,6 +264,46 @@ const onnx: Target = {
   },
 };
 
+// --- tokenizers and importance ---
+const sentencePiece: Target = {
+  name: 'SentencePiece',
+  seeds: [seed('tokenizers/unigram/unigram.model')],
+  reshape: reshapeProtobuf,
+  read: (input) => {
+    const model = parseSentencePiece(input, 'tokenizer.model');
+    const { pieces, kind, unknown, charsmap } = model;
+    for (const { text, score } of pieces) must(Number.isFinite(score), text, 'score');
+    must(unknown >= 0 && unknown < pieces.length && charsmap.length <= input.length, kind, 'id or map');
+    const { metadata, notes } = sentencePieceToGguf({ model, config: {}, added: {} }, 1024);
+    return [kind, pieces.length, notes.length, [...metadata.keys()]];
+  },
+};
+
+/** Two tensors in the form that llama.cpp wrote until 2025. */
+function oldImatrix(): Buffer {
+  const i32 = (n: number): Buffer => Buffer.from(Int32Array.of(n).buffer);
+  const entry = (name: string): Buffer[] => [i32(name.length), Buffer.from(name), i32(2), i32(3), Buffer.from(Float32Array.of(1, 0, 4).buffer)]; // prettier-ignore
+  return Buffer.concat([i32(2), ...entry('blk.0.attn_q.weight'), ...entry('output.weight'), i32(1)]);
+}
+const imatrix: Target = {
+  name: 'importance',
+  seeds: [oldImatrix()],
+  reshape: (random, input) => {
+    const changed = Buffer.from(input);
+    const at = 4 * random.below(changed.length >> 2);
+    changed.writeInt32LE(
+      Number(BigInt.asIntN(32, random.below(2) === 0 ? BigInt(random.below(40)) : edge(random))),
+      at,
+    );
+    return changed;
+  },
+  read: (input) => {
+    const found = parseDat(input, 'imatrix.dat');
+    for (const [name, { values }] of found) must(4 * values.length <= input.length && values.every((v) => v >= 0), name, 'importance'); // prettier-ignore
+    return [...found].map(([name, { values }]) => [name, values.length]);
+  },
+};
+
 // --- texts ---
 const text = (name: string, seeds: readonly string[], read: (bytes: Buffer) => unknown): Target => ({
   name,
@@ -279,16 +322,18 @@ export interface Job {
 const job = (target: Target, count: number, kinds: number): Job => ({ target, count, kinds });
 
 export const containers: readonly Job[] = [
-  job(safetensors, 40_000, 500),
+  job(safetensors, 36_000, 500),
   job(native, 15_000, 100),
-  job(gguf, 30_000, 150),
+  job(gguf, 28_000, 150),
   job(ggufModel, 20_000, 150),
   job(onnx, 12_000, 40),
+  job(sentencePiece, 5_000, 25),
+  job(imatrix, 4_000, 20),
 ];
 
 const zipFiles = [...versions, 'views', 'training'];
 export const pickles: readonly Job[] = [
-  job(torch('zip', zipFiles, reshapeZip), 35_000, 100),
+  job(torch('zip', zipFiles, reshapeZip), 32_000, 100),
   job(torch('legacy streams', [...versions.map((name) => `${name}-legacy`), 'legacy-views', 'training-legacy'], reshapeStream), 20_000, 150), // prettier-ignore
   job(torch('tar', ['tar'], reshapeTar), 10_000, 70),
 ];

@@ -80,7 +80,7 @@ describe('FP8 checkpoints', () => {
       }
     }
     expect(await badInputMessage(() => joinScales([...weights, ...scales, scales[0]!], config))).toContain(
-      'tensor "d.weight_scale_inv": got x and x',
+      'in two files (tensor "d.weight_scale_inv")',
     );
   });
 

@@ -224,6 +224,8 @@ describe('a tokenizer.model', () => {
     ['of words', Buffer.from([10, 3, 10, 1, 97, 18, 2, 24, 3]), 'its kind'],
     ['with an unknown piece beyond its pieces', Buffer.from([10, 3, 10, 1, 97, 18, 3, 0xc0, 2, 7]), 'unknown piece'],
     ['with a piece of a kind that is none', Buffer.from([10, 5, 10, 1, 97, 24, 9]), 'kind 9'],
+    ['with a piece that is there twice', Buffer.from([10, 3, 10, 1, 97, 10, 3, 10, 1, 97]), 'there twice, "a"'],
+    ['with a score that is no number', Buffer.from([10, 8, 10, 1, 97, 21, 0, 0, 0xc0, 0x7f]), 'the score NaN'],
     ['with a piece that is not UTF-8', Buffer.from([10, 3, 10, 1, 0xff]), 'UTF-8'],
   ])('is refused: one %s', (_, bytes, message) => {
     expect(() => parseSentencePiece(bytes, 'tokenizer.model')).toThrow(message);
