@@ -199,7 +199,7 @@ class Device : public Napi::ObjectWrap<Device> {
   bool stop_ = false;
   std::string failure_;  // of the first failed op; later ops are skipped until it has been reported
   std::atomic<bool> trace_{false};                  // each op is waited for and timed
-  std::pair<uint64_t, double> traced_[DC_OP_COUNT + DC_COLLECTIVE_COUNT];  // calls, seconds
+  std::map<std::string, std::pair<uint64_t, double>> traced_;  // by operation and sizes: calls, seconds
   std::thread queue_thread_;
   std::vector<std::thread> io_threads_;
 
@@ -383,16 +383,21 @@ class Device : public Napi::ObjectWrap<Device> {
                       int32_t(call->f.size())};
       const auto start = std::chrono::steady_clock::now();
       if (backend_->op[op](context_, &c) != 0) fail(std::string(kOps[op].name) + ": " + backend_->last_error(context_));
-      timed(op, start);
+      timed(kOps[op].name, call->t, start);
     });
   }
-  // With `trace`: waits for what was enqueued at `start`, and counts its time.
-  void timed(size_t op, std::chrono::steady_clock::time_point start) {
+  // With `trace`: waits for what was enqueued at `start`, and counts its time under the sizes of the first two tensors.
+  void timed(const char* op, const std::vector<dc_tensor>& tensors, std::chrono::steady_clock::time_point start) {
     if (!trace_) return;
     backend_->fence(context_);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    std::string key = op;
+    for (size_t k = 0; k < tensors.size() && k < 2; k++) {
+      for (int d = 0; d < tensors[k].rank; d++) key += (d == 0 ? " " : "x") + std::to_string(tensors[k].dim[d]);
+    }
     std::lock_guard lock(mutex_);
-    traced_[op].first++, traced_[op].second += seconds.count();
+    auto& row = traced_[key];
+    row.first++, row.second += seconds.count();
   }
 
   // collective(kind, numbers): numbers = per tensor {buffer, byte offset, dtype, elements}. Every device of the group has
@@ -412,7 +417,7 @@ class Device : public Napi::ObjectWrap<Device> {
       const auto start = std::chrono::steady_clock::now();
       const std::string outcome = meeting_->meet(rank_, kind, *x, failure());
       if (!outcome.empty()) fail(std::string(kCollectives[kind]) + ": " + outcome);
-      timed(size_t(DC_OP_COUNT + kind), start);
+      timed(kCollectives[kind], *x, start);
     });
   }
 
@@ -529,17 +534,16 @@ class Device : public Napi::ObjectWrap<Device> {
     const uint32_t op = info[0].As<Napi::Number>().Uint32Value();
     return Napi::Boolean::New(info.Env(), op < DC_OP_COUNT && backend_->op[op]);
   }
-  // trace(): calls and seconds by op since the device was opened, each op waited for from here on.
+  // trace(): calls and seconds by "op sizes" since the device was opened, each op waited for from here on.
   Napi::Value Trace(const Napi::CallbackInfo& info) {
     auto table = Napi::Object::New(info.Env());
     std::lock_guard lock(mutex_);
     trace_ = true;
-    for (uint32_t op = 0; op < DC_OP_COUNT + DC_COLLECTIVE_COUNT; op++) {
-      if (traced_[op].first == 0) continue;
+    for (const auto& [key, spent] : traced_) {
       auto row = Napi::Object::New(info.Env());
-      row.Set("calls", double(traced_[op].first));
-      row.Set("seconds", traced_[op].second);
-      table.Set(op < DC_OP_COUNT ? kOps[op].name : kCollectives[op - DC_OP_COUNT], row);
+      row.Set("calls", double(spent.first));
+      row.Set("seconds", spent.second);
+      table.Set(key, row);
     }
     return table;
   }

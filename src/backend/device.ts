@@ -211,12 +211,12 @@ export class Device {
   }
 
   /**
-   * From the first call on each op is waited for and timed, which slows a job down; gives calls and seconds by op, in
-   * falling order of seconds.
+   * From the first call on each op is waited for and timed, which slows a job down; gives calls and seconds by op and by
+   * the sizes of its first two tensors, in falling order of seconds.
    */
-  trace(): { op: string; calls: number; seconds: number }[] {
+  trace(): { op: string; sizes: string; calls: number; seconds: number }[] {
     return Object.entries(this.#native.trace())
-      .map(([op, row]) => ({ op, ...row }))
+      .map(([key, row]) => ({ op: key.split(' ', 1)[0]!, sizes: key.slice(key.indexOf(' ') + 1), ...row }))
       .sort((a, b) => b.seconds - a.seconds);
   }
 

@@ -159,14 +159,29 @@ export async function openEnvironment(
   }
 }
 
-function traceTable(device: string, rows: readonly { op: string; calls: number; seconds: number }[]): string {
-  const total = rows.reduce((sum, { seconds }) => sum + seconds, 0);
-  const line = (...cells: string[]): string => cells.map((cell, i) => (i === 0 ? cell.padEnd(24) : cell.padStart(10))).join(' '); // prettier-ignore
-  const share = (seconds: number): string => `${((100 * seconds) / total).toFixed(1)}%`;
+/** Sizes that take less than this share of the time get no line of their own. */
+const leastShare = 0.005;
+
+function traceTable(device: string, rows: ReturnType<Device['trace']>): string {
+  const sum = (some: typeof rows, of: 'calls' | 'seconds') => some.reduce((n, row) => n + row[of], 0);
+  const total = sum(rows, 'seconds');
+  const line = (name: string, ...cells: string[]): string => [name.padEnd(48), ...cells.map((cell) => cell.padStart(9))].join(' '); // prettier-ignore
+  const figures = (some: typeof rows): string[] => {
+    const seconds = sum(some, 'seconds');
+    return [String(sum(some, 'calls')), seconds.toFixed(3), `${((100 * seconds) / total).toFixed(1)}%`];
+  };
+  const ops = [...new Set(rows.map(({ op }) => op))]
+    .map((op) => rows.filter((row) => row.op === op))
+    .sort((a, b) => sum(b, 'seconds') - sum(a, 'seconds'));
   return [
     line(`operation on ${device}`, 'calls', 'seconds', 'share'),
-    ...rows.map(({ op, calls, seconds }) => line(op, String(calls), seconds.toFixed(3), share(seconds))),
-    line('all', '', total.toFixed(3)),
+    ...ops.flatMap((sizes) => [
+      line(sizes[0]!.op, ...figures(sizes)),
+      ...sizes
+        .filter(({ seconds }) => seconds > leastShare * total)
+        .map((row) => line(`  ${row.sizes}`, ...figures([row]))),
+    ]),
+    line('all', ...figures(rows)),
   ].join('\n');
 }
 
