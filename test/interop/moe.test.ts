@@ -27,6 +27,7 @@ test.skipIf(!dense)('transformers loads every container of dense-6m, computes th
     { container: 'glm4_moe', active: 4 },
     { container: 'qwen2_moe', active: 4 },
     { container: 'mixtral', active: 4 },
+    { container: 'glm4_moe', active: 3, limit: { groups: 4, topGroups: 2 }, balance: 0.1 },
   ];
   const outs: string[] = [];
   for (const form of forms) {
@@ -44,6 +45,13 @@ test.skipIf(!dense)('transformers loads every container of dense-6m, computes th
     expect(generated).toHaveLength(4);
   }
 }); // prettier-ignore
+
+test.skipIf(!dense)('transformers computes our logits where routing is limited to groups', async () => {
+  const [out, louder] = [join(work, 'glm4_moe-3'), join(work, 'louder')];
+  const tokens = someTokens(48, 8192);
+  const { logits } = await python<{ logits: number[] }>('check_moe.py', out, JSON.stringify([...tokens]), louder);
+  expect(relativeError(logits, await ourLogits(louder, env, tokens))).toBeLessThan(1e-4);
+});
 
 describe.each(['prune', 'merge'] as const)('%s', (kind) => {
   test('transformers computes our logits from moe-6m with fewer experts, and generates', async () => {
