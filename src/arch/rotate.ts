@@ -2,6 +2,7 @@ import { stat } from 'node:fs/promises';
 import { dirname, extname, join } from 'node:path';
 import { badInput } from '../base/errors.js';
 import { readJsonFile } from '../base/files.js';
+import type { Json } from '../base/job.js';
 import { stemOf } from '../checkpoint/config.js';
 import type { Rotation, TensorEntry, Turn } from '../formats/types.js';
 import type { LinearSpec } from '../nn/calls.js';
@@ -22,8 +23,20 @@ export async function rotationOf(path: string): Promise<RotatedBy | undefined> {
   const place = isFile
     ? join(dirname(path), `${stemOf(path)}.deepseek-convert.json`)
     : join(path, 'deepseek-convert.json');
-  const provenance = (await readJsonFile(place)) as { recipe?: { recipe?: { rotation?: RotatedBy } } } | undefined;
-  return provenance?.recipe?.recipe?.rotation;
+  const found = (await readJsonFile(place)) as { rotation?: RotatedBy; recipe?: { recipe?: { rotation?: RotatedBy } } } | undefined; // prettier-ignore
+  return found?.rotation ?? found?.recipe?.recipe?.rotation;
+}
+
+/** For the provenance of what is made of a model and keeps its hidden states: `rotation`, where they are rotated. */
+export async function rotationEntry(path: string): Promise<Record<string, Json>> {
+  const found = await rotationOf(path);
+  return found === undefined ? {} : { rotation: { kind: found.kind, seed: found.seed } };
+}
+
+/** The model with its hidden states as `rotation` turns them, unless they are turned already. */
+export async function inBasis(open: OpenModel, rotation: RotatedBy | undefined): Promise<OpenModel> {
+  if (rotation === undefined || (await rotationOf(open.checkpoint.path)) !== undefined) return open;
+  return rotated(open, rotation.seed);
 }
 
 /** What each tensor becomes, by name. */

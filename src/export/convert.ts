@@ -6,6 +6,7 @@ import { Job, type Json } from '../base/job.js';
 import { tool } from '../base/version.js';
 import { stopIfAborted, type JobEnv } from '../backend/env.js';
 import { TensorLoader } from '../arch/load.js';
+import { rotationEntry } from '../arch/rotate.js';
 import type { CheckpointWriter, TensorEntry } from '../checkpoint/types.js';
 import { createWriter } from '../checkpoint/writer.js';
 import { cast, encode, normAdd, type EncodableName } from '../tensor/ops.js';
@@ -132,7 +133,7 @@ async function convertInto(job: Job, plan: ConvertPlan, run: ConvertRun, env: Jo
     await checkpoint.assertUnchanged();
     refuseSaturation(saturated, run);
     const report = { tensors: plan.tensors.length, saturated };
-    await writer.finish(report);
+    await writer.finish({ ...report, ...(await rotationEntry(checkpoint.path)) });
     await job.remove();
     const sum = (of: 'reads' | 'writes') => plan.tensors.reduce((n, tensor) => n + tensor[of], 0);
     return { ...report, fused, reads: sum('reads'), writes: sum('writes'), resumed };

@@ -1,4 +1,5 @@
 import { join } from 'node:path';
+import { isDeepStrictEqual } from 'node:util';
 import { badInput, badUsage } from '../base/errors.js';
 import { dtypeSize, elementCount } from '../base/dtype.js';
 import { exists } from '../base/files.js';
@@ -6,6 +7,7 @@ import { Job, requireNoOutput, type Json } from '../base/job.js';
 import type { JobEnv } from '../backend/env.js';
 import { calibrationTokens, type CalibrationSet } from '../arch/calibration.js';
 import { openModel, type OpenModel } from '../arch/open.js';
+import { inBasis, rotationEntry, rotationOf } from '../arch/rotate.js';
 import { createWriter, isFileOutput } from '../checkpoint/writer.js';
 import type { CheckpointWriter, PlannedTensor } from '../checkpoint/types.js';
 import { quantize } from '../quant/run.js';
@@ -68,9 +70,10 @@ interface Run {
 export async function runQat(options: QatOptions, env: JobEnv): Promise<QatResult> {
   const started = performance.now();
   check(options, env);
-  const teacher = await openModel(options.input, { config: options.config });
+  const input = await openModel(options.input, { config: options.config });
   try {
-    requirePlain(teacher, options);
+    requirePlain(input, options);
+    const teacher = await asRotated(input, options);
     requireTrainable(teacher);
     if (options.restart !== true && !(await exists(`${options.out}.part`)))
       await requireNoOutput(options.out, options.overwrite ?? false);
@@ -85,8 +88,23 @@ export async function runQat(options: QatOptions, env: JobEnv): Promise<QatResul
       inJob(options, env, job, set, teacher, dtype, started),
     );
   } finally {
-    await teacher.close();
+    await input.close();
   }
+}
+
+/** The blocks of the input and of the model to start from meet the same hidden states. */
+async function asRotated(input: OpenModel, { from }: QatOptions): Promise<OpenModel> {
+  if (from === undefined) return input;
+  const [wanted, own] = [await rotationOf(from), await rotationOf(input.checkpoint.path)];
+  if (own !== undefined && !isDeepStrictEqual(own, wanted)) {
+    throw badInput('The model to start from does not have the rotation of the input', {
+      where: from,
+      got: wanted ? `${wanted.kind}, seed ${wanted.seed}` : 'none',
+      expected: `${own.kind}, seed ${own.seed}`,
+      hint: 'Name the model that both were made of as the input.',
+    });
+  }
+  return inBasis(input, wanted);
 }
 
 function check(options: QatOptions, env: JobEnv): void {
@@ -374,6 +392,7 @@ async function write(run: Run, blocks: readonly BlockRecord[], outcome: EndToEnd
     await writer.finish({
       blocks: asJson(blocks.map(({ seconds: _, ...rest }) => rest)),
       endToEnd: asJson(outcome ?? null),
+      ...(await rotationEntry(options.from ?? options.input)),
     });
     return written;
   } finally {

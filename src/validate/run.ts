@@ -4,7 +4,7 @@ import { writeFileAtomic } from '../base/files.js';
 import { tool } from '../base/version.js';
 import type { JobEnv } from '../backend/env.js';
 import { openModel, type OpenModel } from '../arch/open.js';
-import { rotated, rotationOf, type RotatedBy } from '../arch/rotate.js';
+import { inBasis, rotationOf, type RotatedBy } from '../arch/rotate.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import { diagnose } from './diagnose.js';
 import { judge, type GateBounds, type Measurements } from './gates.js';
@@ -108,7 +108,7 @@ export async function validateModels(
 
   // Hidden states can be compared where both models have them in the same basis.
   const rotation = options.rotation ?? (await rotationOf(candidate.checkpoint.path));
-  const basis = rotation && !(await rotationOf(reference.checkpoint.path)) ? await rotated(reference, rotation.seed) : reference; // prettier-ignore
+  const basis = await inBasis(reference, rotation);
   const sides = await compareModels(basis, candidate, windows, { dtype, resamples, seed }, env);
   skipped.push(...sides.skipped);
   const plan = planGenerations(reference, candidate, options, dtype, env);

@@ -5,12 +5,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { afterAll } from 'vitest';
-import type { JobEnv } from '../../src/backend/env.js';
-import { openModel } from '../../src/arch/open.js';
-import { ResidentModel } from '../../src/arch/resident.js';
-import { planConversion, type ConvertOptions } from '../../src/export/convert-plan.js';
-import { runConversion } from '../../src/export/convert.js';
-import { Scope } from '../../src/tensor/tensor.js';
+export { convert, ourLogits } from '../support/models.js';
 
 const here = fileURLToPath(new URL('.', import.meta.url));
 
@@ -32,29 +27,6 @@ export async function python<T>(script: string, ...args: string[]): Promise<T> {
 export async function checkOnnx(...folders: string[]): Promise<string[][]> {
   const checked = await python<{ operators: string[] }[]>('check_onnx.py', ...folders);
   return checked.map(({ operators }) => operators);
-}
-
-/** What `convert` does. */
-export async function convert(options: ConvertOptions, out: string, env: JobEnv): Promise<void> {
-  const plan = await planConversion(options);
-  try {
-    const run = { ...options, out, overwrite: false, restart: false, shardSize: 5e9, ioBudget: 64e6 };
-    await runConversion(plan, { ...run, allowSaturation: false, recipe: {}, resumeHint: '' }, env);
-  } finally {
-    await plan.close();
-  }
-}
-
-/** Our own logits f32 [B S, V] for tokens [B, S]. */
-export async function ourLogits(path: string, env: JobEnv, tokens: Int32Array, batch = 1): Promise<Float32Array> {
-  const open = await openModel(path);
-  try {
-    using resident = await ResidentModel.load(open, env, 'f32');
-    using scope = new Scope(env.device);
-    return await resident.logits(scope, resident.hidden(scope, tokens, batch)).float32();
-  } finally {
-    await open.close();
-  }
 }
 
 /** Tokens that look random and are the same every time. */

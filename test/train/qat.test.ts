@@ -9,12 +9,14 @@ import type { JobEnv } from '../../src/backend/env.js';
 import { ConvertError } from '../../src/base/errors.js';
 import { silentLog, type ProgressStep } from '../../src/base/log.js';
 import { openModel } from '../../src/arch/open.js';
+import { rotationOf } from '../../src/arch/rotate.js';
 import { quantize } from '../../src/quant/run.js';
 import { defaultRecipe } from '../../src/quant/scheme.js';
 import type { QatOptions } from '../../src/train/options.js';
 import { trainingReport } from '../../src/train/report.js';
 import { runQat } from '../../src/train/run.js';
 import { archCase, fixture, testEnv, trainedModel } from '../arch/support.js';
+import { convert } from '../support/models.js';
 import { refusal } from '../support/refusal.js';
 
 const env = testEnv();
@@ -62,6 +64,24 @@ describe('qat of dense-6m', () => {
   beforeAll(async () => {
     const common = { input: options('').input, out: join(folder, 'rounded'), tool: options('').tool, commandLine: '' };
     await quantize({ ...common, recipe: { ...defaultRecipe, method: 'rtn' }, formats: ['compressed-tensors'] }, env);
+  }, 60_000);
+
+  test('from a rotated model, the input is rotated too; the output knows its rotation', async () => {
+    const rotate = async (name: string, seed: number) => {
+      const common = { input: options('').input, out: join(folder, name), tool: options('').tool, commandLine: '' };
+      const recipe = { ...defaultRecipe, method: 'rtn', rotation: { kind: 'hadamard', seed } } as const;
+      await quantize({ ...common, recipe, formats: ['compressed-tensors'] }, env);
+      return common.out;
+    };
+    const from = await rotate('rotated', 5);
+    const { blocks, out } = await runQat(options('from-rotated', { from, endToEnd: 'none' }), env);
+    // In another basis than its targets a block would be all wrong.
+    for (const { before } of blocks) expect(before).toBeLessThan(0.1);
+    expect(await rotationOf(out)).toEqual({ kind: 'hadamard', seed: 5 });
+    const plain = join(folder, 'rotated-plain');
+    await convert({ input: from, format: 'safetensors', dtype: 'f32' }, plain, env);
+    const { message } = await refusal(runQat(options('other', { input: plain, from: join(folder, 'rounded') }), env));
+    expect(message).toMatch(/does not have the rotation/);
   }, 60_000);
 
   let whole: Record<string, string> = {};

@@ -3,48 +3,29 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
 import { openModel } from '../../../src/arch/open.js';
-import { ResidentModel } from '../../../src/arch/resident.js';
 import { fromOnnx } from '../../../src/checkpoint/onnx-model.js';
 import { planConversion, type ConvertOptions, type ConvertPlan } from '../../../src/export/convert-plan.js';
-import { runConversion, type ConvertReport } from '../../../src/export/convert.js';
 import { checkFuse } from '../../../src/export/fuse.js';
 import type { Fuse } from '../../../src/export/fusion.js';
 import { readOnnx } from '../../../src/formats/onnx.js';
 import { OpenFile } from '../../../src/formats/source.js';
 import type { TensorEntry } from '../../../src/formats/types.js';
-import { Scope } from '../../../src/tensor/tensor.js';
 import { archCase, fixture, relativeError, testEnv, type RawTensor } from '../../arch/support.js';
+import { convert as convertTo, ourLogits } from '../../support/models.js';
 
 const env = testEnv();
 const work = mkdtempSync(join(tmpdir(), 'fuse-'));
 afterAll(() => rmSync(work, { recursive: true }));
 
-async function convert(
+const convert = (
   options: Omit<ConvertOptions, 'fuse'>,
   out: string,
   fuse: readonly Fuse[] = [],
-  change: (plan: ConvertPlan) => ConvertPlan = (plan) => plan,
-): Promise<{ report: ConvertReport; notes: readonly string[] }> {
-  const own = { ...options, fuse: new Set(fuse) };
-  const plan = await planConversion(own);
-  try {
-    const run = { ...own, out, overwrite: false, restart: false, shardSize: 5e9, ioBudget: 64e6 };
-    const rest = { allowSaturation: false, recipe: {}, resumeHint: '' };
-    return { report: await runConversion(change(plan), { ...run, ...rest }, env), notes: plan.notes };
-  } finally {
-    await plan.close();
-  }
-}
+  change?: (plan: ConvertPlan) => ConvertPlan,
+) => convertTo({ ...options, fuse: new Set(fuse) }, out, env, change);
 
-async function logits(path: string): Promise<Float32Array> {
-  const open = await openModel(path);
-  using resident = await ResidentModel.load(open, env, 'f32');
-  using scope = new Scope(env.device);
-  const tokens = Int32Array.from({ length: 12 }, (_, i) => (i * 7 + 3) % 60);
-  const values = await resident.logits(scope, resident.hidden(scope, tokens, 1)).float32();
-  await open.close();
-  return values;
-}
+const tokens = Int32Array.from({ length: 12 }, (_, i) => (i * 7 + 3) % 60);
+const logits = (path: string) => ourLogits(path, env, tokens);
 
 const json = (...path: string[]) => JSON.parse(readFileSync(join(...path), 'utf8')) as Record<string, unknown>;
 const safetensors = { format: 'safetensors' } as const;

@@ -3,34 +3,20 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
 import { openModel } from '../../../src/arch/open.js';
-import { ResidentModel } from '../../../src/arch/resident.js';
 import { planConversion } from '../../../src/export/convert-plan.js';
-import { runConversion } from '../../../src/export/convert.js';
-import { Scope } from '../../../src/tensor/tensor.js';
 import { halfBits } from '../../../src/targets/onnx/builder.js';
 import { archCase, fixture, testEnv, trainedModel } from '../../arch/support.js';
+import { convert as convertTo, ourLogits } from '../../support/models.js';
 
 const env = testEnv();
 const work = mkdtempSync(join(tmpdir(), 'onnx-'));
 afterAll(() => rmSync(work, { recursive: true }));
 
-async function convert(input: string, out: string, dtype: 'f32' | 'f16' = 'f32'): Promise<void> {
-  const options = { input, format: 'onnx', dtype } as const;
-  const plan = await planConversion(options);
-  const run = { ...options, out, overwrite: false, restart: false, shardSize: 5e9, ioBudget: 64e6 };
-  await runConversion(plan, { ...run, allowSaturation: false, recipe: {}, resumeHint: '' }, env);
-  await plan.close();
-}
+const convert = (input: string, out: string, dtype: 'f32' | 'f16' = 'f32') =>
+  convertTo({ input, format: 'onnx', dtype }, out, env);
 
-async function logits(path: string): Promise<Float32Array> {
-  const open = await openModel(path);
-  using resident = await ResidentModel.load(open, env, 'f32');
-  using scope = new Scope(env.device);
-  const tokens = Int32Array.from({ length: 12 }, (_, i) => (i * 7 + 3) % 60);
-  const values = await resident.logits(scope, resident.hidden(scope, tokens, 1)).float32();
-  await open.close();
-  return values;
-}
+const tokens = Int32Array.from({ length: 12 }, (_, i) => (i * 7 + 3) % 60);
+const logits = (path: string) => ourLogits(path, env, tokens);
 
 // What ONNX Runtime computes from the graphs is tested by npm run test:interop.
 describe('ONNX output', () => {

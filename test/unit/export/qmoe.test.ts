@@ -2,8 +2,6 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, expect, test } from 'vitest';
-import { openModel } from '../../../src/arch/open.js';
-import { ResidentModel } from '../../../src/arch/resident.js';
 import { planConversion } from '../../../src/export/convert-plan.js';
 import { readOnnx } from '../../../src/formats/onnx.js';
 import { OpenFile } from '../../../src/formats/source.js';
@@ -13,8 +11,8 @@ import type { Scheme } from '../../../src/layout/types.js';
 import { linearSpec } from '../../../src/nn/layer.js';
 import type { FfnSpec } from '../../../src/nn/mlp.js';
 import { quantizedExperts } from '../../../src/targets/onnx/experts.js';
-import { Scope } from '../../../src/tensor/tensor.js';
 import { fixture, testEnv } from '../../arch/support.js';
+import { ourLogits } from '../../support/models.js';
 
 const env = testEnv();
 const work = mkdtempSync(join(tmpdir(), 'qmoe-'));
@@ -26,15 +24,8 @@ const job = (out: string, formats: readonly ('onnx' | 'safetensors')[], recipe: 
   tool: { name: 'deepseek-convert', version: '0' },
 });
 
-async function logits(path: string): Promise<Float32Array> {
-  const open = await openModel(path);
-  using resident = await ResidentModel.load(open, env, 'f32');
-  using scope = new Scope(env.device);
-  const tokens = Int32Array.from({ length: 12 }, (_, i) => (i * 97 + 3) % 8000);
-  const values = await resident.logits(scope, resident.hidden(scope, tokens, 1)).float32();
-  await open.close();
-  return values;
-}
+const tokens = Int32Array.from({ length: 12 }, (_, i) => (i * 97 + 3) % 8000);
+const logits = (path: string) => ourLogits(path, env, tokens);
 
 function operators(folder: string): Map<string, number> {
   using file = new OpenFile(join(folder, 'model.onnx'));

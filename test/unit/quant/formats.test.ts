@@ -4,8 +4,6 @@ import { basename, join } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
 import { parse } from 'yaml';
 import type { StagedOutput } from '../../../src/checkpoint/types.js';
-import { openModel } from '../../../src/arch/open.js';
-import { ResidentModel } from '../../../src/arch/resident.js';
 import type { QuantFormat } from '../../../src/quant/formats.js';
 import type { QuantizeOptions } from '../../../src/quant/options.js';
 import { previewQuantize } from '../../../src/quant/prepare.js';
@@ -13,8 +11,8 @@ import { quantize } from '../../../src/quant/run.js';
 import { defaultRecipe } from '../../../src/quant/scheme.js';
 import { deployment } from '../../../src/targets/deploy/emit.js';
 import { mixtureType } from '../../../src/targets/gguf-mixture.js';
-import { Scope } from '../../../src/tensor/tensor.js';
 import { fixture, testEnv } from '../../arch/support.js';
+import { ourLogits } from '../../support/models.js';
 
 const env = testEnv();
 const work = mkdtempSync(join(tmpdir(), 'formats-'));
@@ -32,15 +30,8 @@ const run = (out: string, formats: readonly QuantFormat[], more: Partial<Quantiz
     env,
   );
 
-async function logits(path: string): Promise<Float32Array> {
-  const open = await openModel(path);
-  using resident = await ResidentModel.load(open, env, 'f32');
-  using scope = new Scope(env.device);
-  const tokens = Int32Array.from({ length: 12 }, (_, i) => (i * 97 + 3) % 8000);
-  const values = await resident.logits(scope, resident.hidden(scope, tokens, 1)).float32();
-  await open.close();
-  return values;
-}
+const tokens = Int32Array.from({ length: 12 }, (_, i) => (i * 97 + 3) % 8000);
+const logits = (path: string) => ourLogits(path, env, tokens);
 
 describe('several formats from one calibration', () => {
   test('all hold the same weights, bit by bit', async () => {

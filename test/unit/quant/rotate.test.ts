@@ -11,6 +11,7 @@ import { defaultRecipe, type Recipe } from '../../../src/quant/scheme.js';
 import { Scope } from '../../../src/tensor/tensor.js';
 import { runValidate } from '../../../src/validate/run.js';
 import { archCase, fixture, testEnv, trainedModel, type RawTensor } from '../../arch/support.js';
+import { convert } from '../../support/models.js';
 import { refusal } from '../../support/refusal.js';
 
 const env = testEnv();
@@ -99,6 +100,12 @@ describe('a rotated model', () => {
     expect(measured.kl.mean).toBeLessThan(0.2);
     for (const { teacherForced } of layers) expect(teacherForced.update).toBeLessThan(0.4);
     for (const { kind, mean } of weights?.kinds ?? []) expect(mean, kind).toBeLessThan(0.3);
+    // The basis goes along from format to format.
+    const [plain, file] = [join(folder, 'plain'), join(folder, 'plain.bin')];
+    await convert({ input: common.candidate, format: 'safetensors', dtype: 'f32' }, plain, env);
+    await convert({ input: plain, format: 'torch', dtype: undefined }, file, env);
+    const again = await runValidate({ ...common, candidate: file }, env);
+    for (const { teacherForced } of again.layers) expect(teacherForced.update).toBeLessThan(0.4);
   }, 60_000);
 
   it('interrupted, goes on to the same bytes; with another seed not at all', async () => {
