@@ -236,7 +236,7 @@ class Converter {
   #notFinite({ name, entry }: PlannedConversion, values: number): ConvertError {
     return badInput(`Weights are not finite: tensor ${name}`, {
       where: entry.span.path,
-      got: `${values} values that are infinite or not a number`,
+      got: `${values} ${values === 1 ? 'value that is' : 'values that are'} infinite or not a number`,
       expected: 'finite weights',
       hint: 'The checkpoint is damaged or its training diverged: no output made from it would work.',
     });

@@ -78,14 +78,29 @@ const list = (names: readonly string[]): string =>
 const countTensors = (dict: PyDict): number =>
   [...dict.values()].filter((value) => value instanceof TorchTensor).length;
 
+/** The most tensors of a dictionary or of one nested in it; `known` are those looked at, which may hold each other. */
+function mostTensors(dict: PyDict, known: Map<PyDict, number>): number {
+  const before = known.get(dict);
+  if (before !== undefined) return before;
+  let most = countTensors(dict);
+  known.set(dict, most);
+  for (const key of nests) {
+    const inner = known.size < 64 ? dict.get(key) : undefined;
+    if (inner instanceof Map) most = Math.max(most, mostTensors(inner, known));
+  }
+  known.set(dict, most);
+  return most;
+}
+
 function findState(root: PyValue, path: string, notes: string[]): PyDict {
   let dict = root;
   const nested: string[] = [];
+  const known = new Map<PyDict, number>();
   for (let depth = 0; depth < 4 && dict instanceof Map; depth++) {
     const here = countTensors(dict);
     const inner = nests.find((key) => {
       const value = (dict as PyDict).get(key);
-      return value instanceof Map && (countTensors(value) > here || (here === 0 && nests.some((k) => value.has(k))));
+      return value instanceof Map && mostTensors(value, known) > here;
     });
     if (inner === undefined) {
       if (here === 0) break;

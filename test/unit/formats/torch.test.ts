@@ -5,8 +5,9 @@ import { readTorch, torchRefusals } from '../../../src/formats/torch.js';
 import type { TorchFile } from '../../../src/formats/torch.js';
 import { layoutTorch } from '../../../src/formats/torch-writer.js';
 import type { Piece, TorchTensorPlan } from '../../../src/formats/torch-writer.js';
-import { elementBytes } from '../../../src/formats/torch-state.js';
-import { dtypeElement } from '../../../src/formats/torch-values.js';
+import type { PyDict, PyValue } from '../../../src/formats/pickle-values.js';
+import { elementBytes, stateEntries } from '../../../src/formats/torch-state.js';
+import { dtypeElement, TorchStorage, TorchTensor } from '../../../src/formats/torch-values.js';
 import type { TensorEntry } from '../../../src/formats/types.js';
 import { crc32 } from 'node:zlib';
 import { badInputMessage } from '../../support/refusal.js';
@@ -80,6 +81,18 @@ describe('readTorch', () => {
       expect(notes).toContain('under "state_dict"');
       expect(notes).toContain('"module._orig_mod."');
     }
+  });
+
+  it('finds weights nested twice beside a lone tensor, whose file would otherwise be a model of that', () => {
+    const tensor = new TorchTensor(new TorchStorage('0', 'FloatStorage', 2), 0, [2], [1]);
+    const weights: PyDict = new Map([['module.w', tensor], ['module.b', tensor]]); // prettier-ignore
+    const model: PyDict = new Map([['state_dict', weights]]);
+    model.set('model', model); // a dictionary may hold itself
+    const root: PyDict = new Map<PyValue, PyValue>([['model', model], ['rng', tensor], ['epoch', 3n]]); // prettier-ignore
+    const found = stateEntries(root, new Map([['0', { offset: 0, bytes: 8 }]]), 'x.bin');
+    expect(found.tensors.map(({ name }) => name)).toEqual(['w', 'b']);
+    expect(found.notes.join('\n')).toContain('Ignored beside the weights: rng, epoch.');
+    expect(found.notes.join('\n')).toContain('under "model"."state_dict"');
   });
 
   it('keeps tied tensors on one place', () => {
