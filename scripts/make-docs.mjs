@@ -6,17 +6,18 @@ import { manPage } from './make-man.mjs';
 const root = new URL('../', import.meta.url);
 const { commands } = await import(new URL('dist/commands/index.js', root));
 const { commonOptions, deviceOptions } = await import(new URL('dist/commands/shared.js', root));
-const { flagName } = await import(new URL('dist/base/options.js', root));
+const { asTyped } = await import(new URL('dist/base/options.js', root));
 
 const cell = (text) => text.replaceAll('|', '\\|').replaceAll('\n', ' ');
 const meaning = (spec) => {
   if (spec.required) return 'required';
   if (spec.defaultNote !== undefined) return cell(spec.defaultNote);
-  if (spec.kind === 'flag') return spec.default ? 'on' : 'off';
+  if (spec.kind === 'flag') return 'off';
   return spec.default === undefined || spec.default.length === 0 ? '' : `\`${cell(String(spec.default))}\``;
 };
+const helpOf = (key, spec) => asTyped(key, spec).help;
 const flagOf = (key, spec) => {
-  const name = spec.kind === 'flag' && spec.default ? `no-${flagName(key)}` : flagName(key);
+  const { name } = asTyped(key, spec);
   const short = spec.short ? `\`-${spec.short}\`, ` : '';
   const value = spec.kind === 'flag' ? '' : ` <${spec.value}>`;
   return `${short}\`--${cell(name + value)}\``;
@@ -25,7 +26,7 @@ const table = (options) =>
   [
     '| option | default | |',
     '|---|---|---|',
-    ...Object.entries(options).map(([k, s]) => `| ${flagOf(k, s)} | ${meaning(s)} | ${cell(s.help)} |`),
+    ...Object.entries(options).map(([k, s]) => `| ${flagOf(k, s)} | ${meaning(s)} | ${cell(helpOf(k, s))} |`),
   ].join('\n');
 
 const machine = new Set(Object.keys(deviceOptions));
@@ -89,7 +90,7 @@ ${table(commonOptions)}
 `;
 
 const { version } = JSON.parse(readFileSync(new URL('package.json', root), 'utf8'));
-const man = manPage(loaded, { common: commonOptions, machine: deviceOptions, version, flagOf, meaning });
+const man = manPage(loaded, { common: commonOptions, machine: deviceOptions, version, flagOf, helpOf, meaning });
 for (const [path, made] of [
   ['docs/cli.md', document],
   ['man/deepseek-convert.1', man],

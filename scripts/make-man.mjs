@@ -9,11 +9,11 @@ const roff = (text) =>
     .replace(/[^\x20-\x7e]/gu, (c) => `\\[u${c.codePointAt(0).toString(16).toUpperCase().padStart(4, '0')}]`)
     .replace(/^([.'])/, '\\&$1');
 
-function optionLines(options, { flagOf, meaning }) {
+function optionLines(options, { flagOf, helpOf, meaning }) {
   return Object.entries(options).flatMap(([key, spec]) => {
     const said = meaning(spec).replaceAll('`', '');
     const note = said === '' || said === 'off' ? '' : ` (${said === 'required' ? said : `default: ${said}`})`;
-    return ['.TP', `.B ${roff(flagOf(key, spec).replaceAll('`', ''))}`, roff(spec.help + note)];
+    return ['.TP', `.B ${roff(flagOf(key, spec).replaceAll('`', ''))}`, roff(helpOf(key, spec) + note)];
   });
 }
 
@@ -21,7 +21,7 @@ function optionLines(options, { flagOf, meaning }) {
  * @param commands name -> { summary, command }, in order
  * @param common options of every command; `machine` those of the commands that compute, said once
  */
-export function manPage(commands, { common, machine, version, flagOf, meaning }) {
+export function manPage(commands, { common, machine, version, flagOf, helpOf, meaning }) {
   const lines = [
     `.TH DEEPSEEK\\-CONVERT 1 "" "deepseek\\-convert ${roff(version)}" "User commands"`,
     '.SH NAME',
@@ -38,14 +38,14 @@ export function manPage(commands, { common, machine, version, flagOf, meaning })
     const own = Object.entries(command.options).filter(([key]) => !(key in machine));
     lines.push(`.SS ${roff([name, ...places].join(' '))}`, `${roff(summary[0].toUpperCase() + summary.slice(1))}.`);
     if (command.description) lines.push('.PP', roff(command.description));
-    lines.push(...optionLines(Object.fromEntries(own), { flagOf, meaning }));
+    lines.push(...optionLines(Object.fromEntries(own), { flagOf, helpOf, meaning }));
     if (Object.keys(command.options).some((key) => key in machine)) lines.push('.PP', 'Options of the machine: see below.'); // prettier-ignore
     for (const [line, does] of command.examples) {
       lines.push('.PP', roff(does), '.RS', '.nf', `deepseek\\-convert ${roff(line)}`, '.fi', '.RE');
     }
   }
-  lines.push('.SH OPTIONS OF THE MACHINE', ...optionLines(machine, { flagOf, meaning }));
-  lines.push('.SH OPTIONS OF EVERY COMMAND', ...optionLines(common, { flagOf, meaning }));
+  lines.push('.SH OPTIONS OF THE MACHINE', ...optionLines(machine, { flagOf, helpOf, meaning }));
+  lines.push('.SH OPTIONS OF EVERY COMMAND', ...optionLines(common, { flagOf, helpOf, meaning }));
   lines.push(
     '.SH ENVIRONMENT',
     'Every option can stand in the environment: \\-\\-group\\-size as',

@@ -7,6 +7,8 @@ import { badUsage, bug, didYouMean } from './errors.js';
 export interface Option<T> {
   readonly kind: 'flag' | 'value' | 'list';
   readonly help: string;
+  /** What `--no-name` does, of a flag that is on by default. */
+  readonly off: string | undefined;
   readonly default: T;
   readonly required: boolean;
   /** One letter: `o` for `-o`. */
@@ -63,6 +65,7 @@ function option<T, S extends OptionSpec<T>>(
   return {
     kind,
     help: spec.help,
+    off: undefined,
     default: spec.default as ValueOf<T, S>,
     required: spec.required ?? false,
     short: spec.short,
@@ -78,10 +81,13 @@ function option<T, S extends OptionSpec<T>>(
   };
 }
 
-/** On or off: `--overwrite`, `--no-overwrite`. */
-export const flag = (spec: OptionSpec<boolean>): Option<boolean> => ({
+type FlagSpec = OptionSpec<boolean> & ({ readonly default?: false } | { readonly default: true; readonly off: string });
+
+/** On or off: `--overwrite`, `--no-overwrite`. One that is on by default says what turning it off does. */
+export const flag = (spec: FlagSpec): Option<boolean> => ({
   ...option<boolean, OptionSpec<boolean>>('flag', spec, '', readFlag),
   default: spec.default ?? false,
+  off: spec.default ? spec.off : undefined,
 });
 
 const truth: Readonly<Record<string, boolean>> = {
@@ -203,6 +209,12 @@ export const custom = <T, const S extends OptionSpec<T> = OptionSpec<T>>(
 
 /** `groupSize` -> `group-size`. */
 export const flagName = (key: string): string => key.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+/** An option as somebody would type it: a flag that is on by default is there to be turned off. */
+export const asTyped = (
+  key: string,
+  { off, help }: Option<unknown>,
+): { readonly name: string; readonly help: string } =>
+  off === undefined ? { name: flagName(key), help } : { name: `no-${flagName(key)}`, help: off };
 /** `groupSize` -> `DEEPSEEK_CONVERT_GROUP_SIZE`. */
 export const environmentName = (key: string): string =>
   `DEEPSEEK_CONVERT_${flagName(key).replaceAll('-', '_').toUpperCase()}`;

@@ -15,7 +15,7 @@ const section = 'Validation of the output:';
 
 /** Spread into the options of each command whose output is validated before it gets its name. */
 export const acceptanceOptions = {
-  validate: flag({ default: true, section, help: 'Compare the output with the input on held-out text before it gets its name.' }), // prettier-ignore
+  validate: flag({ default: true, section, help: 'Compare the output with the input on held-out text before it gets its name.', off: 'Give the output its name without comparing it with the input on held-out text.' }), // prettier-ignore
   keepFailed: flag({ section, help: 'Give the output its name although a gate failed; the exit code stays 3.' }),
   validateText: list({ value: 'file', section, help: 'Text to compare on (.txt, .jsonl); repeatable. Default: held-out texts of this tool.' }), // prettier-ignore
   validateSamples: integer({ min: 1, default: 8, section, help: 'Windows of up to 512 tokens to compare on.' }),

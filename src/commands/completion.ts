@@ -1,4 +1,4 @@
-import { choice, flagName, type OptionTable } from '../base/options.js';
+import { choice, asTyped, type OptionTable } from '../base/options.js';
 import { commonOptions } from './shared.js';
 import { defineCommand, type Command } from './types.js';
 
@@ -53,8 +53,7 @@ interface CommandTable {
 
 const flagsOf = (table: OptionTable): Flag[] =>
   Object.entries(table).map(([key, spec]) => ({
-    name: spec.kind === 'flag' && spec.default === true ? `no-${flagName(key)}` : flagName(key),
-    help: spec.help,
+    ...asTyped(key, spec),
     takesValue: spec.kind !== 'flag',
     choices: spec.choices ?? [],
   }));

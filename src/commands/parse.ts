@@ -110,7 +110,9 @@ function addOption(
   section = 'Options:',
 ): void {
   const add = (flags: string, hide: boolean, written: string, raw?: boolean) => {
-    const made = new ParserOption(flags, describe(spec)).hideHelp(hide).helpGroup(section);
+    const made = new ParserOption(flags, describe(raw === false ? { ...spec, help: spec.off ?? spec.help } : spec))
+      .hideHelp(hide)
+      .helpGroup(section);
     parser.addOption(made);
     const seen: string[] = [];
     parser.on(`option:${made.name()}`, (value: string | null) => {

@@ -21,7 +21,8 @@ const options = {
   groupSize: integer({ min: -1, default: 128, help: 'Columns that share a scale: 32 to 1024; -1 is one scale a row.' }),
   fakeQuant: flag({
     default: true,
-    help: 'Train through the rounding. Off: all weights learn in full precision, and the output is an ordinary checkpoint.',
+    help: 'Train through the rounding.',
+    off: 'Train without rounding: all weights learn in full precision, and the output is an ordinary checkpoint.',
   }),
   epochs: integer({ min: 0, max: 1000, default: 2, section: training, help: 'Rounds through the text, block by block; 0: none.' }),
   batch: integer({ min: 1, max: 4096, default: 4, section: training, help: 'Windows of text a step.' }),

@@ -30,7 +30,7 @@ export const quantizeOptions = {
     help: 'Bits a weight on average, scales included: each set of fused linears gets 2, 3, 4 or 8 bits as its measured sensitivity asks.',
   }),
   groupSize: integer({ min: -1, default: 128, help: 'Columns that share a scale: 32 to 1024; -1 is one scale a row.' }),
-  sym: flag({ default: true, help: 'Symmetric grids, without zero points.' }),
+  sym: flag({ default: true, help: 'Symmetric grids, without zero points.', off: 'The same as --asym.' }),
   asym: flag({ help: 'Asymmetric grids, with a zero point a group.' }),
   format: list({
     separator: ',',

@@ -19,7 +19,11 @@ export const command = defineCommand({
     }),
     window: integer({ min: 2, defaultNote: "the model's context", help: 'Tokens of one sequence.' }),
     maxTokens: integer({ min: 2, help: 'Only the beginning of each text.' }),
-    special: flag({ default: true, help: 'Put the tokens around a text that the tokenizer asks for (BOS).' }),
+    special: flag({
+      default: true,
+      help: 'Put the tokens around a text that the tokenizer asks for (BOS).',
+      off: 'Leave out what the tokenizer puts around a text (BOS).',
+    }),
     dtype: choice(['f32', 'bf16'], {
       default: 'f32',
       aliases: ['compute-dtype'],

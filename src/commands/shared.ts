@@ -17,7 +17,12 @@ export const commonOptions = {
   }),
   quiet: flag({ short: 'q', section: 'Output:', help: 'Warnings and errors only.' }),
   verbose: flag({ short: 'v', section: 'Output:', help: 'Say more.' }),
-  color: flag({ default: true, section: 'Output:', help: 'Colours (also off with NO_COLOR, on with FORCE_COLOR).' }),
+  color: flag({
+    default: true,
+    section: 'Output:',
+    help: 'Colours (also off with NO_COLOR, on with FORCE_COLOR).',
+    off: 'No colours (also with NO_COLOR; FORCE_COLOR turns them on).',
+  }),
   configFile: text({ value: 'job.yaml', section: 'Output:', help: 'Options from a file, by their names.' }),
 } as const;
 

@@ -27,7 +27,7 @@ export const trainOptions = {
   padToken: token('What fills short rows of a batch.', '<|pad|>'),
   padId: integer({ min: 0, section, defaultNote: 'behind BOS and EOS', help: 'The id of the padding token, among those of the special tokens.' }),
   special: list({ section, value: 'token', help: 'One more special token; repeatable. They get the first ids.' }),
-  addBos: flag({ default: true, section, help: 'Put the BOS token before every text.' }),
+  addBos: flag({ default: true, section, help: 'Put the BOS token before every text.', off: 'No BOS token before every text.' }),
   bpeDropout: number({ min: 0, max: 0.99, default: 0, section, help: 'The --bpe-dropout that a model is to be trained with: stands in deepseek-convert.json, not in tokenizer.json.' }),
 } as const; // prettier-ignore
 

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import {
+import { asTyped,
   byteSize, choice, environmentName, flag, flagName, fromEnvironment, integer, list, mergeTables, number,
   resolveOptions, text, type Given, type OptionTable,
 } from '../../../src/base/options.js'; // prettier-ignore
@@ -15,7 +15,7 @@ const table = {
   method: choice(['gptq', 'awq', 'rtn'], { default: 'gptq', help: '' }),
   shardSize: byteSize({ help: '' }),
   overwrite: flag({ help: '' }),
-  verify: flag({ default: true, help: '' }),
+  verify: flag({ default: true, off: 'Off.', help: '' }),
   ignore: list({ help: '', separator: ',' }),
   prompt: list({ help: '' }),
 } as const;
@@ -26,6 +26,10 @@ describe('names', () => {
   it('are made from the key', () => {
     expect(flagName('maxNewTokens')).toBe('max-new-tokens');
     expect(environmentName('maxNewTokens')).toBe('DEEPSEEK_CONVERT_MAX_NEW_TOKENS');
+  });
+  it('of a flag that is on are typed to turn it off, and say so', () => {
+    expect(asTyped('verify', table.verify)).toEqual({ name: 'no-verify', help: 'Off.' });
+    expect(asTyped('overwrite', table.overwrite)).toEqual({ name: 'overwrite', help: '' });
   });
 });
 
