@@ -42,6 +42,9 @@ export interface VisitorOptions {
   readonly check: StandingTest;
 }
 
+/** Copies of a sample's neurons that the baselines take at most. */
+const besides = 3;
+
 /** What later tokens of a block see in place of its feed-forward part. */
 interface Converted {
   readonly ffn: FfnSpec;
@@ -78,7 +81,7 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
   }
 
   async visit(site: Site): Promise<void> {
-    const { env, plan, split, sampleTokens } = this.#options;
+    const { env, plan, split, sampleTokens, budget } = this.#options;
     const timer = (this.#timer = new Timer());
     const ffn = ffnOf(site.block);
     this.#scope = new Scope(env.device);
@@ -89,11 +92,11 @@ export class SplitVisitor implements BlockVisitor, AsyncDisposable {
     const options = { ...split, shape: plan.shape, intercept: plan.container.selectionBias };
     const measured = await measure(work, sample, w, options);
     const target = outputOf(work, heldPart(sample).h, cast(work, w.down, 'f32'));
-    // Assignments of one compute on the host while the device works on the other.
-    const [report, baselines] = await allEnded([
-      this.#make(work, site, ffn, w, measured, options, target, timer),
-      baselineErrors(measured, w, options, target),
-    ]);
+    const make = () => this.#make(work, site, ffn, w, measured, options, target, timer);
+    const judge = () => baselineErrors(measured, w, options, target);
+    // Beside each other where there is room for both: assignments of one are computed on the host meanwhile.
+    const room = freeBytes(env, budget) >= besides * dtypeSize('f32') * sample.h.count;
+    const [report, baselines] = room ? await allEnded([make(), judge()]) : [await make(), await judge()];
     this.#report = { ...report, errors: { ...report.errors, ...baselines }, seconds: timer.seconds };
     await timer.mark('judge', env);
   }
