@@ -8,6 +8,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -44,6 +46,9 @@ class ThreadPool {
     wake_.notify_all();
     std::unique_lock lock(mutex_);
     work(lock);
+    lock.unlock();
+    linger([&] { return active_ == 0; });
+    lock.lock();
     done_.wait(lock, [&] { return active_ == 0; });
     body_ = nullptr;
   }
@@ -53,9 +58,21 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   const std::function<void(int64_t)>* body_ = nullptr;
-  int64_t next_ = 0, pieces_ = 0, active_ = 0;
-  uint64_t round_ = 0;
-  bool stop_ = false;
+  int64_t next_ = 0, pieces_ = 0;
+  std::atomic<int64_t> active_ = 0;
+  std::atomic<uint64_t> round_ = 0;
+  std::atomic<bool> stop_ = false;
+
+  // A thread that sleeps takes tens of microseconds to wake, and one parallel loop often follows another.
+  template <class Done>
+  static void linger(const Done& done) {
+    using clock = std::chrono::steady_clock;
+    for (const auto until = clock::now() + std::chrono::microseconds(20); !done() && clock::now() < until;) {
+#if defined(__x86_64__)
+      for (int i = 0; i < 8; i++) __builtin_ia32_pause();
+#endif
+    }
+  }
 
   void work(std::unique_lock<std::mutex>& lock) {
     while (body_ && next_ < pieces_) {
@@ -72,6 +89,9 @@ class ThreadPool {
     std::unique_lock lock(mutex_);
     uint64_t seen = 0;
     for (;;) {
+      lock.unlock();
+      linger([&] { return stop_ || round_ != seen; });
+      lock.lock();
       wake_.wait(lock, [&] { return stop_ || round_ != seen; });
       if (stop_) return;
       seen = round_;

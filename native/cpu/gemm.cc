@@ -213,14 +213,17 @@ void multiply(dc_context* c, const Product& x) {
             pack_b(b + from * line, from, std::min((end - a_panels) * nr, n) - from);
           }
         });
-        // Tiles: rows that fit L2 once packed, by enough columns; more of them when there are many threads.
-        const int64_t m_tile = up(kernel.rows, mr), m_tiles = (m + m_tile - 1) / m_tile;
-        const int64_t split = std::max<int64_t>(1, std::min(b_panels, (threads * 4 + m_tiles - 1) / m_tiles));
-        const int64_t n_tile = up((n + split - 1) / split, nr), n_tiles = (n + n_tile - 1) / n_tile;
+        // Tiles: rows that fit L2 once packed, by enough columns; as many of them as divide evenly among the threads, all
+        // of nearly the same size.
+        int64_t m_tiles = (m + kernel.rows - 1) / kernel.rows;
+        if (m_tiles > threads) m_tiles = std::min(up(m_tiles, threads), a_panels);
+        const int64_t n_tiles = std::max<int64_t>(1, std::min(b_panels, (threads * 4 + m_tiles - 1) / m_tiles));
         each(m_tiles * n_tiles, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; t++) {
-            const int64_t i0 = t / n_tiles * m_tile, j0 = t % n_tiles * n_tile;
-            compute(i0, std::min(m_tile, m - i0), j0, std::min(n_tile, n - j0), b + j0 * line);
+            const int64_t i = t / n_tiles, j = t % n_tiles;
+            const int64_t i0 = a_panels * i / m_tiles * mr, i1 = std::min(a_panels * (i + 1) / m_tiles * mr, m);
+            const int64_t j0 = b_panels * j / n_tiles * nr, j1 = std::min(b_panels * (j + 1) / n_tiles * nr, n);
+            compute(i0, i1 - i0, j0, j1 - j0, b + j0 * line);
           }
         });
       }
