@@ -222,7 +222,7 @@ function requireDense(model: Model, where: string): FfnSpec {
       where: `${where}, ${mixture.name}`,
       got: `${mixture.moe.experts} experts, ${mixture.moe.active} active`,
       expected: 'a dense model',
-      hint: 'To make it smaller, quantize it: deepseek-convert quantize.',
+      hint: 'To make it smaller: --prune-experts or --merge-experts, or deepseek-convert quantize.',
     });
   }
   const bare = model.blocks.find((block) => !block.ffn);
