@@ -221,7 +221,7 @@ void solve_rows(float* m, int64_t ld, int64_t rows, const float* l, const float*
 
 // Factors the lower triangle of m [n,n] in place: panels of `width` columns, each in steps of kCorner columns (the corner
 // on the diagonal, the rows below it, the rest of the panel), then the triangle to the right of the panel. What lies above
-// the diagonal within kCorner of it is left alone.
+// the diagonal is left alone.
 int32_t factor_lower(dc_context* c, float* m, int64_t ld, int64_t n, Scratch* scratch) {
   constexpr int64_t kCorner = 64;
   const Panels& panels = n > 2 * kCorner && split_panels() ? *split_panels() : float_panels();
