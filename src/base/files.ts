@@ -1,4 +1,4 @@
-import { lstat, open, readFile, readdir, rename, rm, statfs } from 'node:fs/promises';
+import { lstat, mkdir, open, readFile, readdir, rename, rm, stat, statfs } from 'node:fs/promises';
 import { constants, read as readCallback, write as writeCallback } from 'node:fs';
 import type { FileHandle } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
@@ -188,6 +188,25 @@ export async function refuseLinks(folder: string, whole = folder): Promise<void>
     const path = join(folder, entry.name);
     if (entry.isSymbolicLink()) throw badInput('A work folder must have no links in it', { where: path, hint: `Look where it came from, then remove ${whole}.` }); // prettier-ignore
     if (entry.isDirectory()) await refuseLinks(path, whole);
+  }
+}
+
+/**
+ * Makes a folder and those above it. Node's own way (`recursive`) never ends where a file system says that a parent is
+ * missing and can't hold it either, as /proc does: here that is ENOENT.
+ */
+export async function makeFolder(path: string): Promise<void> {
+  const make = () =>
+    mkdir(path).catch(async (error: unknown) => {
+      if (!(await stat(path).catch(() => undefined))?.isDirectory()) throw error;
+    });
+  try {
+    await make();
+  } catch (error) {
+    const parent = dirname(path);
+    if (errorCode(error) !== 'ENOENT' || parent === path) throw error;
+    await makeFolder(parent);
+    await make();
   }
 }
 

@@ -1,8 +1,8 @@
 import { readFileSync } from 'node:fs';
-import { mkdir, readdir, rm, rmdir, stat } from 'node:fs/promises';
+import { readdir, rm, rmdir, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { badInput } from './errors.js';
-import { exists, fsyncPath, ioError, readJsonFile, refuseLinks, removeTemporaries, writeFileAtomic } from './files.js';
+import { exists, fsyncPath, ioError, makeFolder, readJsonFile, refuseLinks, removeTemporaries, writeFileAtomic } from './files.js';
 import { FileLock, clearLeftLocks } from './lock.js';
 
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -74,8 +74,8 @@ export class Job {
     const named = options.restart !== true && (await outputIsNamed(out, folder));
     if (!named) await requireNoOutput(out, options.overwrite ?? false);
     try {
-      await mkdir(join(folder, 'steps'), { recursive: true });
-      await mkdir(join(folder, 'state'), { recursive: true });
+      await makeFolder(join(folder, 'steps'));
+      await makeFolder(join(folder, 'state'));
       await refuseLinks(folder);
     } catch (error) {
       throw ioError(error, 'make the work folder', folder);
@@ -237,8 +237,8 @@ async function clear(folder: string): Promise<void> {
     if (entry === 'lock' || entry.startsWith('.lock.')) continue;
     await rm(join(folder, entry), { recursive: true, force: true });
   }
-  await mkdir(join(folder, 'steps'), { recursive: true });
-  await mkdir(join(folder, 'state'), { recursive: true });
+  await makeFolder(join(folder, 'steps'));
+  await makeFolder(join(folder, 'state'));
 }
 
 /** The arguments that the job in a work folder was begun with; undefined where that is no work folder. */

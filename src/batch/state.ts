@@ -1,8 +1,8 @@
 import { createHash } from 'node:crypto';
-import { appendFile, mkdir, readdir, stat } from 'node:fs/promises';
+import { appendFile, readdir, stat } from 'node:fs/promises';
 import { join, parse } from 'node:path';
 import { badInput } from '../base/errors.js';
-import { appendNoLink, errorCode, exists, ioError, readJsonFile, refuseLinks, writeFileAtomic } from '../base/files.js';
+import { appendNoLink, errorCode, exists, ioError, makeFolder, readJsonFile, refuseLinks, writeFileAtomic } from '../base/files.js';
 import type { Json } from '../base/job.js';
 import { FileLock } from '../base/lock.js';
 import { flagName } from '../base/options.js';
@@ -69,7 +69,7 @@ export class BatchState {
   /** Errors: input, while another process holds the folder. */
   static async open(folder: string): Promise<BatchState> {
     try {
-      for (const name of ['logs', 'results']) await mkdir(join(folder, name), { recursive: true });
+      for (const name of ['logs', 'results']) await makeFolder(join(folder, name));
       await refuseLinks(folder);
     } catch (error) {
       throw ioError(error, 'make the work folder', folder);

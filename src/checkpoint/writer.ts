@@ -1,10 +1,10 @@
 import { createHash } from 'node:crypto';
-import { mkdir, rm } from 'node:fs/promises';
+import { rm } from 'node:fs/promises';
 import { basename, extname, join } from 'node:path';
 import type { ByteSource } from '../base/bytes.js';
 import { openDigests, type Digests } from '../base/digest.js';
 import { badInput, bug } from '../base/errors.js';
-import { fsyncPath, ioError, readJsonFile, requireSpace, writeFileAtomic } from '../base/files.js';
+import { fsyncPath, ioError, makeFolder, readJsonFile, requireSpace, writeFileAtomic } from '../base/files.js';
 import type { Json } from '../base/job.js';
 import { planLayout } from './layout.js';
 import type { OutputLayout } from './layout.js';
@@ -93,7 +93,7 @@ async function openFiles(
     await requireSpace(job.folder, size);
     // Without a plan on disk the files may be half made.
     await rm(folder, { recursive: true, force: true });
-    await mkdir(folder, { recursive: true }).catch((error: unknown) => {
+    await makeFolder(folder).catch((error: unknown) => {
       throw ioError(error, 'make the output folder', folder);
     });
     const files: OutputFile[] = [];

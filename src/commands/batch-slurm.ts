@@ -1,7 +1,7 @@
-import { mkdirSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { badUsage, type ConvertError } from '../base/errors.js';
+import { makeFolder } from '../base/files.js';
 import { choice, flag, type Values } from '../base/options.js';
 import { shellQuote } from '../base/text.js';
 import type { BatchReport } from '../batch/run.js';
@@ -53,7 +53,7 @@ export async function runCluster(given: Given, known: Known, io: Io): Promise<Ba
     return await batchStatus(known);
   }
   if (given.status) return await batchStatus(known);
-  mkdirSync(join(known.workFolder, 'slurm'), { recursive: true });
+  await makeFolder(join(known.workFolder, 'slurm'));
   const taskProgram = fileURLToPath(new URL('../../dist/batch/slurm-main.js', import.meta.url));
   return await runOnSlurm({ ...known, taskProgram, wait: given.wait }, io.log, io.signal);
 }

@@ -1,4 +1,4 @@
-import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { basename, join, parse, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { badInput, noResource } from '../base/errors.js';
@@ -124,8 +124,8 @@ export const batch = (registry: Registry): Command =>
 
 /** Earlier steps of the same batch go: a shorter batch must not leave one to be applied. */
 async function writeManifests(folder: string, files: ReadonlyMap<string, string>): Promise<CommandResult> {
-  const { writeFileAtomic } = await import('../base/files.js');
-  mkdirSync(folder, { recursive: true });
+  const { makeFolder, writeFileAtomic } = await import('../base/files.js');
+  await makeFolder(folder);
   for (const name of readdirSync(folder)) if (/^step-\d+\.yaml$/.test(name)) rmSync(join(folder, name));
   for (const [name, content] of files) await writeFileAtomic(join(folder, name), content);
   const text = [...files.keys()].map((name) => join(folder, name)).join('\n');

@@ -1,6 +1,7 @@
-import { mkdir, writeFile } from 'node:fs/promises';
+import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { JobEnv } from '../backend/env.js';
+import { makeFolder } from '../base/files.js';
 import { addedToken, bpeModel, byteLevel, tokenizerJson } from '../base/tokenizer-json.js';
 import { buildSafetensorsHeader } from '../formats/safetensors.js';
 import { fill, random } from '../tensor/ops.js';
@@ -40,7 +41,7 @@ export async function writeDemoModel(folder: string, { device }: Pick<JobEnv, 'd
     else random(tensor, 'normal', seed + i, 0, deviation(name, shape[1] ?? 1));
     file.set(await tensor.bytesOut(), offsets.get(name));
   }
-  await mkdir(folder, { recursive: true });
+  await makeFolder(folder);
   await writeFile(join(folder, 'model.safetensors'), file);
   const config = {
     architectures: ['LlamaForCausalLM'],

@@ -1,9 +1,9 @@
-import { mkdir, stat } from 'node:fs/promises';
+import { stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { loadNative } from '../backend/load.js';
 import { DigestWorker } from '../base/digest.js';
 import { badInput, badUsage, bug } from '../base/errors.js';
-import { ioError, writeFileAtomic } from '../base/files.js';
+import { ioError, makeFolder, writeFileAtomic } from '../base/files.js';
 import { Job, type Json } from '../base/job.js';
 import type { Log } from '../base/log.js';
 import { tool } from '../base/version.js';
@@ -68,7 +68,7 @@ export async function trainTokenizer(
       const bpe = await trainBpe(loadNative().BpeTrainer, read(), settings, env);
       const files = tokenizerFiles(bpe, { preTokenizer, digits, special, addBos });
       const bytesPerToken = await check(files.get('tokenizer.json')!, bpe.tokens.length, sample);
-      await mkdir(job.outputFolder, { recursive: true });
+      await makeFolder(job.outputFolder);
       for (const [name, content] of files) await writeFileAtomic(join(job.outputFolder, name), content);
       const report = { vocabSize: bpe.tokens.length, merges: bpe.merges.length, bytes, bytesPerToken };
       const inputs = (await hashes).map((sha256, i) => ({ name: basename(texts[i]!), sha256 }));

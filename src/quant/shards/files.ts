@@ -1,8 +1,8 @@
-import { mkdir, readFile } from 'node:fs/promises';
+import { readFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { z } from 'zod';
 import { badInput, badUsage } from '../../base/errors.js';
-import { exists, ioError, refuseLinks, writeFileAtomic } from '../../base/files.js';
+import { exists, ioError, makeFolder, refuseLinks, writeFileAtomic } from '../../base/files.js';
 import type { Json } from '../../base/job.js';
 import { hashOfTokens, type CalibrationSet } from '../../arch/calibration.js';
 import type { SchemeChange } from '../scheme.js';
@@ -48,7 +48,7 @@ const tokensPath = (folder: string): string => join(folder, 'shards', 'tokens.bi
 export const shardFolder = (folder: string, shard: number): string => join(folder, 'shards', String(shard));
 
 export async function writePlan(folder: string, { set, chosen, ...plan }: PlanContent): Promise<void> {
-  await mkdir(join(folder, 'shards'), { recursive: true }).catch((error: unknown) => {
+  await makeFolder(join(folder, 'shards')).catch((error: unknown) => {
     throw ioError(error, 'make the folder', join(folder, 'shards'));
   });
   if (set) await writeFileAtomic(tokensPath(folder), bytesOf(set.tokens));

@@ -1,9 +1,8 @@
-import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { JobEnv } from '../../backend/env.js';
 import { openDigests } from '../../base/digest.js';
 import { badInput, badUsage } from '../../base/errors.js';
-import { exists, fsyncPath, ioError, removeTemporaries, renameDurable } from '../../base/files.js';
+import { exists, fsyncPath, ioError, makeFolder, removeTemporaries, renameDurable } from '../../base/files.js';
 import { Job, type Json } from '../../base/job.js';
 import { blockResults } from '../../arch/stream.js';
 import { stage, withTargets } from '../assemble.js';
@@ -64,7 +63,7 @@ async function solveShard(plan: ShardPlan, shard: number, planned: Planned, env:
     const states = statesBefore(plan.folder, prepared, range);
     if (states !== undefined && plan.set) await requireStates(states, plan.states[shard - 1]!);
     await removeTemporaries(job.outputFolder);
-    await mkdir(job.outputFolder, { recursive: true }).catch((error: unknown) => {
+    await makeFolder(job.outputFolder).catch((error: unknown) => {
       throw ioError(error, 'make the folder', job.outputFolder);
     });
     const layouts = prepared.targets.map((target) => blockLayouts(target, prepared.plan));
