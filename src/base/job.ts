@@ -2,7 +2,16 @@ import { readFileSync } from 'node:fs';
 import { readdir, rm, rmdir, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { badInput } from './errors.js';
-import { exists, fsyncPath, ioError, makeFolder, readJsonFile, refuseLinks, removeTemporaries, writeFileAtomic } from './files.js';
+import {
+  exists,
+  fsyncPath,
+  ioError,
+  makeFolder,
+  readJsonFile,
+  refuseLinks,
+  removeTemporaries,
+  writeFileAtomic,
+} from './files.js';
 import { FileLock, clearLeftLocks } from './lock.js';
 
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };

@@ -2,7 +2,16 @@ import { createHash } from 'node:crypto';
 import { appendFile, readdir, stat } from 'node:fs/promises';
 import { join, parse } from 'node:path';
 import { badInput } from '../base/errors.js';
-import { appendNoLink, errorCode, exists, ioError, makeFolder, readJsonFile, refuseLinks, writeFileAtomic } from '../base/files.js';
+import {
+  appendNoLink,
+  errorCode,
+  exists,
+  ioError,
+  makeFolder,
+  readJsonFile,
+  refuseLinks,
+  writeFileAtomic,
+} from '../base/files.js';
 import type { Json } from '../base/job.js';
 import { FileLock } from '../base/lock.js';
 import { flagName } from '../base/options.js';

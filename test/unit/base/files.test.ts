@@ -21,6 +21,9 @@ test('a file or a link to nowhere in the way is an error', async () => {
   await expect(makeFolder(join(folder, 'link'))).rejects.toMatchObject({ code: 'EEXIST' });
 });
 
-test.runIf(existsSync('/proc'))('a file system that holds no folders refuses in place of an endless search', async () => {
-  await expect(makeFolder('/proc/out.part/steps')).rejects.toMatchObject({ code: 'ENOENT' });
-});
+test.runIf(existsSync('/proc'))(
+  'a file system that holds no folders refuses in place of an endless search',
+  async () => {
+    await expect(makeFolder('/proc/out.part/steps')).rejects.toMatchObject({ code: 'ENOENT' });
+  },
+);
