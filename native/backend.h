@@ -96,6 +96,12 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
      (softmax(q) - softmax(p)). */                                                                                     \
   X(kl, "kl p q [same]", "", "")                                                                                       \
   X(kl_backward, "dq p q", "", "scale")                                                                                \
+  /* One token of each row of logits float [T,V], with e = exp((x - max) / temperature), below min_p 0: of the top_k largest
+     (0: all) the fewest whose e reach top_p of theirs, at least one, ties to the lower id; of these, in order of id, the
+     first at which the running sum of e exceeds u (f64 [T], in [0, 1)) of the whole. temperature 0: the first of the
+     largest. logprob f32 [T]: log softmax(x) of the token. A row that is not all finite or -infinity, or all -infinity:
+     -1, NaN. */                                                                                                       \
+  X(sample, "tokens logits u [logprob]", "top_k", "temperature top_p min_p")                                           \
   /* -- attention --------------------------------------------------------------------------------------------- */     \
   /* o [B,S,Hq,Dv], q [B,S,Hq,D], k [B,T,Hkv,D], v [B,T,Hkv,Dv]; query s stands at key position s + offset; keys
      >= lengths[b] (i32 [B]) are masked; causal 1; window > 0: only the last `window` keys; cap > 0: cap tanh(x / cap)

@@ -3,6 +3,7 @@ import { readdir } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import { join } from 'node:path';
 import { badInput, badUsage } from '../base/errors.js';
+import { Random } from '../base/rng.js';
 import type { JobEnv } from '../backend/env.js';
 import { dropoutEncoder, type Encoder } from '../tokenizer/dropout.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
@@ -13,7 +14,7 @@ import { openSources, type Piece, type TextSource } from './text-sources.js';
 export interface CalibrationOptions {
   /**
    * Text files (.txt: one document; .jsonl: {"text"} a line), the small set that comes with the tool, or the model;
-   * `self` among files: the model writes what they do not hold.
+   * `self` among files: the model writes what they do not hold; `continue`: it goes on from pieces of them.
    */
   readonly source: readonly string[] | 'default' | 'self';
   readonly samples: number;
@@ -66,8 +67,10 @@ export async function calibrationTokens(
       expected: `at most ${open.model.context}`,
     });
   }
-  const self = source === 'self' || source.includes('self');
-  const files = source === 'default' ? await defaultFiles() : source === 'self' ? [] : source.filter((path) => path !== 'self'); // prettier-ignore
+  const given = typeof source === 'string' ? [source] : source;
+  const [self, goesOn] = [given.includes('self'), given.includes('continue')];
+  const files = source === 'default' ? await defaultFiles() : given.filter((path) => path !== 'self' && path !== 'continue'); // prettier-ignore
+  if (self && goesOn) throw badUsage('The model writes either from BOS on or from pieces of the files', { got: '--calibration self and continue' }); // prettier-ignore
   if (files.length === 0) {
     if (!self) throw badUsage('No calibration file given', { hint: 'Name one: --calibration text.txt' });
     if (bpeDropout > 0) throw badUsage('--bpe-dropout respells text from files', { got: '--calibration self' });
@@ -78,8 +81,10 @@ export async function calibrationTokens(
   const { parts, rest } = await gather(texts, packer, samples);
   parts.forEach(({ windows }) => windows.forEach((window) => requireIds(window, open)));
   const total = parts.reduce((sum, { windows }) => sum + windows.length, 0);
-  if (self && total < samples) {
-    return finish([...parts, await written(open, samples - total, options, env)], seqLen, samples, []);
+  if ((self || goesOn) && total < samples) {
+    const missing = samples - total;
+    const prompts = goesOn && total > 0 ? packer.pieces(parts.flatMap(({ windows }) => windows), missing, seed) : undefined; // prettier-ignore
+    return finish([...parts, await written(open, missing, options, env, prompts)], seqLen, samples, []);
   }
   if (total === 0) {
     requireIds(rest, open);
@@ -95,15 +100,16 @@ export async function calibrationTokens(
   return finish(parts, seqLen, total, notices);
 }
 
-/** Text from the model itself. */
+/** Text from the model itself, which goes on from `prompts` where they are given. */
 async function written(
   open: OpenModel,
   samples: number,
   { seqLen, seed }: CalibrationOptions,
   env: JobEnv,
+  prompts?: readonly Int32Array[],
 ): Promise<Share> {
-  const tokens = await sampleTokens(open, { samples, seqLen, seed }, env);
-  return { name: `the model itself (seed ${seed})`, windows: rowsOf(tokens, seqLen) };
+  const tokens = await sampleTokens(open, { samples, seqLen, seed, ...(prompts && { prompts }) }, env);
+  return { name: `the model itself (${prompts ? 'continued, ' : ''}seed ${seed})`, windows: rowsOf(tokens, seqLen) };
 }
 
 /** Errors: input, an id without a row in the embedding. A GPU would read what lies behind it. */
@@ -239,6 +245,19 @@ class Packer {
   /** All of a (short) source, cut into windows one after another, and what is left over. */
   async packAll(text: TextSource): Promise<{ windows: Int32Array[]; rest: Int32Array }> {
     return this.#cut(await this.#encode(text.from(0, 1), Infinity));
+  }
+
+  /** `n` pieces of windows, an eighth as long, from random places of as many different ones as there are. */
+  pieces(windows: readonly Int32Array[], n: number, seed: number): Int32Array[] {
+    const random = new Random(seed, 2);
+    const length = Math.max(this.#lead.length + 1, Math.floor(this.seqLen / 8));
+    return Array.from({ length: n }, (_, i) => {
+      const window = windows[Math.floor((i * windows.length) / n)]!;
+      const at = random.below(this.seqLen - length + 1);
+      const piece = window.slice(at, at + length);
+      piece.set(this.#lead);
+      return piece;
+    });
   }
 
   packTails(tails: readonly Int32Array[]): { windows: Int32Array[]; rest: Int32Array } {

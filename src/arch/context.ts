@@ -13,6 +13,8 @@ export interface ContextOptions {
   cache?: KvCache;
   /** The tokens themselves, row by row: blocks may look them up. */
   tokens?: Int32Array;
+  /** Another context of the same tokens, whose positions and lengths are theirs: start, starts and lengths are ignored. */
+  like?: ForwardContext;
 }
 
 /** Tables of positions live as long as the weights that they are used with. */
@@ -26,23 +28,34 @@ export function forwardContext(
   weights: Weights,
   batch: number,
   length: number,
-  { start, starts, lengths, cache, tokens }: ContextOptions = {},
+  options: ContextOptions = {},
 ): ForwardContext {
+  const { cache, tokens } = options;
+  const { positions, end, lengths } = options.like ?? places(scope, batch, length, options);
+  return {
+    ...{ scope, weights, batch, length, positions, end },
+    rope: tables.get(weights) ?? new RopeTables(scope),
+    ...(lengths && { lengths }),
+    ...(cache && { cache }),
+    ...(tokens && { tokens }),
+  };
+}
+
+/** Where the tokens stand. */
+function places(
+  scope: Scope,
+  batch: number,
+  length: number,
+  { start, starts, lengths, cache }: ContextOptions,
+): Pick<ForwardContext, 'positions' | 'end' | 'lengths'> {
   const first = starts ?? Array.from({ length: batch }, () => start ?? cache?.length ?? 0);
   const positions = new Int32Array(batch * length);
   for (let b = 0; b < batch; b++) for (let s = 0; s < length; s++) positions[b * length + s] = first[b]! + s;
   return {
-    scope,
-    weights,
-    batch,
-    length,
     positions: scope.from('i32', [batch, length], positions),
     end: Math.max(...first) + length,
-    rope: tables.get(weights) ?? new RopeTables(scope),
     ...(lengths && {
       lengths: 'storage' in lengths ? lengths : scope.from('i32', [batch], Int32Array.from(lengths)),
     }),
-    ...(cache && { cache }),
-    ...(tokens && { tokens }),
   };
 }

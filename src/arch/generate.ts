@@ -1,15 +1,18 @@
-import { badUsage } from '../base/errors.js';
+import { badInput, badUsage } from '../base/errors.js';
+import { Random } from '../base/rng.js';
 import { stopReading, type JobEnv } from '../backend/env.js';
-import { gather } from '../tensor/ops.js';
-import { Scope } from '../tensor/tensor.js';
+import { gather, sample, type SampleOptions } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
 import type { ResidentModel } from './resident.js';
-import { Sampler, type SamplingOptions } from './sampler.js';
 
-export interface GenerateOptions extends SamplingOptions {
+export interface GenerateOptions extends SampleOptions {
   readonly maxNewTokens: number;
+  /** Always the most probable token. */
+  readonly greedy?: boolean;
+  readonly seed?: number;
   /** Tokens that end a sequence; default: the model's. They are not part of the result. */
   readonly stopIds?: readonly number[];
-  /** Called as each token is drawn. */
+  /** Called for each token, some steps after it was drawn. */
   readonly onToken?: (sequence: number, token: number, logprob: number) => void;
 }
 
@@ -40,6 +43,9 @@ export async function generate(
   }
   return prompts.map((_, i) => results.get(i)!);
 }
+
+/** Tokens are drawn and taken in again on the device; this often the host looks at them. */
+const stepsAhead = 16;
 
 /** Batches: all prompts, or those of one length each. */
 function groups(prompts: readonly Int32Array[], byLength: boolean): number[][] {
@@ -75,47 +81,89 @@ async function generateGroup(
   options: GenerateOptions,
 ): Promise<Generated[]> {
   const { model } = resident;
-  const stop = new Set(options.stopIds ?? model.eosIds);
+  const { maxNewTokens, greedy = false, temperature = 1 } = options;
+  const how = { ...options, temperature: greedy ? 0 : temperature };
   const lengths = group.map((i) => prompts[i]!.length);
   const batch = group.length;
   const width = Math.max(...lengths);
-  const rows = group.map((i) => ({ sampler: new Sampler(options, i), tokens: [] as number[], logprobs: [] as number[], done: false })); // prettier-ignore
+  const padded = lengths.some((n) => n !== width);
+  const streams = group.map((i) => new Random(options.seed ?? 0, i));
+  const rows = group.map((sequence) => new Row(sequence, options, model.eosIds));
 
   using held = new Scope(env.device);
   const caches = resident.caches(held, lengths);
-  let input = new Int32Array(batch * width);
-  group.forEach((i, row) => input.set(prompts[i]!, row * width));
-  for (let step = 0; step < options.maxNewTokens; step++) {
+  const drawn = held.empty('i32', [maxNewTokens, batch]);
+  const logprobs = held.empty('f32', [maxNewTokens, batch]);
+  let input: Int32Array | Tensor = new Int32Array(batch * width);
+  for (const [row, i] of group.entries()) input.set(prompts[i]!, row * width);
+  for (let from = 0; from < maxNewTokens && !rows.every((row) => row.done);) {
     stopReading(env);
-    using scope = new Scope(env.device);
-    const first = step === 0;
-    const starts = first ? undefined : lengths.map((n) => n + step - 1);
-    const x = resident.hidden(scope, input, batch, {
-      caches,
-      ...(starts && { starts }),
-      ...(lengths.some((n) => n !== width) && { lengths: lengths.map((n) => n + step) }),
-    });
-    const ends = Int32Array.from(lengths, (n, row) => (first ? row * width + n - 1 : row));
-    const last = gather(scope, x, scope.from('i32', [batch], ends));
-    const logits = await resident.logits(scope, last).float32();
-    input = new Int32Array(batch);
-    rows.forEach((row, b) => {
-      const { token, logprob } = row.sampler.draw(logits.subarray(b * model.vocab, (b + 1) * model.vocab));
-      input[b] = token;
-      if (row.done) return;
-      if (stop.has(token)) {
-        row.done = true;
-        return;
-      }
-      row.tokens.push(token);
-      row.logprobs.push(logprob);
-      options.onToken?.(group[b]!, token, logprob);
-    });
-    if (rows.every((row) => row.done)) break;
+    const to = Math.min(maxNewTokens, from + (resident.looksUp ? 1 : stepsAhead));
+    for (let step = from; step < to; step++) {
+      using scope = new Scope(env.device);
+      const x = resident.hidden(scope, input, batch, {
+        caches,
+        ...(step > 0 && { starts: lengths.map((n) => n + step - 1) }),
+        ...(padded && { lengths: lengths.map((n) => n + step) }),
+      });
+      const ends = Int32Array.from(lengths, (n, row) => row * width + n - 1);
+      const last = step === 0 ? gather(scope, x, scope.from('i32', [batch], ends)) : x;
+      const u = scope.from(
+        'f64',
+        [batch],
+        Float64Array.from(streams, (random) => random.uniform()),
+      );
+      const [out, logprob] = [drawn.at(step), logprobs.at(step)];
+      input = sample(scope, resident.logits(scope, last), u, how, { out, logprob });
+    }
+    const [tokens, certain] = await Promise.all([
+      drawn.slice(0, from, to).int32(),
+      logprobs.slice(0, from, to).float32(),
+    ]);
+    tokens.forEach((token, i) => rows[i % batch]!.add(token, certain[i]!));
+    if (resident.looksUp) input = tokens;
+    from = to;
   }
-  return rows.map(({ tokens, logprobs, done }) => ({
-    tokens: Int32Array.from(tokens),
-    logprobs: Float64Array.from(logprobs),
-    stopped: done ? 'eos' : 'length',
-  }));
+  return rows.map((row) => row.result());
+}
+
+/** One sequence as it grows. */
+class Row {
+  done = false;
+  readonly #tokens: number[] = [];
+  readonly #logprobs: number[] = [];
+  readonly #stop: ReadonlySet<number>;
+
+  constructor(
+    readonly sequence: number,
+    readonly options: GenerateOptions,
+    eosIds: readonly number[],
+  ) {
+    this.#stop = new Set(options.stopIds ?? eosIds);
+  }
+
+  add(token: number, logprob: number): void {
+    if (this.done) return;
+    if (token < 0) {
+      throw badInput('The model gives logits that are not numbers: no token can be drawn', {
+        got: `NaN or infinity after ${this.#tokens.length} tokens`,
+        hint: 'Look for weights that are not finite: deepseek-convert inspect --statistics. In bf16, try --dtype f32.',
+      });
+    }
+    if (this.#stop.has(token)) {
+      this.done = true;
+      return;
+    }
+    this.#tokens.push(token);
+    this.#logprobs.push(logprob);
+    this.options.onToken?.(this.sequence, token, logprob);
+  }
+
+  result(): Generated {
+    return {
+      tokens: Int32Array.from(this.#tokens),
+      logprobs: Float64Array.from(this.#logprobs),
+      stopped: this.done ? 'eos' : 'length',
+    };
+  }
 }

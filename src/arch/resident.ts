@@ -56,27 +56,38 @@ export class ResidentModel implements Disposable {
     }
   }
 
+  /** Whether a layer looks tokens up in a table of the host's: then they cannot stay on the device. */
+  get looksUp(): boolean {
+    return this.model.blocks.some(({ tensors }) => tensors.some(({ below }) => below !== undefined));
+  }
+
   /** One cache a block, in `scope`; `lengths`: real tokens of each row's prompt. */
   caches(scope: Scope, lengths?: readonly number[]): KvCache[] {
     return this.model.blocks.map(() => new GrowingCache(scope, lengths));
   }
 
-  /** States [B S, W] behind the last block for tokens [B, S]. */
+  /**
+   * States [B S, W] behind the last block for tokens [B, S]; where they are on the device already (i32), a model that
+   * `looksUp` cannot have them.
+   */
   hidden(
     scope: Scope,
-    tokens: Int32Array,
+    tokens: Int32Array | Tensor,
     batch: number,
-    { caches, ...options }: Omit<ContextOptions, 'cache' | 'tokens'> & { caches?: readonly KvCache[] } = {},
+    { caches, ...options }: Omit<ContextOptions, 'cache' | 'tokens' | 'like'> & { caches?: readonly KvCache[] } = {},
   ): Tensor {
     const { model } = this;
-    const length = tokens.length / batch;
-    const ids = scope.from('i32', [batch, length], tokens);
-    const contextOf = (weights: Weights, within: Scope, cache?: KvCache) =>
-      forwardContext(within, model, weights, batch, length, { ...options, tokens, ...(cache && { cache }) });
-    let x = model.embed(ids, contextOf(this.#outer, scope));
+    const known = 'storage' in tokens ? undefined : tokens;
+    const length = (known?.length ?? (tokens as Tensor).count) / batch;
+    const ids = known ? scope.from('i32', [batch, length], known) : (tokens as Tensor).view(batch, length);
+    const more = { ...(known && { tokens: known }) };
+    const start = options.start ?? caches?.[0]?.length ?? 0;
+    const like = forwardContext(scope, model, this.#outer, batch, length, { ...options, start, ...more });
+    let x = model.embed(ids, like);
     model.blocks.forEach((block, i) => {
       using inner = new Scope(scope.device);
-      const ctx = contextOf(this.#blocks[i]!, inner, caches?.[i]);
+      const cache = caches?.[i];
+      const ctx = forwardContext(inner, model, this.#blocks[i]!, batch, length, { like, ...more, ...(cache && { cache }) }); // prettier-ignore
       const y = inner.move(run(block.forward(x, ctx), ctx), scope);
       scope.free(x);
       x = y;

@@ -50,9 +50,9 @@ const options = {
     help: 'Precision to compute in; what learns is held in f32.',
   }),
   calibration: list({
-    value: 'file|self',
+    value: 'file|self|continue',
     section: text_,
-    help: 'Text to train on: .txt or .jsonl files, self for text that the teacher writes, files and self for what they do not hold. Default: a small set that comes with the tool.',
+    help: 'Text to train on: .txt or .jsonl files, self for text that the teacher writes; beside files self, or continue (it goes on from pieces of them), for what they do not hold. Default: a small set that comes with the tool.',
   }),
   samples: integer({ min: 1, default: 1024, section: text_, help: 'Windows of text; a sixteenth of them judges and is not trained on.' }),
   seqLen: integer({ min: 2, section: text_, defaultNote: '2048, or the context of the model', help: 'Tokens a window.' }),

@@ -20,6 +20,12 @@ export const command = defineCommand({
     temperature: number({ default: 1, min: 0.01, max: 100, help: 'Above 1 more varied, below 1 less.' }),
     topP: number({ default: 1, min: 0, max: 1, help: 'Only the most probable tokens that reach this share.' }),
     topK: integer({ default: 0, min: 0, help: 'Only that many of the most probable tokens; 0: all.' }),
+    minP: number({
+      default: 0,
+      min: 0,
+      max: 1,
+      help: "Only tokens with at least this share of the most probable one's probability.",
+    }),
     ...seedOption,
     ignoreEos: flag({ help: 'Go on behind the token that ends a text.' }),
     dtype: choice(['f32', 'bf16'], {
@@ -35,8 +41,8 @@ export const command = defineCommand({
     ['generate fixtures/v1.0/v1.0_checkpoint.bin --prompt "The sea" --greedy --json', 'Tokens and log-probabilities.'],
   ],
   async run(given, io) {
-    if (given.greedy && (given.temperature !== 1 || given.topP !== 1 || given.topK !== 0)) {
-      throw badUsage('--greedy leaves nothing to draw', { got: 'it and --temperature, --top-p or --top-k' });
+    if (given.greedy && (given.temperature !== 1 || given.topP !== 1 || given.topK !== 0 || given.minP !== 0)) {
+      throw badUsage('--greedy leaves nothing to draw', { got: 'it and --temperature, --top-p, --top-k or --min-p' });
     }
     const prompts = [
       ...given.prompt,
@@ -54,9 +60,9 @@ export const command = defineCommand({
       using env = await openEnvironment(given, io);
       using model = await ResidentModel.load(open, env, given.dtype, prompts.length);
       const started = performance.now();
-      const { greedy, temperature, topP, topK, seed, maxNewTokens, ignoreEos } = given;
+      const { greedy, temperature, topP, topK, minP, seed, maxNewTokens, ignoreEos } = given;
       const drawn = await generate(model, env, ids, {
-        ...{ greedy, temperature, topP, topK, seed, maxNewTokens },
+        ...{ greedy, temperature, topP, topK, minP, seed, maxNewTokens },
         ...(ignoreEos && { stopIds: [] }),
       });
       const seconds = (performance.now() - started) / 1000;

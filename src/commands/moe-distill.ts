@@ -39,6 +39,7 @@ export const distillOptions = {
   }),
   distillBatch: integer({ min: 1, max: 4096, default: 8, section, help: 'Windows of text a step.' }),
   distillHidden: number({ min: 0, max: 1e6, default: 20, section, help: 'Weight of the relative error of hidden states behind each layer; that of the divergence from the dense predictions is 1.' }),
+  distillRouter: number({ min: 0, max: 100, default: 0, section, help: 'Learning rate of the routers beside that of the weights; 0: they stay as they are, unless they alone learn.' }),
   distillRank: integer({ min: 1, max: 4096, default: 16, section, help: 'Rank of the additions of --distill-train lora.' }),
   failOnGradientAlarm: flag({ section, help: 'Stop with exit code 3 when gradients vanish, explode or are not finite.' }),
   trainingReport: text({ value: 'training.html', section, help: 'Write losses and gradient norms as one self-contained HTML file.' }),
@@ -73,12 +74,16 @@ export function distillationOf(given: Given, job: MoeOptions, io: Io): MixtureTr
   if (part === 'router' && job.split === 'static') {
     throw badUsage('A static mask has no router that could learn', { got: '--split static --distill-train router' });
   }
+  if ((part === 'router' || job.split === 'static') && given.distillRouter > 0) {
+    throw badUsage('--distill-router is for routers that learn beside weights', { got: part === 'router' ? '--distill-train router' : '--split static' }); // prettier-ignore
+  }
   if (part !== 'lora' && asks(io, 'distillRank')) {
     throw badUsage('A rank is that of low-rank additions', { got: `--distill-rank with --distill-train ${part}`, expected: '--distill-train lora' }); // prettier-ignore
   }
   return {
     ...{ tokens, part, lr: given.distillLr ?? rates[part], batch: given.distillBatch, hidden: given.distillHidden },
     rank: given.distillRank,
+    routerRate: given.distillRouter,
     failOnAlarm: given.failOnGradientAlarm,
   };
 }

@@ -133,9 +133,9 @@ const options = {
   }),
   ...distillOptions,
   calibration: list({
-    value: 'file|self',
+    value: 'file|self|continue',
     section: calibrationSection,
-    help: 'Text to decide on: .txt or .jsonl files, self for text that the model writes, files and self for what they do not hold. Default: a small set that comes with the tool.',
+    help: 'Text to decide on: .txt or .jsonl files, self for text that the model writes; beside files self, or continue (it goes on from pieces of them), for what they do not hold. Default: a small set that comes with the tool.',
   }),
   samples: integer({ min: 1, default: 64, section: calibrationSection, help: 'Windows of text.' }),
   seqLen: integer({

@@ -62,9 +62,9 @@ const options = {
   ceWeight: number({ min: 0, max: 1e6, section: whole, defaultNote: '0; 1 without fake quantization', help: 'Weight of cross-entropy with the text.' }),
   rank: integer({ min: 1, max: 4096, default: 16, section: whole, help: 'Rank of the additions of --end-to-end lora.' }),
   calibration: list({
-    value: 'file|self',
+    value: 'file|self|continue',
     section: text_,
-    help: 'Text to train on: .txt or .jsonl files, self for text that the model writes, files and self for what they do not hold. Default: a small set that comes with the tool.',
+    help: 'Text to train on: .txt or .jsonl files, self for text that the model writes; beside files self, or continue (it goes on from pieces of them), for what they do not hold. Default: a small set that comes with the tool.',
   }),
   samples: integer({ min: 1, default: 128, section: text_, help: 'Windows of text; a sixteenth of them judges and is not trained on.' }),
   seqLen: integer({ min: 2, section: text_, defaultNote: '2048, or the context of the model', help: 'Tokens a window.' }),

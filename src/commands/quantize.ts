@@ -71,9 +71,9 @@ export const quantizeOptions = {
     help: 'Another scheme for some linears: down_proj=8, layers.0=bits:8,group:64, re:k_proj=asym. Linears that engines fuse follow; the last one that fits counts.',
   }),
   calibration: list({
-    value: 'file|self',
+    value: 'file|self|continue',
     section: calibrationSection,
-    help: 'Text to calibrate on: .txt or .jsonl files, self for text that the model writes, files and self for what they do not hold. Default: a small set that comes with the tool.',
+    help: 'Text to calibrate on: .txt or .jsonl files, self for text that the model writes; beside files self, or continue (it goes on from pieces of them), for what they do not hold. Default: a small set that comes with the tool.',
   }),
   samples: integer({ min: 1, default: 128, section: calibrationSection, help: 'Windows of text.' }),
   seqLen: integer({

@@ -41,7 +41,7 @@ const job = (name: string, more: Partial<MoeOptions> = {}): MoeOptions => ({
 });
 const rates = { router: 0.02, scales: 0.01, lora: 0.003, full: 0.002 } as const;
 const training = (part: MixtureTraining['part'], more: Partial<MixtureTraining> = {}): MixtureTraining => ({
-  ...{ part, tokens: 3072, batch: 8, lr: rates[part], hidden: 1, rank: 4, failOnAlarm: false },
+  ...{ part, tokens: 3072, batch: 8, lr: rates[part], hidden: 1, rank: 4, routerRate: 0, failOnAlarm: false },
   ...more,
 });
 const bytes = (name: string) => readFileSync(join(folder, name, 'model.safetensors'));
@@ -99,6 +99,13 @@ describe('a distilled mixture', async () => {
     expect(report.mixture.allExpertsOn.split.relative).toBeLessThan(5e-5);
     expect(report.distillation.health.medianNorm).toBeGreaterThan(0);
     expect(report.validation.heldOut).toEqual(heldOut);
+  });
+
+  test('routers learn along where they are asked to', async () => {
+    const { distilled } = await moeInStages(job('along'), { distill: training('full', { routerRate: 2 }) }, undefined, env); // prettier-ignore
+    expect(distilled!.heldOut.after).toBeLessThan(0.97 * distilled!.heldOut.before);
+    expect(changed('along', before)).toEqual(expect.arrayContaining([...changed('full', before), ...changed('router', before)])); // prettier-ignore
+    expect(changed('full', before)).not.toEqual(expect.arrayContaining(changed('router', before)));
   });
 
   test('is the mixture where every step makes it worse', async () => {
@@ -161,7 +168,7 @@ test.each(['glm4_moe', 'qwen2_moe', 'mixtral'])(
     const outer = await reader.outer(scope);
     const start = open.model.embed(scope.from('i32', [2, 12], ids), forwardContext(scope, open.model, outer, 2, 12));
     for (const part of ['full', 'router'] as const) {
-      const model = trainedModel(open.model, { part });
+      const model = trainedModel(open.model, { part, routerRate: 0 });
       for (const [i, block] of open.model.blocks.entries()) {
         const ctx = () => forwardContext(scope, model, weights, 2, 12);
         const weights = await reader.block(i, scope);

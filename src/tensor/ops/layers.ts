@@ -1,6 +1,6 @@
 import type { FloatDType } from '../../base/dtype.js';
 import type { Scope, Tensor } from '../tensor.js';
-import { ensure, ensureDType, ensureFloat, ensureRows, ensureShape } from './check.js';
+import { ensure, ensureContiguous, ensureDType, ensureFloat, ensureRows, ensureShape } from './check.js';
 import { unaryKinds, type UnaryKind } from './math.js';
 
 /** y = x rsqrt(mean(x^2) + eps) (w + offset) over the last dimension; rows of any leading shape. */
@@ -165,6 +165,47 @@ export function klBackward(
   const dq = s.empty(dtype, q.shape);
   dq.device.run('kl_backward', [dq, p, q], [], [scale]);
   return dq;
+}
+
+export interface SampleOptions {
+  /** Divides the logits; 0: the most probable token. Default 1. */
+  readonly temperature?: number;
+  /** Only the k most probable tokens; 0 (default): all. */
+  readonly topK?: number;
+  /** Of these the smallest set whose probabilities sum to at least this; default 1 (Holtzman et al. 2020). */
+  readonly topP?: number;
+  /** Only tokens that have at least this share of the most probable one's probability; default 0 (Nguyen et al. 2024). */
+  readonly minP?: number;
+}
+
+/**
+ * Draws a token i32 [T] from each row of logits float [T,V] with the numbers u f64 [T] in [0, 1). logprob f32 [T], where
+ * wanted: log-probability of the token under the logits as they are. Rows with NaN or infinity give -1 and NaN.
+ */
+export function sample(
+  s: Scope,
+  logits: Tensor,
+  u: Tensor,
+  { temperature = 1, topK = 0, topP = 1, minP = 0 }: SampleOptions = {},
+  { logprob, out }: { logprob?: Tensor; out?: Tensor } = {},
+): Tensor {
+  const [rows, vocabulary] = logits.shape as [number, number];
+  const tokens = out ?? s.empty('i32', [rows]);
+  ensureShape('sample', 'logits', logits, -1, -1);
+  ensureFloat('sample', logits);
+  ensureRows('sample', logits);
+  ensureDType('sample', 'i32', tokens);
+  ensureDType('sample', 'f64', u);
+  ensureDType('sample', 'f32', logprob);
+  for (const each of [tokens, u, logprob]) {
+    if (!each) continue;
+    ensureShape('sample', 'one value a row', each, rows);
+    ensureContiguous('sample', each);
+  }
+  const sound = vocabulary > 0 && (temperature === 0 || temperature >= 1e-4) && topK >= 0 && topP >= 0 && minP >= 0 && minP <= 1; // prettier-ignore
+  ensure(sound, 'sample', `temperature ${temperature}, top-k ${topK}, top-p ${topP}, min-p ${minP}`, logits);
+  tokens.device.run('sample', [tokens, logits, u, logprob], [topK], [temperature, topP, minP]);
+  return tokens;
 }
 
 export interface AttentionOptions {

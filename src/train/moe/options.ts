@@ -23,6 +23,8 @@ export interface MixtureTraining {
   readonly hidden: number;
   /** Of `lora`. */
   readonly rank: number;
+  /** Learning rate of routers beside that of weights, where these learn too; 0: routers stay. */
+  readonly routerRate: number;
   readonly failOnAlarm: boolean;
 }
 

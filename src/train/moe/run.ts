@@ -112,14 +112,14 @@ function fingerprint(
   env: JobEnv,
   dtype: string,
 ): Record<string, Json> {
-  const { part, tokens, batch, lr, hidden, rank, seed } = options;
+  const { part, tokens, batch, lr, hidden, rank, routerRate, seed } = options;
   return {
     command: 'moe --distill-tokens',
     tool: options.tool.version,
     input: teacher.checkpoint.fingerprint,
     mixture: mixture.checkpoint.fingerprint,
     making,
-    recipe: { part, tokens, batch, lr, hidden, seed, ...(part === 'lora' && { rank }) },
+    recipe: { part, tokens, batch, lr, hidden, routerRate, seed, ...(part === 'lora' && { rank }) },
     calibration: { text: set.hash, description: set.description },
     computing: { device: env.device.kind, dtype },
     shardSize: options.shardSize ?? null,

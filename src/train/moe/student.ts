@@ -19,10 +19,11 @@ const wholeFrom = 0.25;
 const temperature = 0.25;
 
 /** Whether routers learn along. */
-const learnsRouter = ({ part }: Pick<MixtureTraining, 'part'>): boolean => part === 'router';
+const learnsRouter = ({ part, routerRate }: Pick<MixtureTraining, 'part' | 'routerRate'>): boolean =>
+  part === 'router' || routerRate > 0;
 
 /** The mixture with forward passes to train by: the same values from the same tensors. */
-export function trainedModel(model: Model, training: Pick<MixtureTraining, 'part'>): Model {
+export function trainedModel(model: Model, training: Pick<MixtureTraining, 'part' | 'routerRate'>): Model {
   const router = learnsRouter(training);
   const blocks = model.blocks.map((block) => {
     const { moe } = block;
@@ -65,9 +66,9 @@ export async function learningBlock(
   block: Block,
   scope: Scope,
   dtype: 'f32' | 'bf16',
-  training: Pick<MixtureTraining, 'part' | 'rank'> & { readonly seed: number },
+  training: Pick<MixtureTraining, 'part' | 'rank' | 'routerRate'> & { readonly seed: number },
 ): Promise<LearningBlock> {
-  const { part, rank, seed } = training;
+  const { part, rank, seed, routerRate } = training;
   const reader = new WeightReader(open, scope.device, dtype);
   const units: Unit[] = [];
   const rest = new Overlay();
@@ -99,7 +100,8 @@ export async function learningBlock(
     const stored = await reader.tensor(name, scope, 'f32');
     const size = await sizeOf(stored);
     // A router of zeros is a choice that the bias alone makes.
-    if (learnsRouter(training) && size > 0) units.push(sizedUnit(scope, where, stored, size));
+    if (learnsRouter(training) && size > 0)
+      units.push(sizedUnit(scope, where, stored, size, part === 'router' ? 1 : routerRate));
     else rest.put(where, stored);
   }
   for (const which of moe ? (['gate', 'up', 'down'] as const) : []) {

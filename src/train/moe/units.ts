@@ -54,11 +54,11 @@ export async function wholeUnit(place: Place, value: Tensor): Promise<Unit> {
 /**
  * The same, held in multiples of `size`: what a router stores is so small that its gradients would drown all others'.
  */
-export function sizedUnit(scope: Scope, place: Place, stored: Tensor, size: number): Unit {
+export function sizedUnit(scope: Scope, place: Place, stored: Tensor, size: number, rate: number): Unit {
   const value = unary(scope, 'affine', stored, 1 / size, 0);
   return {
     ...place,
-    parameters: [parameter(place, '', value, 1)],
+    parameters: [parameter(place, '', value, rate)],
     value: (s) => rounded(s, unary(s, 'affine', value, size, 0), place),
   };
 }

@@ -109,6 +109,25 @@ describe('calibration windows', () => {
     expect((await take({ source: [long, 'self'] })).hash).toBe((await take({ source: [long] })).hash);
   });
 
+  it('are pieces of the files that the model goes on from, where continue stands beside them', async () => {
+    const path = file('few.txt', sentence(1).repeat(10));
+    const alone = await take({ source: [path], samples: 12 });
+    const both = await take({ source: [path, 'continue'], samples: 12 });
+    expect(both.description).toBe(`12 x 32 tokens: few.txt ${alone.n}, the model itself (continued, seed 0) ${12 - alone.n}`); // prettier-ignore
+    const rows = (set: typeof both) =>
+      Array.from({ length: set.n }, (_, i) => set.tokens.subarray(32 * i, 32 * (i + 1)));
+    const known = rows(alone).map((row) => row.join());
+    const written = rows(both).filter((row) => !known.includes(row.join()));
+    expect(written).toHaveLength(12 - alone.n);
+    for (const row of written) {
+      expect(row[0]).toBe(bos);
+      expect(known.some((text) => text.includes(`,${row.subarray(1, 4).join()},`))).toBe(true);
+      expect(known.some((text) => text.includes(row.subarray(1).join()))).toBe(false);
+    }
+    await expect(take({ source: ['continue'] })).rejects.toThrow(/No calibration file/);
+    await expect(take({ source: [path, 'self', 'continue'] })).rejects.toThrow(/either from BOS on or/);
+  });
+
   it('treat the kinds of a .jsonl file as sources, and mix them', async () => {
     const lines = Array.from({ length: 60 }, (_, i) => ({
       text: sentence(i).repeat(3),
