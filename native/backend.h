@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 // Version of the structures, then how many ops there are: an op more or less moves those behind it.
-#define DC_ABI (2000 + DC_OP_COUNT)
+#define DC_ABI (2100 + DC_OP_COUNT)
 
 enum dc_dtype {  // numbers are fixed: src/base/dtype.ts has the same
   DC_F32, DC_BF16, DC_F16, DC_F64, DC_I8, DC_U8, DC_I16, DC_U16, DC_I32, DC_U32, DC_I64, DC_U64, DC_BOOL,
@@ -163,12 +163,14 @@ typedef int (*dc_op)(dc_context*, const dc_call*);  // 0, or non-zero with last_
   X(dequantize, "W codes scale [zero] [column_group]", "group", "")                                                    \
   /* Least-squares refit of each row's scales (in place) under the full H with the codes fixed: scale += d, (D'HD +
      damp mean(diag D'HD) I) d = D'H (w - D scale), D [K,G] = codes - zero by group. H f32 [K,K] symmetric; a row whose
-     system is singular, and a scale that would become 0 or not finite, stay. rank 3 = E. */                           \
-  X(scale_refit, "scale codes W H [zero] [column_group]", "group", "damp")                                             \
+     system is singular, and a scale that would become 0 or not finite, stay. gradient f32 [N,K]: (W - Q) H, where it is
+     known already. rank 3 = E. */                                                                                     \
+  X(scale_refit, "scale codes W H [zero] [column_group] [gradient]", "group", "damp")                                  \
   /* Coordinate descent over the codes of each row under H f32 [K,K] symmetric, in place: `passes` times (fewer when
      nothing changes) j = 0..K-1: code_j = clamp(round(code_j + g_j / (s H_jj)), low, high), g = (W - Q) H; columns with
-     H_jj = 0 stay. changed i32 [N]: codes that differ from before. rank 3 = E. */                                     \
-  X(code_descent, "codes W H scale [zero] [column_group] [changed]", "low high group passes", "")                      \
+     H_jj = 0 stay. changed i32 [N]: codes that differ from before. gradient f32 [N,K]: g at the start, where it is known
+     already; undefined afterwards. gain f32 [N]: by how much (W - Q) H (W - Q)' of each row has fallen. rank 3 = E. */ \
+  X(code_descent, "codes W H scale [zero] [column_group] [changed] [gradient] [gain]", "low high group passes", "")    \
   /* `bits`-wide fields, (code + bias), little end first into i32 words along the last (axis 1) or first (axis 0)
      dimension of codes i8 [R,C], floor(32 / bits) a word; order 1: AWQ's interleave 0 2 4 6 1 3 5 7; order 2: one
      stream of bits, fields cross words (GPTQ's 3 bits). The last word is padded with zeros. */                        \

@@ -65,10 +65,10 @@ double dot(const float* a, const float* b, int64_t n) {
 
 extern "C" int dc_cpu_scale_refit(dc_context* c, const dc_call* call) {
   const dc_tensor* t = call->t;
-  for (int i : {0, 1, 2, 3, 4, 5})
+  for (int i : {0, 1, 2, 3, 4, 5, 6})
     if (!dense_rows(t[i])) return fail(c, "tensors must have dense rows");
   const Matrices<int8_t> codes(t[1]);
-  const Matrices<float> w(t[2]), h(t[3]);
+  const Matrices<float> w(t[2]), h(t[3]), known(t[6]);
   const Grid grid(t[0], t[4], t[5], 0, 0, call->i[0]);
   const int64_t rows = w.rows, k = w.columns, groups = grid.scale.columns, chunk = std::min(chunk_rows(k), rows);
   if (grid.check(c, w.batch, k)) return 1;
@@ -92,19 +92,21 @@ extern "C" int dc_cpu_scale_refit(dc_context* c, const dc_call* call) {
     }
     for (int64_t r0 = 0; r0 < rows; r0 += chunk) {
       const int64_t n = std::min(chunk, rows - r0);
-      float *d = multiples.take(size_t(n * k)), *error = errors.take(size_t(n * k)), *product = products.take(size_t(n * k));
+      float *d = multiples.take(size_t(n * k)), *product = products.take(size_t(n * k));
+      float* error = known.data ? nullptr : errors.take(size_t(n * k));
       parallel_for(c, n, 8, [&](int64_t begin, int64_t end) {
         std::vector<float> plain(size_t(2 * k));
         for (int64_t r = begin; r < end; r++) {
           row_state(grid, e, r0 + r, codes.row(e, r0 + r), w.row(e, r0 + r), k, plain.data(), plain.data() + k);
           for (int64_t j = 0; j < k; j++) {
             d[r * k + j] = plain[size_t(order[size_t(j)])];
-            error[r * k + j] = plain[size_t(k + order[size_t(j)])];
+            if (known.data) product[r * k + j] = known.row(e, r0 + r)[order[size_t(j)]];
+            else error[r * k + j] = plain[size_t(k + order[size_t(j)])];
           }
         }
       });
       double *a = systems.data(), *right = a + n * groups * groups;
-      sgemm_into(c, n, k, k, 1, error, k, false, hp.data, hp.stride, false, 0, product, k);
+      if (error) sgemm_into(c, n, k, k, 1, error, k, false, hp.data, hp.stride, false, 0, product, k);
       parallel_for(c, n, 8, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++)
           for (int64_t g = 0; g < groups; g++) {
@@ -143,10 +145,11 @@ extern "C" int dc_cpu_scale_refit(dc_context* c, const dc_call* call) {
 
 extern "C" int dc_cpu_code_descent(dc_context* c, const dc_call* call) {
   const dc_tensor* t = call->t;
-  for (int i : {0, 1, 2, 3, 4, 5})
+  for (int i : {0, 1, 2, 3, 4, 5, 7})
     if (!dense_rows(t[i])) return fail(c, "tensors must have dense rows");
   const Matrices<int8_t> codes(t[0]);
-  const Matrices<float> w(t[1]), h(t[2]);
+  const Matrices<float> w(t[1]), h(t[2]), known(t[7]);
+  const bool gains = present(t[8]);
   const Grid grid(t[3], t[4], t[5], call->i[0], call->i[1], call->i[2]);
   const int64_t rows = w.rows, k = w.columns, passes = call->i[3], groups = grid.scale.columns;
   if (grid.check(c, w.batch, k)) return 1;
@@ -159,12 +162,17 @@ extern "C" int dc_cpu_code_descent(dc_context* c, const dc_call* call) {
     const Matrix<float> m = h[e];
     for (int64_t r0 = 0; r0 < rows; r0 += chunk) {
       const int64_t n = std::min(chunk, rows - r0);
-      float *error = errors.take(size_t(n * k)), *gradient = gradients.take(size_t(n * k));
-      parallel_for(c, n, 8, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; r++)
-          row_state(grid, e, r0 + r, codes.row(e, r0 + r), w.row(e, r0 + r), k, nullptr, error + r * k);
-      });
-      sgemm_into(c, n, k, k, 1, error, k, false, m.data, m.stride, false, 0, gradient, k);
+      const float* gradient = known.data ? known.row(e, r0) : nullptr;
+      const int64_t ld = known.data ? known.stride : k;
+      if (!known.data) {
+        float *error = errors.take(size_t(n * k)), *product = gradients.take(size_t(n * k));
+        parallel_for(c, n, 8, [&](int64_t begin, int64_t end) {
+          for (int64_t r = begin; r < end; r++)
+            row_state(grid, e, r0 + r, codes.row(e, r0 + r), w.row(e, r0 + r), k, nullptr, error + r * k);
+        });
+        sgemm_into(c, n, k, k, 1, error, k, false, m.data, m.stride, false, 0, product, k);
+        gradient = product;
+      }
       const int64_t strips = (n + lanes - 1) / lanes;
       const int64_t tiles = std::min(strips, std::max((strips + most - 1) / most, int64_t(c->threads) * 4));
       parallel_for(c, tiles, 1, [&](int64_t begin, int64_t end) {
@@ -176,9 +184,10 @@ extern "C" int dc_cpu_code_descent(dc_context* c, const dc_call* call) {
           float* g = scratch.take(size_t(width * (2 * strip_floats + grid_floats) + block * lanes));
           float *code = g + width * strip_floats, *scale = code + width * strip_floats;
           float* delta = scale + width * grid_floats;
+          std::vector<float> error(size_t(gains ? k : 0));
           for (int64_t s = 0; s < width; s++) {
             const int64_t first = (s0 + s) * lanes, count = std::min(lanes, n - first);
-            gemm_kernels().pack(g + s * strip_floats, gradient + first * k, DC_F32, k, 1, count, k, int(lanes));
+            gemm_kernels().pack(g + s * strip_floats, gradient + first * ld, DC_F32, ld, 1, count, k, int(lanes));
             gemm_kernels().pack(scale + s * grid_floats, grid.scales(e, r0 + first), DC_F32, grid.scale.stride, 1, count,
                                 groups, int(lanes));
             float* strip = code + s * strip_floats;
@@ -200,7 +209,7 @@ extern "C" int dc_cpu_code_descent(dc_context* c, const dc_call* call) {
                 x.h = m.data, x.ldh = m.stride;
                 x.scale = scales;
                 x.gradient = g + s * strip_floats, x.codes = code + s * strip_floats;
-                x.from = pass + 1 < passes ? 0 : j0;  // nobody reads the earlier columns after the last pass
+                x.from = gains || pass + 1 < passes ? 0 : j0;  // else nobody reads the earlier columns any more
                 x.delta = delta;
                 changed += sweep.descend(x);
               }
@@ -211,6 +220,13 @@ extern "C" int dc_cpu_code_descent(dc_context* c, const dc_call* call) {
             const int64_t first = (s0 + s) * lanes, count = std::min(lanes, n - first);
             for (int64_t r = 0; r < count; r++) {
               int8_t* row = codes.row(e, r0 + first + r);
+              const float* strip = g + s * strip_floats + r;
+              auto state = [&] { row_state(grid, e, r0 + first + r, row, w.row(e, r0 + first + r), k, nullptr, error.data()); };
+              double gain = 0;
+              if (gains) {
+                state();
+                gain = dot(error.data(), gradient + (first + r) * ld, k);
+              }
               int32_t differ = 0;
               for (int64_t j = 0; j < k; j++) {
                 const auto now = int8_t(code[s * strip_floats + j * lanes + r]);
@@ -218,6 +234,10 @@ extern "C" int dc_cpu_code_descent(dc_context* c, const dc_call* call) {
                 row[j] = now;
               }
               if (present(t[6])) *per_row<int32_t>(t[6], e, r0 + first + r) = differ;
+              if (!gains) continue;
+              state();
+              for (int64_t j = 0; j < k; j++) gain -= double(error[size_t(j)]) * double(strip[j * lanes]);
+              *per_row<float>(t[8], e, r0 + first + r) = float(gain);
             }
           }
         }

@@ -72,6 +72,21 @@ __global__ void split_left(bf16* out, dc_tensor A, int64_t k0, int64_t width, in
     p[0] = high, p[width] = low, p[2 * width] = high;
   }
 }
+// The same where A's columns lie together.
+__global__ void __launch_bounds__(256) split_columns(bf16* out, dc_tensor A, int64_t k0, int64_t width) {
+  __shared__ float tile[32][33];
+  const int64_t M = A.dim[0], r0 = blockIdx.y * 32ll, j0 = blockIdx.x * 32ll;
+  for (int k = threadIdx.y; k < 32; k += 8)
+    if (j0 + k < width && r0 + threadIdx.x < M) tile[k][threadIdx.x] = static_cast<const float*>(A.data)[r0 + threadIdx.x + (k0 + j0 + k) * A.stride[1]];
+  __syncthreads();
+  for (int k = threadIdx.y; k < 32; k += 8) {
+    if (r0 + k >= M || j0 + threadIdx.x >= width) continue;
+    const float v = tile[threadIdx.x][k];
+    const bf16 high = from_float<bf16>(v), low = from_float<bf16>(v - to_float(high));
+    bf16* p = out + (r0 + k) * 3 * width + j0 + threadIdx.x;
+    p[0] = high, p[width] = low, p[2 * width] = high;
+  }
+}
 __global__ void split_right(bf16* out, dc_tensor B, int64_t k0, int64_t n, int64_t N) {
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
     const float v = static_cast<const float*>(B.data)[(k0 + i / N) * B.stride[0] + i % N * B.stride[1]];
@@ -91,7 +106,8 @@ int gemm(dc_context* c, const dc_tensor& C, const dc_tensor& A, const dc_tensor&
       auto* left = static_cast<bf16*>(scratch(c, 0, size_t(M) * 3 * width * 2));
       auto* right = static_cast<bf16*>(scratch(c, 1, size_t(N) * 3 * width * 2));
       if (!left || !right) return 1;
-      split_left<<<grid_for(c, M * width, 256), 256, 0, c->stream>>>(left, A, k0, width, M * width);
+      if (A.stride[0] == 1 && A.stride[1] != 1 && ceil_div(M, 32) < 65536) split_columns<<<dim3(unsigned(ceil_div(width, 32)), unsigned(ceil_div(M, 32))), dim3(32, 8), 0, c->stream>>>(left, A, k0, width);
+      else split_left<<<grid_for(c, M * width, 256), 256, 0, c->stream>>>(left, A, k0, width, M * width);
       split_right<<<grid_for(c, N * width, 256), 256, 0, c->stream>>>(right, B, k0, N * width, N);
       if (gemm(c, C, matrix(left, DC_BF16, M, 3 * width, 3 * width), matrix(right, DC_BF16, 3 * width, N, N), alpha, k0 == 0 ? beta : 1, 0)) return 1;
     }

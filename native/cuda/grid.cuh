@@ -44,9 +44,23 @@ inline Grid grid_of(const dc_call* call, int scale, int zero, int column_group, 
   return {Rows(call->t[scale]), Rows(call->t[zero]), data<int32_t>(call->t[column_group]), call->t[column_group].rank == 2 ? call->t[column_group].stride[0] : 0, group, float(low), float(high)};
 }
 
+inline Rows from_row(Rows r, int64_t e, int64_t first, int64_t size) {
+  r.data = static_cast<char*>(r.data) + (e * r.batch + first * r.row) * size;
+  return r;
+}
+// Rows at a time: as many as take some hundred MB of work memory, all parts alike.
+inline int64_t chunk_rows(int64_t per_row, int64_t rows) {
+  int64_t most = (int64_t(512) << 20) / (per_row < 1 ? 1 : per_row);
+  most = most < 64 ? 64 : most;
+  const int64_t chunk = ceil_div(ceil_div(rows, ceil_div(rows, most)), 64) * 64;
+  return chunk < rows ? chunk : rows;
+}
+
 // v_j = W_j + (pending_j + sum_{i<j} (W_i - Q_i) R_ij) / R_jj, codes_j and Q_j what v_j rounds to; columns with R_jj <= 0
-// keep W's. Q holds `pending` where that is `given` (and a v that is no number keeps W's), else it counts as zero. Scratch slots 0 and 1.
-int sweep(dc_context* c, Rows codes, Rows Q, Rows W, Rows R, const Grid& grid, const dc_tensor* error, const Shape& shape, bool given);
+// keep W's. `given`: pending is there (and a v that is no number keeps W's), `error` grows by sum_j R_jj ((v_j - W_j)^2 -
+// (v_j - Q_j)^2); else pending counts as zero, and error is as in ldlq. `complete`: afterwards pending has grown by
+// (W - Q) R, all of R. Q may lie where W or, unless `complete`, where pending lies. Scratch slots 0 and 1.
+int sweep(dc_context* c, Rows codes, Rows Q, Rows pending, Rows W, Rows R, const Grid& grid, const dc_tensor* error, const Shape& shape, bool given, bool complete);
 // G [:, 0..K] += (W - Q) H for symmetric H, bf16x3. Scratch slots 0 and 1.
 int add_gradient(dc_context* c, Rows G, Rows W, Rows Q, Rows H, const Shape& shape);
 

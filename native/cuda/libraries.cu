@@ -105,7 +105,6 @@ Libraries* find_libraries() {
     cublas.find(l->cublasSetStream, "cublasSetStream_v2");
     cublas.find(l->cublasSetWorkspace, "cublasSetWorkspace_v2");
     cublas.find(l->cublasGemmStridedBatchedEx, "cublasGemmStridedBatchedEx");
-    cublas.find(l->cublasStrsm, "cublasStrsm_v2");
     if (cublas.missing) l->error = l->cublas_path + " has no " + cublas.missing;
   });
   return &libraries;

@@ -10,8 +10,6 @@ namespace dc {
 enum { CUBLAS_N = 0, CUBLAS_T = 1 };
 enum { CUDA_R_32 = 0, CUDA_R_16 = 2, CUDA_R_BF16 = 14 };  // cudaDataType
 enum { COMPUTE_32F = 68, COMPUTE_32F_FAST_TF32 = 77 };    // cublasComputeType_t
-enum { FILL_LOWER = 0, FILL_UPPER = 1 };
-enum { SIDE_LEFT = 0, SIDE_RIGHT = 1 };
 
 struct Libraries {
   int (*cublasCreate)(void** handle) = nullptr;
@@ -22,8 +20,6 @@ struct Libraries {
                                     int type_a, int lda, long long stride_a, const void* b, int type_b, int ldb,
                                     long long stride_b, const void* beta, void* c, int type_c, int ldc,
                                     long long stride_c, int batch, int compute, int algorithm) = nullptr;
-  int (*cublasStrsm)(void* handle, int side, int fill, int trans, int diagonal, int m, int n, const float* alpha,
-                     const float* a, int lda, float* b, int ldb) = nullptr;
 
   std::string cublas_path, error;
 };

@@ -261,6 +261,22 @@ __device__ void small_products(float* out, int out_pitch, int64_t out_step, floa
   for (int i = 0; i < EACH; i++) out[(r0 + i) * out_pitch + c] = sign * sum[i];
 }
 
+// m.v, which holds the inverses of the 32 x 32 blocks on the diagonal of the factor m.a, becomes its whole inverse: that of
+// [A 0; C B] is [A^-1 0; -B^-1 C A^-1 B^-1]; from 32 to 64, from 64 to 128.
+__device__ void grow_inverse(FactorMemory& m) {
+  constexpr int T_PITCH = NB_PITCH / 2, H = NB / 2;
+  float *a = &m.a[0][0], *v = &m.v[0][0], *t = &m.t[0][0];
+  constexpr int64_t across = int64_t(H) * NB_PITCH + H;
+  small_products<SUB, 2>(t, T_PITCH, SUB, 1, a + SUB * NB_PITCH, NB_PITCH, across, v, NB_PITCH, across);
+  __syncthreads();
+  small_products<SUB, 2>(v + SUB * NB_PITCH, NB_PITCH, across, -1, v + SUB * NB_PITCH + SUB, NB_PITCH, across, t, T_PITCH, SUB);
+  __syncthreads();
+  small_products<H, 1>(t, T_PITCH, 0, 1, a + H * NB_PITCH, NB_PITCH, 0, v, NB_PITCH, 0);
+  __syncthreads();
+  small_products<H, 1>(v + H * NB_PITCH, NB_PITCH, 0, -1, v + H * NB_PITCH + H, NB_PITCH, 0, t, T_PITCH, 0);
+  __syncthreads();
+}
+
 // Factors the NB x NB diagonal block, 32 columns at a time, and writes the transposed inverse of the factor (for the
 // panel below): element [k][q] of `inverse` is that of row q, column k.
 __global__ void __launch_bounds__(512) factor_diagonal(float* L, int64_t K, int64_t j0, int width, float* inverse, int32_t* info, bool reversed) {
@@ -308,18 +324,7 @@ __global__ void __launch_bounds__(512) factor_diagonal(float* L, int64_t K, int6
     }
     __syncthreads();
   }
-  // The inverse of [A 0; C B] is [A^-1 0; -B^-1 C A^-1 B^-1]: from 32 to 64, from 64 to 128.
-  constexpr int T_PITCH = NB_PITCH / 2, H = NB / 2;
-  float *a = &m.a[0][0], *v = &m.v[0][0], *t = &m.t[0][0];
-  constexpr int64_t across = int64_t(H) * NB_PITCH + H;
-  small_products<SUB, 2>(t, T_PITCH, SUB, 1, a + SUB * NB_PITCH, NB_PITCH, across, v, NB_PITCH, across);
-  __syncthreads();
-  small_products<SUB, 2>(v + SUB * NB_PITCH, NB_PITCH, across, -1, v + SUB * NB_PITCH + SUB, NB_PITCH, across, t, T_PITCH, SUB);
-  __syncthreads();
-  small_products<H, 1>(t, T_PITCH, 0, 1, a + H * NB_PITCH, NB_PITCH, 0, v, NB_PITCH, 0);
-  __syncthreads();
-  small_products<H, 1>(v + H * NB_PITCH, NB_PITCH, 0, -1, v + H * NB_PITCH + H, NB_PITCH, 0, t, T_PITCH, 0);
-  __syncthreads();
+  grow_inverse(m);
 #pragma unroll 4
   for (int i = threadIdx.x; i < NB * NB; i += 512) {
     const int r = i / NB, q = i % NB;
@@ -420,6 +425,78 @@ int trailing(dc_context* c, float* L, int64_t K, int64_t batch, int64_t j0, int6
   return 0;
 }
 
+// --- Triangular solves ------------------------------------------------------------------------------------------------
+// Diagonal blocks of up to SOLVE columns are inverted once; everything else is products.
+
+constexpr int SOLVE = 512;
+
+// A lower triangular matrix of any strides.
+struct Lower {
+  float* data;
+  int64_t K, row, column;
+  dc_tensor part(int64_t r, int64_t q, int64_t rows, int64_t columns) const { return matrix(data + r * row + q * column, DC_F32, rows, columns, row, column); }
+  // The same part read as its transpose.
+  dc_tensor turned(int64_t r, int64_t q, int64_t rows, int64_t columns) const { return matrix(data + r * row + q * column, DC_F32, columns, rows, column, row); }
+};
+
+// Inverses of the NB x NB blocks on L's diagonal, each to its place in the `size` x `size` block it lies in.
+__global__ void __launch_bounds__(512) invert_diagonal(float* V, int64_t size, Lower L) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  FactorMemory& m = *reinterpret_cast<FactorMemory*>(memory);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t j0 = blockIdx.x * int64_t(NB), width = L.K - j0 < NB ? L.K - j0 : NB;
+  const bool turned = L.column != 1;  // then rows of memory are columns of L
+  {
+    Tile<NB, 512> tile;
+    tile.load([&](int y, int x) {
+      const int r = turned ? x : y, q = turned ? y : x;
+      return r < width && q <= r ? L.data[(j0 + r) * L.row + (j0 + q) * L.column] : r == q ? 1.f : 0.f;
+    });
+    tile.each([&](int y, int x, float v) { (turned ? m.a[x][y] : m.a[y][x]) = v, m.v[y][x] = 0; });
+  }
+  __syncthreads();
+  if (warp < NB / SUB) {
+    const int b = warp * SUB;
+    auto* corner = reinterpret_cast<float(*)[NB_PITCH]>(&m.a[b][b]);
+    invert_warp(reinterpret_cast<float(*)[NB_PITCH]>(&m.v[b][b]), corner, 1.f / corner[lane][lane]);
+  }
+  __syncthreads();
+  grow_inverse(m);
+  float* out = V + j0 / size * size * size + j0 % size * (size + 1);
+  for (int i = threadIdx.x; i < NB * NB; i += 512) {
+    const int r = i / NB, q = i % NB;
+    if (r < width && q <= r) out[r * size + q] = m.v[r][q];
+  }
+}
+
+// `batch` blocks of V, `step` columns of L apart, whose NB x NB inverses are there: of the first `columns` of each, the rest.
+int grow_blocks(dc_context* c, float* V, float* work, int64_t step, const Lower& L, int64_t batch, int64_t columns) {
+  for (int64_t h = NB; batch > 0 && h < columns; h *= 2)
+    for (int64_t i = 0; i + h < columns; i += 2 * h) {
+      const int64_t j = i + h, w = columns - j < h ? columns - j : h;
+      const auto block = [&](int64_t r, int64_t q, int64_t rows, int64_t width) { return dc_tensor{V + r * step + q, DC_F32, 3, {batch, rows, width, 1}, {step * step, step, 1, 0}}; };
+      const dc_tensor C{L.data + j * L.row + i * L.column, DC_F32, 3, {batch, w, h, 1}, {step * (L.row + L.column), L.row, L.column, 0}};
+      const dc_tensor T{work, DC_F32, 3, {batch, w, h, 1}, {w * h, h, 1, 0}};
+      if (gemm(c, T, C, block(i, i, h, h), 1, 0, 0) || gemm(c, block(j, i, w, h), block(j, j, w, w), T, -1, 0, 0)) return 1;
+    }
+  return 0;
+}
+
+// X [K, M] <- L^-1 X, or L^-T X where `transposed`; `inverse` holds the inverses of the diagonal blocks, `block` [size, M].
+int solve_lower(dc_context* c, const Lower& L, float* inverse, int64_t size, const dc_tensor& X, float* block, bool transposed, int precision) {
+  const int64_t M = X.dim[1], blocks = ceil_div(L.K, size);
+  const auto rows = [&](int64_t from, int64_t n) { return matrix(data<float>(X) + from * X.stride[0], DC_F32, n, M, X.stride[0]); };
+  for (int64_t i = 0; i < blocks; i++) {
+    const int64_t b = transposed ? blocks - 1 - i : i, j0 = b * size, w = L.K - j0 < size ? L.K - j0 : size, j1 = j0 + w;
+    const dc_tensor solved = matrix(block, DC_F32, w, M, M);
+    float* v = inverse + b * size * size;
+    if (gemm(c, solved, transposed ? matrix(v, DC_F32, w, w, 1, size) : matrix(v, DC_F32, w, w, size), rows(j0, w), 1, 0, precision)) return 1;
+    if (copy(c, rows(j0, w), solved)) return 1;
+    if (transposed ? gemm(c, rows(0, j0), L.turned(j0, 0, w, j0), solved, -1, 1, precision) : gemm(c, rows(j1, L.K - j1), L.part(j1, j0, L.K - j1, w), solved, -1, 1, precision)) return 1;
+  }
+  return 0;
+}
+
 }  // namespace
 }  // namespace dc
 
@@ -502,17 +579,33 @@ extern "C" int dc_cuda_cholesky(dc_context* c, const dc_call* call) {
 
 extern "C" int dc_cuda_cholesky_solve(dc_context* c, const dc_call* call) {
   const dc_tensor &X = call->t[0], &F = call->t[1], &B = call->t[2];
-  const int64_t K = F.dim[0], M = B.dim[1];
+  const int d = X.rank == 3 ? 1 : 0;
+  const int64_t K = X.dim[d], M = X.dim[d + 1], batch = d ? X.dim[0] : 1;
   if (count(B) == 0) return 0;
-  if (X.stride[1] != 1 || F.stride[1] != 1) return fail(c, "cholesky_solve: rows of stride 1 expected");
+  if (X.stride[d + 1] != 1 || F.stride[d + 1] != 1) return fail(c, "cholesky_solve: rows of stride 1 expected");
   if (copy(c, X, B)) return 1;
-  const float one = 1;
-  // cuBLAS sees X' [M, K] (column-major) and F'. A X = B with A = F F': X' F F' ... from the right.
+  // The factor, or its transpose, as a lower one.
   const bool upper = call->i[0] == 1;
-  const int fill = upper ? FILL_LOWER : FILL_UPPER;  // of F' in column-major
-  // Y = F^-1 B  <=>  Y' = B' F^-T: right side, op(F'col) = F' as stored: no transpose.
-  int status = c->libraries->cublasStrsm(c->blas, SIDE_RIGHT, fill, CUBLAS_N, 0, int(M), int(K), &one, data<float>(F), int(F.stride[0]), data<float>(X), int(X.stride[0]));
-  // X = F^-T Y  <=>  X' = Y' F^-1: transpose of what is stored.
-  if (status == 0) status = c->libraries->cublasStrsm(c->blas, SIDE_RIGHT, fill, CUBLAS_T, 0, int(M), int(K), &one, data<float>(F), int(F.stride[0]), data<float>(X), int(X.stride[0]));
-  return status == 0 ? 0 : fail(c, "cuBLAS trsm failed with status %d", status);
+  int64_t size = NB;
+  while (size < SOLVE && size < K) size *= 2;
+  const int64_t blocks = ceil_div(K, size), inverse_floats = blocks * size * size, half_floats = blocks * size * size / 4;
+  auto* inverse = static_cast<float*>(scratch(c, 2, size_t(inverse_floats + half_floats + size * M) * 4));
+  if (!inverse) return 1;
+  float *half = inverse + inverse_floats, *block = half + half_floats;
+  // A few columns leave tensor cores nothing to win; many are products of three in bf16 (2^-16).
+  const int precision = M >= 256 && K >= 1024 ? 2 : 0;
+  DC_CUDA(cudaFuncSetAttribute(invert_diagonal, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(FactorMemory))));
+  for (int64_t e = 0; e < batch; e++) {
+    const int64_t row = F.stride[d];
+    const Lower L{data<float>(F) + (d ? e * F.stride[0] : 0), K, upper ? 1 : row, upper ? row : 1};
+    const dc_tensor x = matrix(data<float>(X) + (d ? e * X.stride[0] : 0), DC_F32, K, M, X.stride[d]);
+    DC_CUDA(cudaMemsetAsync(inverse, 0, size_t(inverse_floats) * 4, c->stream));
+    invert_diagonal<<<unsigned(ceil_div(K, NB)), 512, sizeof(FactorMemory), c->stream>>>(inverse, size, L);
+    const int64_t full = K / size, at = full * size;
+    const Lower rest{L.data + at * (L.row + L.column), K - at, L.row, L.column};
+    if (grow_blocks(c, inverse, half, size, L, full, size) || (at < K && grow_blocks(c, inverse + full * size * size, half, size, rest, 1, K - at))) return 1;
+    for (const bool transposed : {upper, !upper})
+      if (solve_lower(c, L, inverse, size, x, block, transposed, precision)) return 1;
+  }
+  return launched(c, "cholesky_solve");
 }

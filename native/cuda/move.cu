@@ -118,6 +118,23 @@ __global__ void gather_columns(dc_tensor dst, dc_tensor src, const int32_t* idx,
     }
 }
 
+// The same between equal types: a thread has a column of some rows.
+constexpr int GATHER_ROWS = 8;
+template <class T>
+__global__ void __launch_bounds__(256) gather_columns_alike(T* dst, int64_t dst_row, const T* src, int64_t src_row, const int32_t* idx, int64_t idx_stride, int64_t rows, int64_t columns) {
+  const int64_t j = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (j >= columns) return;
+  const int64_t from = idx[j * idx_stride];
+  for (int64_t r0 = blockIdx.y * int64_t(GATHER_ROWS); r0 < rows; r0 += gridDim.y * int64_t(GATHER_ROWS)) {
+    T values[GATHER_ROWS];
+#pragma unroll
+    for (int i = 0; i < GATHER_ROWS; i++) values[i] = from >= 0 && r0 + i < rows ? src[(r0 + i) * src_row + from] : T(0);
+#pragma unroll
+    for (int i = 0; i < GATHER_ROWS; i++)
+      if (r0 + i < rows) dst[(r0 + i) * dst_row + j] = values[i];
+  }
+}
+
 // One thread per column of dst walks the rows in order: deterministic.
 __global__ void scatter_rows(dc_tensor dst, dc_tensor src, const int32_t* idx, const float* w, int64_t n) {
   for (int64_t j = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; j < dst.dim[1]; j += int64_t(gridDim.x) * blockDim.x)
@@ -165,7 +182,17 @@ extern "C" int dc_cuda_gather(dc_context* c, const dc_call* call) {
   if (call->i[0] == 0) {
     gather_rows<<<unsigned(dst.dim[0]), 128, 0, c->stream>>>(dst, src, data<int32_t>(idx), idx.stride[0]);
   } else {
-    gather_columns<<<grid_for(c, dst.dim[0], 1), 256, 0, c->stream>>>(dst, src, data<int32_t>(idx), idx.stride[0]);
+    const int64_t rows = dst.dim[0], columns = dst.dim[1], tiles = ceil_div(rows, GATHER_ROWS);
+    const dim3 grid(unsigned(ceil_div(columns, 256)), unsigned(tiles < 65535 ? tiles : 65535));
+    auto alike = [&](auto zero) {
+      using T = decltype(zero);
+      gather_columns_alike<T><<<grid, 256, 0, c->stream>>>(data<T>(dst), dst.stride[0], data<T>(src), src.stride[0], data<int32_t>(idx), idx.stride[0], rows, columns);
+    };
+    const size_t size = dst.dtype == src.dtype && dst.stride[1] == 1 && src.stride[1] == 1 ? dtype_size(dst.dtype) : 0;
+    if (size == 4) alike(uint32_t(0));
+    else if (size == 2) alike(uint16_t(0));
+    else if (size == 1) alike(uint8_t(0));
+    else gather_columns<<<grid_for(c, rows, 1), 256, 0, c->stream>>>(dst, src, data<int32_t>(idx), idx.stride[0]);
   }
   return launched(c, "gather");
 }

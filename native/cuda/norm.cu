@@ -166,6 +166,32 @@ __global__ void reduce_columns(dc_tensor dst, dc_tensor src, int kind, int64_t n
     store(dst.data, dst.dtype, o, kind == DC_MEAN ? sum / float(n) : sum);
   }
 }
+// Columns that are long: 16 threads each, for 32 of them beside each other.
+__global__ void __launch_bounds__(512) reduce_tall(dc_tensor dst, dc_tensor src, int kind, int64_t n, int64_t inner, int64_t outputs) {
+  __shared__ float part[16][32];
+  const int64_t o = blockIdx.x * 32ll + threadIdx.x;
+  const bool sums = kind == DC_SUM || kind == DC_MEAN || kind == DC_SUMSQ;
+  float sum = reduce_start(kind), low = 0;
+  if (o < outputs) {
+    const int64_t base = o / inner * n * inner + o % inner;
+#pragma unroll 4
+    for (int64_t j = threadIdx.y; j < n; j += 16) {
+      const float x = load(src.data, src.dtype, base + j * inner);
+      if (sums) {
+        const float v = (kind == DC_SUMSQ ? x * x : x) - low, t = sum + v;
+        low = (t - sum) - v;
+        sum = t;
+      } else {
+        sum = reduce_step(kind, sum, x);
+      }
+    }
+  }
+  part[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || o >= outputs) return;
+  for (int k = 1; k < 16; k++) sum = sums ? sum + part[k][threadIdx.x] : reduce_step(kind, sum, part[k][threadIdx.x]);
+  store(dst.data, dst.dtype, o, kind == DC_MEAN ? sum / float(n) : sum);
+}
 __global__ void reduce_rows(dc_tensor dst, dc_tensor src, int kind, int64_t n) {
   __shared__ float shared[33];
   __shared__ Best bests[32];
@@ -522,9 +548,11 @@ OP(binary) {
 OP(reduce) {
   const dc_tensor &dst = T(0), &src = T(1);
   const int64_t outputs = src.dim[0] * src.dim[2], n = src.dim[1];
+  const int kind = int(call->i[0]);
   if (outputs == 0) return 0;
-  if (src.dim[2] == 1 && n > 16) reduce_rows<<<unsigned(outputs), row_threads(n), 0, c->stream>>>(dst, src, int(call->i[0]), n);
-  else reduce_columns<<<grid_for(c, outputs, 64), 64, 0, c->stream>>>(dst, src, int(call->i[0]), n, src.dim[2], outputs);
+  if (src.dim[2] == 1 && n > 16) reduce_rows<<<unsigned(outputs), row_threads(n), 0, c->stream>>>(dst, src, kind, n);
+  else if (n >= 64 && kind != DC_ARGMAX && kind != DC_ARGMIN) reduce_tall<<<unsigned(ceil_div(outputs, 32)), dim3(32, 16), 0, c->stream>>>(dst, src, kind, n, src.dim[2], outputs);
+  else reduce_columns<<<grid_for(c, outputs, 64), 64, 0, c->stream>>>(dst, src, kind, n, src.dim[2], outputs);
   return launched(c, "reduce");
 }
 OP(rmsnorm) {

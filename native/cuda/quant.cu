@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(128) search_scales(Rows scale, Rows zero, Rows
 // --- LDLQ -----------------------------------------------------------------------------------------------------------
 // v_j = W_j + sum_{i<j} (W_i - Q_i) R_ij / R_jj. Three levels: 128 columns of a row are swept in the registers of four
 // lanes, the factor's block in shared memory; blocks reach their 1,024-column panel, and panels the rest of the matrix,
-// by bf16x3 products on tensor cores. `pending` (the sums above) lives in Q, whose columns are not needed before their
+// by bf16x3 products on tensor cores. `pending` (the sums above) may live in Q, whose columns are not needed before their
 // block is swept.
 
 constexpr int BLOCK = 128, PANEL = 1024, SWEEP_ROWS = 64, SWEEP_THREADS = 256, PITCH = BLOCK + 4;
@@ -119,6 +119,7 @@ struct RowGrid {
 };
 
 // Sixteen columns from k0 on, one after another; v[i] is this lane's column k0 + 4 i + l, of LIVE that remain or more.
+// `loss` grows by ((v - Q) R_jj)^2, or where W's values are KEPT by R_jj ((v - W)^2 - (v - Q)^2): what the step gains.
 // The loops around it are not unrolled: what does not fit the instruction cache takes five times as long.
 template <int LIVE, bool KEEP>
 __device__ __forceinline__ void sweep_sixteen(float (&v)[32], float (&s)[4], float (&z)[4], float& loss, SweepMemory& m, const RowGrid& row, int local, int l, int k0) {
@@ -136,7 +137,7 @@ __device__ __forceinline__ void sweep_sixteen(float (&v)[32], float (&s)[4], flo
       const float now = KEEP && v[i] != v[i] ? w : v[i];  // what has no gradient stays
       const float code = code_near(now, s[i], inverse, z[i], row.grid.low, row.grid.high), value = (code - z[i]) * s[i];
       const float difference = __shfl_sync(~0u, w - value, owner, 4);
-      if (l == owner) value_here = value, code_here = code, miss = (v[i] - value) * r;
+      if (l == owner) value_here = value, code_here = code, miss = KEEP ? r * (value - w) * ((now - w) + (now - value)) : (v[i] - value) * r;
       const float4* u = reinterpret_cast<const float4*>(m.U[k0 + 4 * i + owner] + k0 + 4 * l);
 #pragma unroll
       for (int c = 0; c < LIVE / 4; c++) {
@@ -145,7 +146,7 @@ __device__ __forceinline__ void sweep_sixteen(float (&v)[32], float (&s)[4], flo
         v[4 * c + 2] = fmaf(difference, x.z, v[4 * c + 2]), v[4 * c + 3] = fmaf(difference, x.w, v[4 * c + 3]);
       }
     }
-    loss = fmaf(miss, miss, loss);
+    loss = KEEP ? loss + miss : fmaf(miss, miss, loss);
     m.tile[local][column] = value_here;
     m.codes[local][column] = int8_t(code_here);
   }
@@ -157,8 +158,8 @@ __device__ __forceinline__ void sweep_sixteen(float (&v)[32], float (&s)[4], flo
 }
 
 template <bool KEEP>
-__global__ void __launch_bounds__(SWEEP_THREADS, 2) sweep_block(Rows codes, Rows Q, Rows W, Rows R, Grid grid, float* error, int64_t error_batch, int64_t error_row, bool first, bf16* D, bf16* D_inner,
-                                                                int64_t d_batch, int64_t d_row, int64_t d_part, int64_t rows, int64_t j0, int width) {
+__global__ void __launch_bounds__(SWEEP_THREADS, 2) sweep_block(Rows codes, Rows Q, Rows pending, Rows W, Rows R, Grid grid, float* error, int64_t error_batch, int64_t error_row, bool first, bf16* D,
+                                                                bf16* D_inner, int64_t d_batch, int64_t d_row, int64_t d_part, int64_t rows, int64_t j0, int width) {
   extern __shared__ __align__(16) unsigned char memory[];
   SweepMemory& m = *reinterpret_cast<SweepMemory*>(memory);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -191,13 +192,13 @@ __global__ void __launch_bounds__(SWEEP_THREADS, 2) sweep_block(Rows codes, Rows
   float own[8][4];
 #pragma unroll
   for (int a = 0; a < 8; a++) {
-    const float *from = w + W.at(e, first_row + a) + j0, *pending = q + Q.at(e, first_row + a) + j0;
+    const float *from = w + W.at(e, first_row + a) + j0, *sums = static_cast<const float*>(pending.data) + pending.at(e, first_row + a) + j0;
 #pragma unroll
     for (int b = 0; b < 4; b++) {
       const int column = lane + 32 * b;
       const bool in = first_row + a < rows && column < width;
       own[a][b] = in ? from[column] : 0.f;
-      m.tile[warp * 8 + a][column] = in && !first ? pending[column] : 0.f;
+      m.tile[warp * 8 + a][column] = in && !first ? sums[column] : 0.f;
     }
   }
 #pragma unroll
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, 2) sweep_block(Rows codes, Rows
   loss += __shfl_xor_sync(~0u, loss, 2);
   if (l == 0 && n < rows && error) {
     float* out = error + e * error_batch + n * error_row;
-    *out = (j0 == 0 ? 0.f : *out) + loss;
+    *out = (j0 == 0 && !KEEP ? 0.f : *out) + loss;
   }
 }
 
@@ -392,15 +393,15 @@ struct Split {
 
 }  // namespace
 
-int dc::sweep(dc_context* c, Rows codes, Rows Q, Rows W, Rows R, const Grid& grid, const dc_tensor* error, const Shape& shape, bool given) {
+int dc::sweep(dc_context* c, Rows codes, Rows Q, Rows pending, Rows W, Rows R, const Grid& grid, const dc_tensor* error, const Shape& shape, bool given, bool complete) {
   const int64_t K = shape.columns, N = shape.rows, E = shape.batch;
   const bool single = K <= BLOCK;
   Split split{c, shape};
-  if (!single) {
+  if (!single || complete) {
     if (split.open()) return 1;
     if (!given)
       for (int64_t e = 0; e < E; e++)
-        DC_CUDA(cudaMemset2DAsync(static_cast<float*>(Q.data) + e * Q.batch, size_t(Q.row) * 4, 0, size_t(K) * 4, size_t(N), c->stream));
+        DC_CUDA(cudaMemset2DAsync(static_cast<float*>(pending.data) + e * pending.batch, size_t(pending.row) * 4, 0, size_t(K) * 4, size_t(N), c->stream));
   }
   const auto kernel = given ? sweep_block<true> : sweep_block<false>;
   DC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(SweepMemory))));
@@ -410,12 +411,13 @@ int dc::sweep(dc_context* c, Rows codes, Rows Q, Rows W, Rows R, const Grid& gri
     for (int64_t j = p0; j < p1; j += BLOCK) {
       const int width = int(p1 - j < BLOCK ? p1 - j : BLOCK);
       kernel<<<dim3(unsigned(ceil_div(N, SWEEP_ROWS)), unsigned(E)), SWEEP_THREADS, sizeof(SweepMemory), c->stream>>>(
-          codes, Q, W, R, grid, error ? data<float>(*error) : nullptr, e_batch, e_row, single && !given, single ? nullptr : split.left + (j - p0), split.block, split.batch(),
+          codes, Q, pending, W, R, grid, error ? data<float>(*error) : nullptr, e_batch, e_row, single && !given, split.left ? split.left + (j - p0) : nullptr, split.block, split.batch(),
           split.row(), part, N, j, width);
       if (launched(c, "sweep")) return 1;
-      if (!single && split.add(Q, true, width, R, j, j + width, p1)) return 1;
+      if (split.left && split.add(pending, true, width, R, j, complete ? p0 : j + width, p1)) return 1;
     }
-    if (p1 < K && split.add(Q, false, part, R, p0, p1, K)) return 1;
+    if (complete && p0 > 0 && split.add(pending, false, part, R, p0, 0, p0)) return 1;
+    if (p1 < K && split.add(pending, false, part, R, p0, p1, K)) return 1;
   }
   return 0;
 }
@@ -436,7 +438,7 @@ extern "C" int dc_cuda_ldlq(dc_context* c, const dc_call* call) {
   if (count(W) == 0) return 0;
   for (const dc_tensor* t : {&codes, &Q, &W, &R})
     if (t->stride[t->rank - 1] != 1 && t->dim[t->rank - 1] > 1) return fail(c, "ldlq: rows of stride 1 expected");
-  return sweep(c, Rows(codes), Rows(Q), Rows(W), Rows(R), grid_of(call, 4, 5, 6, call->i[0], call->i[1], call->i[2]), present(error) ? &error : nullptr, Shape(W), false);
+  return sweep(c, Rows(codes), Rows(Q), Rows(Q), Rows(W), Rows(R), grid_of(call, 4, 5, 6, call->i[0], call->i[1], call->i[2]), present(error) ? &error : nullptr, Shape(W), false, false);
 }
 
 extern "C" int dc_cuda_pack(dc_context* c, const dc_call* call) {

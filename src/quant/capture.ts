@@ -89,7 +89,7 @@ async function finish(h: Tensor, tokens: number, scope: Scope, name: string): Pr
 export async function statisticsOf(h: Tensor, tokens: number, scope: Scope, name: string): Promise<Statistics> {
   const k = h.dim(0);
   const diagonal = scope.empty('f32', [k]);
-  copyInto(diagonal, new Tensor(h.storage, h.byteOffset, 'f32', [k], [k + 1]));
+  copyInto(diagonal, diagonalOf(h));
   const energy = await diagonal.float32();
   const broken = energy.findIndex((value) => !Number.isFinite(value));
   if (broken !== -1) {
@@ -102,6 +102,10 @@ export async function statisticsOf(h: Tensor, tokens: number, scope: Scope, name
   return { h, diagonal, energy, tokens };
 }
 
+/** A view of the diagonal of X [K, K]. */
+export const diagonalOf = (x: Tensor): Tensor =>
+  new Tensor(x.storage, x.byteOffset, x.dtype, [x.dim(0)], [x.strides[0]! + x.strides[1]!]);
+
 /** H = (1 - share) H + share other, in place. */
 export function blend(h: Tensor, other: Tensor, share: number): void {
   using scope = new Scope(h.device);
@@ -109,20 +113,31 @@ export function blend(h: Tensor, other: Tensor, share: number): void {
   binary(scope, 'add', h, other, { alpha: share, out: h });
 }
 
+/** Parts of the rows of W [N, K], alike, whose temporaries are of moderate size. */
+export function rowParts(w: Tensor): [from: number, to: number][] {
+  const [n, k] = [w.dim(0), w.dim(1)];
+  const most = Math.max(1, Math.floor((w.device.kind === 'cpu' ? 2 ** 24 : 2 ** 26) / k));
+  const count = Math.ceil(n / most);
+  return Array.from({ length: count }, (_, i) => [Math.floor((n * i) / count), Math.floor((n * (i + 1)) / count)]);
+}
+
+/** The sums of a * b by row, f32 [N]. */
+export function rowDots(scope: Scope, a: Tensor, b: Tensor): Tensor {
+  using work = new Scope(a.device);
+  return reduce(scope, 'sum', binary(work, 'mul', a, b), 1);
+}
+
 /**
  * d H d' for each row d of D f32 [N, K]: its output error; f32 [N] on the host. `roughly`: to three digits, for D that no
  * one has fitted to H, whose terms do not cancel.
  */
 export async function rowErrors(d: Tensor, h: Tensor, roughly = false): Promise<Float32Array> {
-  const [n, k] = [d.dim(0), d.dim(1)];
-  const out = new Float32Array(n);
-  const step = Math.max(1, Math.min(n, Math.floor(2 ** 24 / k)));
-  for (let at = 0; at < n; at += step) {
-    using scope = new Scope(d.device);
-    const part = d.slice(0, at, Math.min(n, at + step));
-    const dh = gemm(scope, part, h, { fast: roughly || 'split' });
-    binary(scope, 'mul', dh, part, { out: dh });
-    out.set(await reduce(scope, 'sum', dh, 1).float32(), at);
+  using scope = new Scope(d.device);
+  const out = scope.empty('f32', [d.dim(0)]);
+  for (const [from, to] of rowParts(d)) {
+    using work = new Scope(d.device);
+    const part = d.slice(0, from, to);
+    copyInto(out.slice(0, from, to), rowDots(work, gemm(work, part, h, { fast: roughly || 'split' }), part));
   }
-  return out;
+  return await out.float32();
 }

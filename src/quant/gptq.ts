@@ -1,18 +1,8 @@
-import {
-  binary,
-  choleskyRetry,
-  codeDescent,
-  copyInto,
-  dequantize,
-  gather,
-  ldlq,
-  scaleRefit,
-  unary,
-  type Grid,
-} from '../tensor/ops.js';
-import { Scope, Tensor } from '../tensor/tensor.js';
-import { rowErrors, type Statistics } from './capture.js';
-import { roundScales, searchGrid, type Coded } from './rtn.js';
+import { choleskyRetry, copyInto, gather, ldlq, unary } from '../tensor/ops.js';
+import { Scope, type Tensor } from '../tensor/tensor.js';
+import { diagonalOf, rowErrors, type Statistics } from './capture.js';
+import { refine, residual } from './refine.js';
+import { searchGrid, type Coded } from './rtn.js';
 import { groupWidth, type Recipe, type Scheme, type StoredScales } from './scheme.js';
 
 export interface Solved extends Coded {
@@ -52,35 +42,22 @@ export async function gptq(
   const { factor, damp } = await choleskyRetry(work, hp, recipe.damp, true);
 
   const weight = gather(work, pivots(work, factor), back, 1).view(k);
-  const { grid: searched, blocks } = searchGrid(work, w, scheme, recipe.search, stored, weight);
+  const { grid, blocks } = searchGrid(work, w, scheme, recipe.search, stored, weight);
   const columnGroup = work.from('i32', [k], order.map((j) => Math.floor(j / group))); // prettier-ignore
-  const swept = ldlq(work, wp, factor, { ...searched, columnGroup });
-  work.free(factor, swept.error);
-  const start = { codes: swept.codes, grid: { ...searched, columnGroup } };
-  const fixed = blocks !== undefined;
-  const errorsOf = async (coded: Coded, q: Tensor): Promise<Solved> => {
-    const d = binary(work, 'sub', wp, q, { out: q });
-    const errors = await rowErrors(d, hp);
-    work.free(d);
-    return { ...coded, errors, damp };
-  };
-  let best = await errorsOf(start, swept.q);
+  const swept = ldlq(work, wp, factor, { ...grid, columnGroup });
+  const start = { codes: gather(work, swept.codes, back, 1), grid };
+  work.free(factor, swept.codes, swept.q, swept.error);
+  let best: Solved;
   if (recipe.refine.rounds > 0) {
-    const refined = refine(
-      work,
-      wp,
-      hp,
-      start,
-      damp * mean(statistics.energy),
-      recipe.refine,
-      fixed ? undefined : stored,
-    );
-    best = mergeRows(work, best, await errorsOf(refined, dequantize(work, refined.codes, refined.grid)));
+    const problem = { w, h: statistics.h, wp, hp, columns, back, columnGroup, extra: damp * mean(statistics.energy) };
+    const { before, after, coded } = await refine(work, problem, start, recipe.refine, blocks ? undefined : stored);
+    best = mergeRows(work, { ...start, errors: before, damp }, { ...coded, errors: after, damp });
+  } else {
+    best = { ...start, errors: await rowErrors(residual(work, w, start), statistics.h), damp };
   }
-  const { codes, grid } = best;
-  const own: Grid = { ...searched, scale: copyTo(scope, grid.scale), zero: grid.zero && copyTo(scope, grid.zero) };
-  const kept = blocks && { blocks: work.move(blocks, scope) };
-  return { codes: gather(scope, codes, back, 1), grid: own, errors: best.errors, damp, ...kept };
+  const keep = (x: Tensor): Tensor => work.move(x, scope);
+  const kept = { ...best.grid, scale: keep(best.grid.scale), zero: best.grid.zero && keep(best.grid.zero) };
+  return { codes: keep(best.codes), grid: kept, errors: best.errors, damp, ...(blocks && { blocks: keep(blocks) }) };
 }
 
 /** H with rows and columns in the order of `columns`. */
@@ -91,59 +68,24 @@ function permuted(scope: Scope, h: Tensor, columns: Tensor): Tensor {
   return both;
 }
 
-const diagonalOf = (x: Tensor): Tensor => new Tensor(x.storage, x.byteOffset, x.dtype, [x.dim(0)], [x.dim(0) + 1]);
-
 /** R_jj^2 as a row [1, K]. */
 function pivots(scope: Scope, factor: Tensor): Tensor {
   const k = factor.dim(0);
   return unary(scope, 'square', diagonalOf(factor), 0, 0, scope.empty('f32', [k])).view(1, k);
 }
 
-function copyTo(scope: Scope, x: Tensor): Tensor {
-  const y = scope.empty(x.dtype, x.shape);
-  copyInto(y, x);
-  return y;
-}
-
-/** Columns by falling energy; equal ones stay in order, so that every run sweeps alike. */
+/** Columns by falling energy (none is negative); equal ones stay in order, so that every run sweeps alike. */
 export function byFallingEnergy(energy: Float32Array): Int32Array {
-  return Int32Array.from(energy.keys()).sort((a, b) => energy[b]! - energy[a]! || a - b);
+  // Bits of floats rise with them: numbers that sort without calling back, the column in their last 21 bits.
+  const bits = new Uint32Array(energy.map((value) => value + 0).buffer);
+  const keys = Float64Array.from(bits, (rank, j) => (2 ** 32 - 1 - rank) * 2 ** 21 + j).sort();
+  return Int32Array.from(keys, (key) => key % 2 ** 21);
 }
 
 function inverse(order: Int32Array): Int32Array {
   const back = new Int32Array(order.length);
   order.forEach((from, to) => (back[from] = to));
   return back;
-}
-
-/**
- * Scale refit and code descent in turn under H + extra I, from a sweep's codes; descent alone where scales are fixed
- * (`stored` undefined). Nothing of `start` is changed.
- */
-function refine(
-  scope: Scope,
-  w: Tensor,
-  h: Tensor,
-  start: Coded,
-  extra: number,
-  { rounds, passes }: Recipe['refine'],
-  stored: StoredScales | undefined,
-): Coded {
-  const damped = copyTo(scope, h);
-  unary(scope, 'affine', diagonalOf(damped), 1, extra, diagonalOf(damped));
-  const codes = copyTo(scope, start.codes);
-  let grid = start.grid;
-  if (stored === undefined) scope.free(codeDescent(scope, codes, w, damped, grid, rounds * passes));
-  for (let round = 0; stored !== undefined && round < rounds; round++) {
-    const refitted = scaleRefit(scope, codes, w, damped, grid);
-    const scale = roundScales(scope, refitted, stored);
-    if (scale !== refitted) scope.free(refitted);
-    if (grid !== start.grid) scope.free(grid.scale);
-    grid = { ...grid, scale };
-    scope.free(codeDescent(scope, codes, w, damped, grid, passes));
-  }
-  scope.free(damped);
-  return { codes, grid };
 }
 
 export const total = (values: Float32Array): number => values.reduce((sum, value) => sum + value, 0);

@@ -87,7 +87,7 @@ for (const k of sizes) {
     ['  sweep', (t) => void ldlq(t, w, r, grid)],
     ['  searched grid', (t) => void scaleSearch(t, w, searched)],
     ['  scale refit', (t) => void scaleRefit(t, codes, w, h, grid)],
-    ['  code descent, 3 passes', (t) => void codeDescent(t, cast(t, codes, 'i8'), w, h, grid, 3)],
+    ['  code descent, 3 passes', (t) => void codeDescent(t, cast(t, codes, 'i8'), w, h, grid, { passes: 3 })],
   ];
   const repetitions = k <= 1024 ? 10 : 1;
   const best = new Map<string, Cost>(cases.map(([name]) => [name, [Infinity, Infinity]]));

@@ -320,6 +320,10 @@ for (const k of [1, 5, 64, 100, 300, 700]) {
       return [factor, info, ops.choleskySolve(in_.s, factor, in_.normal('f32', [k, 9]), reversed)];
     });
 }
+add('cholesky 1100, solve of many columns', 1e-8, (in_) => {
+  const { factor } = ops.cholesky(in_.s, in_.hessian(1100), 0.01);
+  return [ops.choleskySolve(in_.s, factor, in_.normal('f32', [1100, 300]))];
+});
 add('cholesky batched, one singular', 1e-8, (in_) => {
   const h = in_.hessian(130, 3);
   const good = ops.cholesky(in_.s, h, 0.01, true);

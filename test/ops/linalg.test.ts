@@ -156,6 +156,7 @@ onDevices('linear algebra', (device, random) => {
       [1, 1],
       [50, 3],
       [130, 70],
+      [330, 5],
     ] as const) {
       it(`A X = B, K = ${k}, ${m} columns, from either factor`, async () => {
         using s = new Scope(device());
@@ -176,5 +177,46 @@ onDevices('linear algebra', (device, random) => {
         }
       });
     }
+    for (const reversed of [false, true])
+      it(`a large factor, many columns, ${reversed ? 'upper' : 'lower'}`, async () => {
+        using s = new Scope(device());
+        // The same few columns over and over: their products with F F' are cheap to know.
+        const [k, m, few] = [1100, 272, 4];
+        const f = new Float32Array(k * k);
+        const [x, y, b] = [noise(8, k * few), new Float64Array(k * few), new Float64Array(k * few)];
+        const draws = noise(6, k * k);
+        const size = Math.hypot(...draws.subarray(0, k));
+        for (let i = 0; i < k; i++) {
+          const [from, to] = reversed ? [i + 1, k] : [0, i];
+          for (let j = from; j < to; j++) f[i * k + j] = draws[i * k + j]! / size / 2;
+          f[i * k + i] = 1 + i / k;
+        }
+        for (let i = 0; i < k * k; i++) {
+          const [r, c] = [Math.floor(i / k), i % k];
+          if (f[i] !== 0) for (let j = 0; j < few; j++) y[c * few + j]! += f[i]! * x[r * few + j]!;
+        }
+        for (let i = 0; i < k * k; i++) {
+          const [r, c] = [Math.floor(i / k), i % k];
+          if (f[i] !== 0) for (let j = 0; j < few; j++) b[r * few + j]! += f[i]! * y[c * few + j]!;
+        }
+        const spread = (v: ArrayLike<number>) =>
+          Float32Array.from({ length: k * m }, (_, i) => v[Math.floor(i / m) * few + (i % few)]!);
+        const right = s.from('f32', [k, m], spread(b));
+        const got = await choleskySolve(s, s.from('f32', [k, k], f), right, reversed).float32();
+        expect(nmse(got, spread(x))).toBeLessThan(1e-9);
+      });
+    it('of several matrices at once', async () => {
+      using s = new Scope(device());
+      const [n, k, m] = [3, 70, 9];
+      const h = s.zeros('f32', [n, k, k]);
+      for (let e = 0; e < n; e++) hessianAdd(h.at(e), s.from('f32', [2 * k, k], activations(e, 2 * k, k)));
+      const b = s.from('f32', [n, k, m], noise(7, n * k * m));
+      const { factor } = cholesky(s, h, 0.1);
+      const all = await choleskySolve(s, factor, b).float32();
+      for (let e = 0; e < n; e++) {
+        const one = await choleskySolve(s, factor.at(e), b.at(e)).float32();
+        expect([...all.subarray(e * k * m, (e + 1) * k * m)]).toEqual([...one]);
+      }
+    });
   });
 });

@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { openDevice } from '../../src/backend/load.js';
 import {
+  cast,
   cholesky,
   codeDescent,
   dequantize,
@@ -298,18 +299,111 @@ onDevices('quantization', (device) => {
     it('the scales are those of numpy.linalg.lstsq', async () => {
       using s = new Scope(device());
       const { w, h, codes, grid } = setup(s);
-      const fitted = await scaleRefit(s, codes, w, h, grid, 0).float32();
+      const fitted = await scaleRefit(s, codes, w, h, grid, { damp: 0 }).float32();
       expect(nmse(fitted, expected.f32('refit.fitted'))).toBeLessThan(1e-9);
       expect(await grid.scale.float32()).toEqual(expected.f32('refit.scale'));
     });
     it('the codes are those of a plain descent', async () => {
       using s = new Scope(device());
       const { w, h, codes, grid } = setup(s);
-      const changed = codeDescent(s, codes, w, h, grid);
+      const { changed } = codeDescent(s, codes, w, h, grid);
       expect(await codes.int8()).toEqual(expected.i8('refit.descended'));
       expect(await changed.int32()).toEqual(expected.i32('refit.changed'));
       expect((await changed.int32()).every((v) => v > 0)).toBe(true);
     });
+
+    // Independent of the ops: all in float64, a row at a time.
+    interface Shape {
+      n: number;
+      k: number;
+      group: number;
+      zeros?: boolean;
+      shuffled?: boolean;
+    }
+    const made = (s: Scope, { n, k, group, zeros, shuffled }: Shape) => {
+      const groups = Math.ceil(k / group);
+      const full = gram(activations(70000, 2 * k, k), k);
+      for (let i = 0; i < k * k; i++) full[i] = Math.fround(full[i]!);
+      const values = weights(70001, n, k);
+      const scale = noise(70002, n * groups).map((v) => (v < 0 ? -1 : 1) * (0.015 + Math.abs(v) / 60000));
+      const zero = zeros ? noise(70003, n * groups).map((v) => (v % 4) - 1) : undefined;
+      const groupOf = Int32Array.from({ length: k }, (_, j) => (shuffled ? (j * 7) % groups : Math.floor(j / group)));
+      const grid: Grid = {
+        scale: s.from('f32', [n, groups], scale),
+        zero: zero && s.from('f32', [n, groups], zero),
+        low: -8,
+        high: 7,
+        group,
+        columnGroup: shuffled ? s.from('i32', [k], groupOf) : undefined,
+      };
+      const w = s.from('f32', [n, k], values);
+      const h = s.from('f32', [k, k], Float32Array.from(full));
+      const z = (r: number, g: number) => zero?.[r * groups + g] ?? 0;
+      const differences = (codes: ArrayLike<number>, scales: ArrayLike<number>) =>
+        Float64Array.from({ length: n * k }, (_, i) => {
+          const [r, g] = [Math.floor(i / k), groupOf[i % k]!];
+          return values[i]! - (codes[i]! - z(r, g)) * scales[r * groups + g]!;
+        });
+      const product = (d: Float64Array) => {
+        const out = new Float64Array(n * k);
+        for (let r = 0; r < n; r++)
+          for (let i = 0; i < k; i++) for (let j = 0; j < k; j++) out[r * k + j]! += d[r * k + i]! * full[i * k + j]!;
+        return out;
+      };
+      const errors = (d: Float64Array) => {
+        const g = product(d);
+        return Float64Array.from({ length: n }, (_, r) => {
+          let sum = 0;
+          for (let j = 0; j < k; j++) sum += d[r * k + j]! * g[r * k + j]!;
+          return sum;
+        });
+      };
+      return { w, h, grid, scale, codes: quantize(s, w, grid), groups, groupOf, z, differences, product, errors };
+    };
+    const shapes: Record<string, Shape> = {
+      'groups of 128': { n: 150, k: 384, group: 128 },
+      'groups of 128 with zeros': { n: 67, k: 256, group: 128, zeros: true },
+      'other groups': { n: 67, k: 200, group: 48 },
+      'columns in another order': { n: 67, k: 256, group: 128, zeros: true, shuffled: true },
+    };
+    for (const [name, shape] of Object.entries(shapes)) {
+      it(`with the gradient given, ${name}: scales solve the normal equations, the gain is the fall of the error`, async () => {
+        using s = new Scope(device());
+        const { n, k } = shape;
+        const { w, h, grid, scale, codes, groups, groupOf, z, differences, product, errors } = made(s, shape);
+        const before = await codes.int8();
+        const d = differences(before, scale);
+        const gradient = () => s.from('f32', [n, k], Float32Array.from(product(d)));
+        const fitted = await scaleRefit(s, codes, w, h, grid, { damp: 0, gradient: gradient() }).float32();
+        // D'H (w - D scale) = 0 for every row and group, beside what it was.
+        const [was, rest] = [product(d), product(differences(before, fitted))];
+        const sums = (g: Float64Array) => {
+          const out = new Float64Array(n * groups);
+          g.forEach((v, i) => {
+            const [r, q] = [Math.floor(i / k), groupOf[i % k]!];
+            out[r * groups + q]! += (before[i]! - z(r, q)) * v;
+          });
+          return out;
+        };
+        const squares = (x: Float64Array) => x.reduce((sum, v) => sum + v * v, 0);
+        expect(squares(sums(rest)) / squares(sums(was))).toBeLessThan(1e-6);
+        expect(nmse(fitted, await scaleRefit(s, codes, w, h, grid, { damp: 0 }).float32())).toBeLessThan(1e-9);
+
+        const alone = cast(s, codes, 'i8');
+        codeDescent(s, alone, w, h, grid, { passes: 3 });
+        const { changed, gain } = codeDescent(s, codes, w, h, grid, { passes: 3, gradient: gradient() });
+        const after = await codes.int8();
+        const differ = (await alone.int8()).reduce((sum, code, i) => sum + +(code !== after[i]), 0);
+        expect(differ / after.length).toBeLessThan(2e-3); // ties in rounding
+        const counts = new Int32Array(n);
+        after.forEach((code, i) => (counts[Math.floor(i / k)]! += +(code !== before[i])));
+        expect(await changed.int32()).toEqual(counts);
+        const [from, to] = [errors(d), errors(differences(after, scale))];
+        const fallen = from.map((error, r) => error - to[r]!);
+        expect(fallen.every((v) => v > 0)).toBe(true);
+        expect(nmse(await gain.float32(), fallen)).toBeLessThan(1e-9);
+      });
+    }
     it('groups whose codes are all zero, zero columns and weights that are not finite keep their scales', async () => {
       using s = new Scope(device());
       const { h, grid } = setup(s);
@@ -327,7 +421,7 @@ onDevices('quantization', (device) => {
       expect(fitted[1]).not.toBe(scale[1]);
       const zero = s.from('f32', [k, k], new Float32Array(k * k));
       expect(await scaleRefit(s, stored, w, zero, symmetric).float32()).toEqual(scale);
-      expect([...(await codeDescent(s, stored, w, zero, symmetric).int32())]).toEqual([0, 0, 0, 0, 0, 0]);
+      expect([...(await codeDescent(s, stored, w, zero, symmetric).changed.int32())]).toEqual([0, 0, 0, 0, 0, 0]);
       expect(await stored.int8()).toEqual(codes);
       codeDescent(s, stored, w, h, symmetric);
       expect((await stored.int8()).every((v) => v >= -8 && v <= 7)).toBe(true);

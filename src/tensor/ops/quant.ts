@@ -120,27 +120,59 @@ export function dequantize(s: Scope, codes: Tensor, grid: Grid, dtype: FloatDTyp
   return w;
 }
 
+export interface RefitOptions {
+  /** Of the mean diagonal of each row's system. */
+  damp?: number;
+  /** (W - Q) H f32 [N,K], where it is known already. */
+  gradient?: Tensor | undefined;
+}
+
 /** Least-squares refit of the scales under H (symmetric, f32 [K,K]) with the codes fixed: the new scales. */
-export function scaleRefit(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: Grid, damp = 1e-6): Tensor {
-  ensureDType('scale_refit', 'f32', w, h, grid.scale, grid.zero);
+export function scaleRefit(
+  s: Scope,
+  codes: Tensor,
+  w: Tensor,
+  h: Tensor,
+  grid: Grid,
+  { damp = 1e-6, gradient }: RefitOptions = {},
+): Tensor {
+  ensureDType('scale_refit', 'f32', w, h, grid.scale, grid.zero, gradient);
   ensureShape('scale_refit', 'H', h, ...w.shape.slice(0, -2), w.dim(-1), w.dim(-1));
   ensureShape('scale_refit', 'codes', codes, ...w.shape);
+  if (gradient) ensureShape('scale_refit', 'gradient', gradient, ...w.shape);
   const scale = cast(s, grid.scale, 'f32');
-  w.device.run('scale_refit', [scale, codes, w, h, grid.zero, grid.columnGroup], [grid.group], [damp]);
+  w.device.run('scale_refit', [scale, codes, w, h, grid.zero, grid.columnGroup, gradient], [grid.group], [damp]);
   return scale;
 }
 
+export interface DescentOptions {
+  /** At most so many times over all columns, fewer when nothing changes any more. */
+  passes?: number;
+  /** (W - Q) H f32 [N,K], where it is known already; used up. */
+  gradient?: Tensor | undefined;
+}
+
 /**
- * Coordinate descent over the codes under H (symmetric, f32 [K,K]), in place: at most `passes` over all columns, fewer
- * when nothing changes any more. changed i32 [N]: how many codes of each row differ from before.
+ * Coordinate descent over the codes under H (symmetric, f32 [K,K]), in place. changed i32 [N]: how many codes of each
+ * row differ from before; gain f32 [N]: by how much (W - Q) H (W - Q)' of each row has fallen.
  */
-export function codeDescent(s: Scope, codes: Tensor, w: Tensor, h: Tensor, grid: Grid, passes = 1): Tensor {
-  ensureDType('code_descent', 'f32', w, h, grid.scale, grid.zero);
+export function codeDescent(
+  s: Scope,
+  codes: Tensor,
+  w: Tensor,
+  h: Tensor,
+  grid: Grid,
+  { passes = 1, gradient }: DescentOptions = {},
+): { changed: Tensor; gain: Tensor } {
+  ensureDType('code_descent', 'f32', w, h, grid.scale, grid.zero, gradient);
   ensureShape('code_descent', 'H', h, ...w.shape.slice(0, -2), w.dim(-1), w.dim(-1));
   ensureShape('code_descent', 'codes', codes, ...w.shape);
+  if (gradient) ensureShape('code_descent', 'gradient', gradient, ...w.shape);
   const changed = s.empty('i32', w.shape.slice(0, -1));
-  w.device.run('code_descent', [codes, w, h, ...gridTensors(grid), changed], [...gridInts(grid), passes], []);
-  return changed;
+  const gain = s.empty('f32', w.shape.slice(0, -1));
+  const tensors = [codes, w, h, ...gridTensors(grid), changed, gradient, gain];
+  w.device.run('code_descent', tensors, [...gridInts(grid), passes], []);
+  return { changed, gain };
 }
 
 export interface PackOptions {
