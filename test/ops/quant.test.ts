@@ -393,14 +393,19 @@ onDevices('quantization', (device) => {
         codeDescent(s, alone, w, h, grid, { passes: 3 });
         const { changed, gain } = codeDescent(s, codes, w, h, grid, { passes: 3, gradient: gradient() });
         const after = await codes.int8();
-        const differ = (await alone.int8()).reduce((sum, code, i) => sum + +(code !== after[i]), 0);
-        expect(differ / after.length).toBeLessThan(2e-3); // ties in rounding
+        // A tie that rounds the other way turns about 80 more codes of its row: rows count, and what they cost.
+        const other = await alone.int8();
+        const apart = new Set<number>();
+        after.forEach((code, i) => code !== other[i] && apart.add(Math.floor(i / k)));
+        expect(apart.size / n).toBeLessThan(0.08);
         const counts = new Int32Array(n);
         after.forEach((code, i) => (counts[Math.floor(i / k)]! += +(code !== before[i])));
         expect(await changed.int32()).toEqual(counts);
         const [from, to] = [errors(d), errors(differences(after, scale))];
         const fallen = from.map((error, r) => error - to[r]!);
         expect(fallen.every((v) => v > 0)).toBe(true);
+        const sum = (x: Float64Array) => x.reduce((total, v) => total + v, 0);
+        expect(Math.abs(sum(errors(differences(other, scale))) / sum(to) - 1)).toBeLessThan(3e-3);
         expect(nmse(await gain.float32(), fallen)).toBeLessThan(1e-9);
       });
     }
