@@ -96,7 +96,7 @@ async function textOf(options: DistillMixtureOptions, teacher: OpenModel, env: J
   const samples = wanted + Math.min(Math.ceil(wanted / 15), Math.ceil(heldTokens / seqLen));
   const set = await calibrationTokens(teacher, { ...calibration, samples, seqLen }, env);
   // That it is shorter than asked for is no fault here.
-  const notices = set.n < samples ? [`The text to distill on holds ${count(set.n * set.seqLen)} tokens: ${count(tokens)} go through it several times.`] : [...set.notices]; // prettier-ignore
+  const notices = set.n < samples ? [`The text to distill on holds ${count(set.n * set.seqLen)} tokens: ${count(tokens)} go through it several times. With --calibration self beside it the model writes the rest (docs/moe.md: less is lost).`] : [...set.notices]; // prettier-ignore
   for (const notice of notices) env.log.info(notice);
   env.log.info(`Distillation: ${set.description}`);
   return { set, notices };
