@@ -1,6 +1,7 @@
 import { dtypeSize, elementCount, type FloatDType } from '../base/dtype.js';
 import { OpenFiles } from '../arch/files.js';
 import { openModel } from '../arch/open.js';
+import { rotationOf } from '../arch/rotate.js';
 import type { StoredWeight } from '../arch/stored.js';
 import { openCheckpoint } from '../checkpoint/open.js';
 import type { Checkpoint, PlannedTensor } from '../checkpoint/types.js';
@@ -8,7 +9,7 @@ import type { OutputFormat } from '../checkpoint/layout.js';
 import type { GgufMetadata } from '../checkpoint/gguf-config.js';
 import type { OnnxGraph } from '../formats/onnx-writer.js';
 import { imatrixHash, readImatrix } from '../targets/imatrix.js';
-import { readAdapter, requireMergeable, withAdapter, type Adapter } from './merge-lora.js';
+import { readAdapter, requireMergeable, requireUnrotated, withAdapter, type Adapter } from './merge-lora.js';
 import { planTensor } from './convert-tensor.js';
 import type { PlannedConversion } from './convert-tensor.js';
 import { planGgufOutput, planNativeOutput } from './convert-formats.js';
@@ -76,6 +77,7 @@ export async function planConversion(options: ConvertOptions): Promise<ConvertPl
   if (options.mergeLora === undefined) return plan;
   try {
     requireMergeable(plan.tensors, plan.checkpoint.config, options.input);
+    requireUnrotated(await rotationOf(plan.checkpoint.path), options.input);
     const shapes = new Map(plan.tensors.map(({ name, shape }) => [name, shape]));
     const adapter = await readAdapter(options.mergeLora, shapes);
     const tensors = withAdapter(plan.tensors, adapter);

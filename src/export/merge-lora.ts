@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { badInput, didYouMean } from '../base/errors.js';
 import { exists } from '../base/files.js';
 import type { TensorLoader } from '../arch/load.js';
+import type { RotatedBy } from '../arch/rotate.js';
 import type { StoredWeight } from '../arch/stored.js';
 import { readConfig } from '../checkpoint/config.js';
 import { openCheckpoint } from '../checkpoint/open.js';
@@ -158,6 +159,16 @@ export function requireMergeable(
     where,
     got: 'a model whose weights are codes: the sum would be rounded a second time',
     hint: 'Merge into the full-precision model, then quantize: deepseek-convert convert <model> --merge-lora <adapter> -o merged; deepseek-convert quantize merged -o int4.',
+  });
+}
+
+/** Error: a model whose hidden states are rotated, of which an adapter for the model itself knows nothing. */
+export function requireUnrotated(rotation: RotatedBy | undefined, where: string): void {
+  if (!rotation) return;
+  throw badInput('An adapter cannot be merged into a rotated model', {
+    where,
+    got: `hidden states rotated (${rotation.kind}, seed ${rotation.seed}): the adapter is for weights before that`,
+    hint: 'Merge into the model that was rotated, then rotate the result.',
   });
 }
 

@@ -71,6 +71,16 @@ describe('LoRA adapters', () => {
     await expect(planConversion(options(fixture('moe-6m')))).rejects.toThrow(/not a PEFT folder/);
   });
 
+  test('a rotated model, whose weights are others than the adapter is for', async () => {
+    const turned = join(folder, 'rotated.bin');
+    cpSync(base, turned);
+    cpSync(base.replace(/bin$/, 'config.json'), join(folder, 'rotated.config.json'));
+    const rotation = { rotation: { kind: 'hadamard', seed: 3 } };
+    writeFileSync(join(folder, 'rotated.deepseek-convert.json'), JSON.stringify(rotation));
+    const plan = planConversion(options(fixture('lora', 'plain'), turned));
+    await expect(plan).rejects.toThrow(/cannot be merged into a rotated model[\s\S]*seed 3/);
+  });
+
   const int4 = shared('models', 'dense-6m-int4-llmcompressor');
   test.skipIf(!trainedModel('dense-6m-int4-llmcompressor'))(
     'merging into INT4 is refused with the remedy',
