@@ -29,6 +29,7 @@
 #include "settler.h"
 
 extern "C" const dc_backend* dc_cpu_backend(void);
+Napi::Object define_scanner(Napi::Env env);  // scan_addon.cc
 
 namespace {
 
@@ -606,6 +607,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   define_hasher(env, exports);
   exports.Set("assign", define_assign(env));
   exports.Set("BpeTrainer", define_bpe_trainer(env));
+  exports.Set("scanner", define_scanner(env));
   return exports;
 }
 

@@ -20,7 +20,13 @@ if (!existsSync(runtime)) {
   console.error('The compiler has no libasan.so (Debian: apt-get install libasan8)');
   process.exit(4);
 }
-const tests = ['test/ops', 'test/unit/base/digest.test.ts', 'test/unit/checkpoint/copy-range.test.ts'];
+const tests = [
+  'test/ops',
+  'test/unit/base/digest.test.ts',
+  'test/unit/checkpoint/copy-range.test.ts',
+  'test/unit/formats/safetensors.test.ts',
+  'test/fuzz/texts.test.ts',
+];
 run(process.execPath, ['node_modules/vitest/vitest.mjs', 'run', '--reporter', 'dot', ...tests], {
   LD_PRELOAD: runtime,
   ASAN_OPTIONS: 'detect_leaks=0', // what V8 keeps at exit is not ours to free

@@ -1,9 +1,11 @@
 import { readFileSync } from 'node:fs';
+import { nativeScanner } from './backend/native.js';
 import { ConvertError, bug, didYouMean } from './base/errors.js';
 import { errorCode, ioError } from './base/files.js';
 import { environmentName, fromEnvironment, mergeTables, resolveOptions, type Values } from './base/options.js';
 import { createPaint, noPaint, takesColors, type Paint } from './base/paint.js';
 import type { ProgressLog, ProgressMode } from './base/progress.js';
+import { provideScanner } from './base/scanner.js';
 import { columns, reflow, shellQuote } from './base/text.js';
 import { usageOf } from './base/usage.js';
 import { commands } from './commands/index.js';
@@ -39,6 +41,7 @@ const run: Run = {
   log: undefined,
 };
 
+provideScanner(nativeScanner);
 process.stdout.on('error', ignoreClosedPipe);
 process.stderr.on('error', ignoreClosedPipe);
 process.on('uncaughtException', (error) => void leave(report(error)));

@@ -1,5 +1,6 @@
 import type { NativeHasher } from '../base/digest.js';
 import type { DType } from '../base/dtype.js';
+import type { Scanner } from '../base/scanner.js';
 
 /** What build/deepseek_convert.node exports: see native/addon.cc. */
 export interface NativeModule {
@@ -25,6 +26,7 @@ export interface NativeModule {
   ) => Promise<{ places: Int32Array; prices: Float64Array }>;
   /** Learns byte-level BPE: see native/bpe.h. */
   readonly BpeTrainer: new (splits: readonly string[]) => NativeBpeTrainer;
+  readonly scanner: Scanner;
   /** Absent where Node hashes as fast. */
   readonly Hasher?: new () => NativeHasher;
 }

@@ -11,7 +11,6 @@ import { isNativeShard, locate, refuseLinksOut } from './locate.js';
 import { checkIndex, parseFiles } from './parse.js';
 import type { OpenedFile } from './parse.js';
 import { joinScales } from './scales.js';
-import { refuseDuplicates } from './shard-index.js';
 import type { Checkpoint, ContainerFormat } from './types.js';
 
 export interface OpenOptions {
@@ -60,12 +59,7 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
       const { fromOnnx } = await import('./onnx-model.js');
       ({ config, tensors } = fromOnnx(byName(entries), files[0]!.onnx.nodes, config));
     } else {
-      try {
-        tensors = options.keepScales ? byName(entries) : joinScales(entries, config);
-      } catch (error) {
-        if (located.index) refuseDuplicates(located.index.path); // then that is the reason
-        throw error;
-      }
+      tensors = options.keepScales ? byName(entries) : joinScales(entries, config);
     }
   }
   const external = files.flatMap((file) => file.onnx?.externalFiles ?? []);
@@ -73,6 +67,8 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
   const hash = createHash('sha256');
   for (const file of files) hash.update(`${basename(file.path)}\0${file.headerHash}\n`);
   hash.update(found?.bytes ?? '');
+  // No more than this is kept of the files: their headers take as much memory as all names.
+  const opened = [...files, ...external].map(({ path, size, modified }) => ({ path, size, modified }));
   const format: ContainerFormat = isNative ? 'deepseek-native' : files[0]!.format;
   return {
     path,
@@ -86,7 +82,7 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
     widened,
     notes,
     fingerprint: hash.digest('hex'),
-    assertUnchanged: () => assertUnchanged([...files, ...external]),
+    assertUnchanged: () => assertUnchanged(opened),
     close: () => closeFiles(allFiles),
   };
 }

@@ -1,15 +1,16 @@
 import { basename } from 'node:path';
 import { badInput } from '../base/errors.js';
+import { scanner } from '../base/scanner.js';
 import type { GgufFile, GgufValue } from '../formats/gguf.js';
 import type { OnnxFile } from '../formats/onnx.js';
 import { OpenFile } from '../formats/source.js';
 import type { RandomAccess } from '../formats/source.js';
-import type { ParsedFile } from '../formats/types.js';
+import type { NamesInFile, ParsedFile } from '../formats/types.js';
 import { byName } from './by-name.js';
 import { detectFormat, extensionNote } from './detect.js';
 import type { FileFormat } from './detect.js';
 import type { Located } from './locate.js';
-import { refuseDuplicates } from './shard-index.js';
+import { namesOf } from './shard-index.js';
 
 /** A file with weights, its header understood. */
 export interface OpenedFile extends ParsedFile {
@@ -44,8 +45,19 @@ export async function parseFile(path: string): Promise<OpenedFile> {
   const notes = note === undefined ? parsed.notes : [note, ...parsed.notes];
   const gguf = format === 'gguf' ? { gguf: (parsed as GgufFile).metadata } : {};
   const onnx = format === 'onnx' ? { onnx: parsed as OnnxFile } : {};
-  const { tensors, headerHash } = parsed;
-  return { tensors, headerHash, notes, path, format, size: source.size, modified: source.modified, ...gguf, ...onnx };
+  const { tensors, names, headerHash } = parsed;
+  return {
+    tensors,
+    ...(names && { names }),
+    headerHash,
+    notes,
+    path,
+    format,
+    size: source.size,
+    modified: source.modified,
+    ...gguf,
+    ...onnx,
+  };
 }
 
 /** Reads the headers of all files; they must be of one format. */
@@ -61,17 +73,22 @@ export async function parseFiles(paths: readonly string[], where: string): Promi
   return files;
 }
 
+const holdsEach = (names: NamesInFile, others: NamesInFile): boolean =>
+  scanner()?.holdsEach(names.bytes, names.places, others.bytes, others.places) === true;
+
 /** Refuses an index that does not agree with what the files hold; one tensor in two files is for `byName` to see. */
-export function checkIndex(files: readonly OpenedFile[], { path, shards }: NonNullable<Located['index']>): void {
+export function checkIndex(files: readonly OpenedFile[], { shards }: NonNullable<Located['index']>): void {
   const named = new Map(files.map((file) => [basename(file.path), file]));
-  for (const [shard, names] of shards) {
+  for (const [shard, listed] of shards) {
+    const file = named.get(shard);
+    if (file?.names && 'places' in listed && holdsEach(file.names, listed)) continue;
+    const names = namesOf(listed);
     const expected = new Set(names);
     let found = 0;
-    for (const { name } of named.get(shard)?.tensors ?? []) if (expected.has(name)) found++;
+    for (const { name } of file?.tensors ?? []) if (expected.has(name)) found++;
     if (found === names.length) continue;
-    refuseDuplicates(path);
     byName(files.flatMap(({ tensors }) => tensors));
-    for (const { name } of named.get(shard)?.tensors ?? []) expected.delete(name);
+    for (const { name } of file?.tensors ?? []) expected.delete(name);
     const [name] = expected;
     const elsewhere = files.find(({ tensors }) => tensors.some((tensor) => tensor.name === name));
     throw badInput('A tensor of the index is not where it should be', {

@@ -1,26 +1,26 @@
 import { badInput } from '../base/errors.js';
+import { scanner } from '../base/scanner.js';
 import { isJsonObject, parseJson, tryJson } from '../formats/json.js';
-import { Cursor } from '../formats/usual-json.js';
 import { OpenFile } from '../formats/source.js';
+import type { NamesInFile } from '../formats/types.js';
 
 /** Shards, and the tensors that each must hold. */
-export type ShardIndex = ReadonlyMap<string, readonly string[]>;
+export type ShardIndex = ReadonlyMap<string, NamesInFile | readonly string[]>;
+
+/** The names of one shard of an index. */
+export function namesOf(names: NamesInFile | readonly string[]): readonly string[] {
+  if (!('places' in names)) return names;
+  const { bytes, places } = names;
+  return Array.from({ length: places.length / 2 }, (_, i) => bytes.toString('latin1', places[2 * i], places[2 * i + 1])); // prettier-ignore
+}
 
 /** Names of shards have five digits. */
 const mostShards = 100_000;
 
 const isPlainName = (name: string): boolean => name !== '' && name !== '.' && name !== '..' && !/[/\\\0]/.test(name);
 
-/**
- * Reads `weight_map`, whose files must be plain names. A tensor may still stand in it twice: whoever compares it with the
- * files finds that something is wrong, and calls `refuseDuplicates` first.
- */
+/** Reads `weight_map`, whose files must be plain names, and whose tensors stand in it once. */
 export const readIndex = (path: string): ShardIndex => parseIndex(readBytes(path), path);
-
-/** Refuses an index that names a tensor twice. */
-export function refuseDuplicates(path: string): void {
-  readAny(readBytes(path), path);
-}
 
 function readBytes(path: string): Buffer {
   using file = new OpenFile(path);
@@ -53,7 +53,8 @@ function readAny(bytes: Buffer, path: string): ShardIndex {
   return result;
 }
 
-const [key, colon, open, comma, close] = ['"weight_map"', ':', '{', ',', '}'].map((text) => Buffer.from(text)) as [Buffer, Buffer, Buffer, Buffer, Buffer]; // prettier-ignore
+const opening = /"weight_map"[ \t\r\n]*:[ \t\r\n]*\{/;
+const longestHead = 65_536;
 
 /** Stands for the map while the rest of the index is read. */
 const placeholder = '(weight_map)';
@@ -63,38 +64,16 @@ const placeholder = '(weight_map)';
  * is otherwise; then it is read as any JSON.
  */
 function readUsual(bytes: Buffer, path: string): ShardIndex | undefined {
-  const cursor = new Cursor(bytes, bytes.indexOf(key) + key.length);
-  cursor.skipSpace();
-  if (cursor.at < key.length || !cursor.pass(colon)) return undefined;
-  cursor.skipSpace();
-  if (!cursor.pass(open)) return undefined;
-  const head = bytes.subarray(0, cursor.at - 1);
-  const index = new Map<string, string[]>();
-  let quoted: Buffer | undefined;
-  let tensors: string[] = [];
-  for (let more = true; more;) {
-    cursor.skipSpace();
-    const tensor = cursor.string();
-    if (tensor === undefined) return undefined;
-    cursor.skipSpace();
-    if (!cursor.pass(colon)) return undefined;
-    cursor.skipSpace();
-    // Mostly the file of the tensor before.
-    if (!quoted || !cursor.pass(quoted)) {
-      const name = cursor.string();
-      if (name === undefined || !isPlainName(name)) return undefined;
-      quoted = Buffer.from(`"${name}"`);
-      tensors = index.get(name) ?? [];
-      index.set(name, tensors);
-      if (index.size > mostShards) return undefined;
-    }
-    tensors.push(tensor);
-    cursor.skipSpace();
-    more = cursor.pass(comma);
-  }
-  if (!cursor.pass(close)) return undefined;
-  const tail = bytes.subarray(cursor.at);
-  if (head.length + tail.length > 65_536 || head.includes(placeholder) || tail.includes(placeholder)) return undefined;
+  const start = opening.exec(bytes.toString('latin1', 0, longestHead));
+  if (start === null) return undefined;
+  const from = start.index + start[0].length;
+  const found = scanner()?.index(bytes, from);
+  if (!found || found.names.length > mostShards) return undefined;
+  const [head, tail] = [bytes.subarray(0, from - 1), bytes.subarray(found.end)];
+  if (tail.length > longestHead || head.includes(placeholder) || tail.includes(placeholder)) return undefined;
   const whole = tryJson(Buffer.concat([head, Buffer.from(`"${placeholder}"`), tail]), { where: path, lenient: true });
-  return isJsonObject(whole) && whole['weight_map'] === placeholder ? index : undefined;
+  if (!isJsonObject(whole) || whole['weight_map'] !== placeholder) return undefined;
+  const names = namesOf({ bytes, places: found.files });
+  if (!names.every(isPlainName)) return undefined;
+  return new Map(names.map((name, i) => [name, { bytes, places: found.names[i]! }]));
 }

@@ -1,6 +1,6 @@
 import { stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
-import { loadNative } from '../backend/load.js';
+import { loadNative } from '../backend/native.js';
 import { DigestWorker } from '../base/digest.js';
 import { badInput, badUsage, bug } from '../base/errors.js';
 import { ioError, makeFolder, writeFileAtomic } from '../base/files.js';

@@ -1,11 +1,12 @@
 import type { DType } from '../base/dtype.js';
 import { badInput, didYouMean } from '../base/errors.js';
+import { scanner } from '../base/scanner.js';
+import type { Places } from '../base/scanner.js';
 import { isJsonObject, parseJson, tryJson } from './json.js';
 import type { JsonObject, JsonValue } from './json.js';
 import { hashHeaders, safeU64 } from './source.js';
 import type { RandomAccess } from './source.js';
 import type { Encoding, ParsedFile, TensorEntry } from './types.js';
-import { Cursor } from './usual-json.js';
 
 /** As in the reference implementation. */
 const maxHeader = 100_000_000;
@@ -75,7 +76,7 @@ export function readSafetensors(source: RandomAccess): SafetensorsFile {
   return { ...found, notes: [], headerHash: hashHeaders(size, [bytes]), dataStart };
 }
 
-type Listing = Pick<SafetensorsFile, 'tensors' | 'metadata'>;
+type Listing = Pick<SafetensorsFile, 'tensors' | 'metadata' | 'names'>;
 
 const metadataPattern = /^\{(?:"__metadata__":(\{(?:"[^"\\]*":"[^"\\]*",?)*\})(?:,(?=")|(?=\})))?/;
 /**
@@ -88,40 +89,22 @@ function readUsual(bytes: Buffer, path: string, dataStart: number): Listing | un
   // Its values may hold any text: of the bytes, Latin-1 only tells where they lie.
   const listed = metadata === undefined ? null : tryJson(bytes.subarray(from, from + metadata.length), { where: path });
   if (listed === undefined) return undefined;
-  const cursor = new Cursor(bytes, start.length);
+  const found = scanner()?.header(bytes, start.length);
+  if (!found) return undefined;
+  const { names: places, formOf, offsets } = found;
+  const forms = readForms(bytes, found.forms);
+  if (forms === undefined) return undefined;
   const tensors: TensorEntry[] = [];
-  const names = new Set<string>(['__metadata__']);
-  const forms = new Map<string, UsualForm>();
-  const recent: UsualForm[] = [];
-  for (;;) {
-    const name = cursor.string();
-    const before = names.size;
-    if (name === undefined || names.add(name).size === before) return undefined;
-    let form: UsualForm | undefined;
-    for (const one of recent) {
-      if (!cursor.pass(one.written)) continue;
-      form = one;
-      break;
-    }
-    if (form === undefined) {
-      const written = cursor.through(closing);
-      form = written && readForm(written, forms);
-      if (form === undefined) return undefined;
-      recent.unshift(form);
-      if (recent.length > 4) recent.pop();
-    }
-    const begin = cursor.pass(offsets) ? cursor.count(comma) : undefined;
-    const end = cursor.count(close);
-    if (begin === undefined || end === undefined) return undefined;
-    tensors.push(place(name, form, begin, end, path, dataStart));
-    if (cursor.pass(comma)) continue;
-    const whole = cursor.pass(brace) && bytes.subarray(cursor.at).every((c) => c === 0x20);
-    return whole ? { tensors, metadata: readMetadata(listed, path) } : undefined;
+  for (let i = 0; i < formOf.length; i++) {
+    const name = (bytes as Latin1).latin1Slice(places[2 * i]!, places[2 * i + 1]!);
+    if (name === '__metadata__') return undefined;
+    tensors.push(place(name, forms[formOf[i]!]!, offsets[2 * i]!, offsets[2 * i + 1]!, path, dataStart));
   }
+  return { tensors, names: { bytes, places }, metadata: readMetadata(listed, path) };
 }
 
-const [offsets, comma, close, brace] = [',"data_offsets":[', ',', ']}', '}'].map((text) => Buffer.from(text)) as [Buffer, Buffer, Buffer, Buffer]; // prettier-ignore
-const closing = ']'.charCodeAt(0);
+/** `toString('latin1', ...)` without its detours, which would take as long again; @types/node leaves it out. */
+type Latin1 = Buffer & { latin1Slice(start: number, end: number): string };
 
 /** What tensors of a file have in common: there are few forms, and many tensors share one. */
 interface Form {
@@ -132,8 +115,6 @@ interface Form {
   readonly bits: number;
 }
 
-/** A form as it is written between the name and the offsets. */
-type UsualForm = Form & { readonly written: Uint8Array };
 type DTypeForm = Pick<Form, 'encoding' | 'bits'>;
 
 const formOf = (type: string, { encoding, bits }: DTypeForm, shape: readonly number[]): Form => ({
@@ -144,18 +125,25 @@ const formOf = (type: string, { encoding, bits }: DTypeForm, shape: readonly num
 /** 15 digits are exact; a leading zero is no JSON. */
 const formPattern = /^:\{"dtype":"(\w+)","shape":\[((?:0|[1-9]\d{0,14})(?:,(?:0|[1-9]\d{0,14}))*)?\]$/;
 
-/** `:{"dtype":"BF16","shape":[4096,7168]`; `known` are those of the file that have been read. */
-function readForm(written: Buffer, known: Map<string, UsualForm>): UsualForm | undefined {
-  const text = written.toString('latin1');
-  const before = known.get(text);
-  if (before !== undefined) return before;
+/** `:{"dtype":"BF16","shape":[4096,7168]` at each of `places`; undefined where one is otherwise. */
+function readForms(bytes: Buffer, places: Places): Form[] | undefined {
+  const known = new Map<string, Form>();
+  const forms: Form[] = [];
+  for (let i = 0; i < places.length; i += 2) {
+    const text = bytes.toString('latin1', places[i], places[i + 1]);
+    const form = known.get(text) ?? readForm(text);
+    if (form === undefined) return undefined;
+    known.set(text, form);
+    forms.push(form);
+  }
+  return forms;
+}
+
+function readForm(text: string): Form | undefined {
   const [, type, sizes] = formPattern.exec(text) ?? [];
   const dtype = type === undefined ? undefined : dtypes.get(type);
   const shape = sizes === undefined ? [] : sizes.split(',').map(Number);
-  if (!dtype || shape.length > 64) return undefined;
-  const form = { ...formOf(type!, dtype, shape), written };
-  known.set(text, form);
-  return form;
+  return dtype && shape.length <= 64 ? formOf(type!, dtype, shape) : undefined;
 }
 
 function readAny(bytes: Buffer, path: string, dataStart: number): Listing {

@@ -1,5 +1,6 @@
 import type { FileSpan } from '../base/bytes.js';
 import type { DType } from '../base/dtype.js';
+import type { Places } from '../base/scanner.js';
 
 /** Block formats of GGML/GGUF. Bytes and values per block: ggml.ts. */
 export type GgmlType =
@@ -78,9 +79,17 @@ export interface TensorEntry {
   readonly strides?: readonly number[];
 }
 
+/** Names as they stand in a file, without strings made of them. */
+export interface NamesInFile {
+  readonly bytes: Buffer;
+  readonly places: Places;
+}
+
 /** What a format's parser gives: headers understood, no weight read. */
 export interface ParsedFile {
   readonly tensors: readonly TensorEntry[];
+  /** Where the names of `tensors` stand, for one that the scanner has read. */
+  readonly names?: NamesInFile;
   /** What was ignored or assumed, one sentence each. */
   readonly notes: readonly string[];
   /** SHA-256 (hex) of the header bytes and the file's size. */

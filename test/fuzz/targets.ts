@@ -1,13 +1,16 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { isDeepStrictEqual } from 'node:util';
 import { must, type Target } from './engine.js';
+import { loadNative } from '../../src/backend/native.js';
 import type { Random } from '../../src/base/rng.js';
+import { provideScanner } from '../../src/base/scanner.js';
 import { parseConfig } from '../../src/checkpoint/config.js';
 import { fromNative } from '../../src/checkpoint/deepseek-native.js';
 import { detectFormat } from '../../src/checkpoint/detect.js';
 import { fromGguf } from '../../src/checkpoint/gguf-model.js';
 import { sentencePieceToGguf } from '../../src/checkpoint/gguf-sentencepiece.js';
-import { parseIndex } from '../../src/checkpoint/shard-index.js';
+import { namesOf, parseIndex, type ShardIndex } from '../../src/checkpoint/shard-index.js';
 import { fromOnnx } from '../../src/checkpoint/onnx-model.js';
 import { joinScales } from '../../src/checkpoint/scales.js';
 import { ggmlBlocks } from '../../src/formats/ggml.js';
@@ -132,6 +135,28 @@ const nativeShard = zeros({
   'layers.0.ffn.gate.bias': ['F32', 2],
 });
 
+/** Reads by the native scanner and without it: both must find the same, or both must refuse. */
+function scannedAlike<T>(read: () => T): T {
+  const without = outcome(read);
+  provideScanner(() => loadNative().scanner);
+  const scanned = outcome(read);
+  provideScanner(() => undefined);
+  must(isDeepStrictEqual(scanned.found, without.found), JSON.stringify([scanned.found, without.found]), 'scan');
+  if (without.found === undefined) throw without.error;
+  return without.value!;
+}
+
+function outcome<T>(read: () => T): { value?: T; found?: unknown; error?: unknown } {
+  try {
+    const value = read();
+    return { value, found: value instanceof Map ? listed(value as ShardIndex) : { ...value, names: undefined } };
+  } catch (error) {
+    return { error };
+  }
+}
+
+const listed = (index: ShardIndex): string[][] => [...index].map(([file, names]) => [file, ...namesOf(names)]);
+
 const safetensors: Target = {
   name: 'safetensors',
   seeds: [seed('safetensors/all-dtypes.safetensors'), scaled],
@@ -139,7 +164,7 @@ const safetensors: Target = {
   read: (input) => {
     const source = inMemory(input, 'x.safetensors');
     expectKnown(detectFormat(source));
-    const { tensors } = readSafetensors(source);
+    const { tensors } = scannedAlike(() => readSafetensors(source));
     const found = sound(tensors, 'x.safetensors', input.length);
     return [found, [...joinScales(tensors, { quantization_config: { quant_method: 'fp8' } }).keys()].length];
   },
@@ -343,5 +368,5 @@ const someIndex = { metadata: { total_size: 8 }, weight_map: { a: 'm-1.safetenso
 export const texts: readonly Job[] = [
   job(text('JSON', [someJson], (bytes) => parseJson(bytes, { where: 'x.json' })), 10_000, 200), // prettier-ignore
   job(text('configs', [compact('moe-6m/config.json')], (bytes) => Object.keys(parseConfig(bytes, 'x').config).length), 5_000, 12), // prettier-ignore
-  job(text('indexes', [JSON.stringify(someIndex)], (bytes) => [...parseIndex(bytes, 'x')].map(([file, tensors]) => [file, ...tensors])), 5_000, 100), // prettier-ignore
+  job(text('indexes', [JSON.stringify(someIndex)], (bytes) => listed(scannedAlike(() => parseIndex(bytes, 'x')))), 5_000, 100), // prettier-ignore
 ];

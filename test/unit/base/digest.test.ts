@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { crc32 } from 'node:zlib';
 import { afterAll, describe, expect, it } from 'vitest';
-import { loadNative } from '../../../src/backend/load.js';
+import { loadNative } from '../../../src/backend/native.js';
 import { DigestWorker, NativeDigests, openDigests, type Digests } from '../../../src/base/digest.js';
 
 const { Hasher } = loadNative();

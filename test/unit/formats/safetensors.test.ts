@@ -1,5 +1,7 @@
 import { readFileSync } from 'node:fs';
-import { describe, expect, it } from 'vitest';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { loadNative } from '../../../src/backend/native.js';
+import { provideScanner } from '../../../src/base/scanner.js';
 import { buildSafetensorsHeader, readSafetensors, safetensorsDtype } from '../../../src/formats/safetensors.js';
 import { inMemory } from '../../../src/formats/source.js';
 import { badInputMessage } from '../../support/refusal.js';
@@ -24,7 +26,20 @@ const one = (entry: string, data = 0): Buffer => file(`{"w":${entry}}`, data);
 const f32 = (shape: string, offsets: string): string => `{"dtype":"F32","shape":${shape},"data_offsets":${offsets}}`;
 const message = (bytes: Buffer): Promise<string> => badInputMessage(() => read(bytes));
 
-describe('readSafetensors', () => {
+const ways = [
+  ['by the native scanner', () => loadNative().scanner],
+  ['as any JSON', () => undefined],
+] as const;
+
+describe.each(ways)('readSafetensors %s', (way, load) => {
+  beforeAll(() => provideScanner(load));
+
+  it('tells where the names stand only where the scanner has read them', () => {
+    const { tensors, names } = read(one(f32('[1]', '[0,4]'), 4));
+    expect(tensors).toHaveLength(1);
+    expect(names && [...names.places]).toEqual(way === 'as any JSON' ? undefined : [10, 11].map((at) => at - 8));
+  });
+
   it('reads what the safetensors library wrote, all dtypes', () => {
     const { tensors, metadata } = read(library);
     expect(metadata['format']).toBe('pt "quoted" ü');
@@ -60,7 +75,15 @@ describe('readSafetensors', () => {
   });
 });
 
-describe('hostile safetensors', () => {
+describe.each(ways)('hostile safetensors %s', (_, load) => {
+  beforeAll(() => provideScanner(load));
+
+  it('offsets that are no plain integers', async () => {
+    for (const offsets of ['[00,4]', '[0,04]', '[0,4.0]', '[-0,4]', '[0,9007199254740993]', '[,4]', '[0,]']) {
+      expect(await message(one(f32('[1]', offsets), 4)), offsets).toContain('x.safetensors, header');
+    }
+  });
+
   it('an empty file, and one that ends in the header', async () => {
     expect(await message(Buffer.alloc(0))).toContain('x.safetensors, byte 0');
     expect(await message(library.subarray(0, 100))).toContain('File ends before its header');

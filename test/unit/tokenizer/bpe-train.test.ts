@@ -3,7 +3,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
-import { loadNative } from '../../../src/backend/load.js';
+import { loadNative } from '../../../src/backend/native.js';
 import { silentLog } from '../../../src/base/log.js';
 import { trainBpe, type BpeOptions } from '../../../src/tokenizer/bpe-train.js';
 import { makeTokenizer } from '../../../src/tokenizer/tokenizer.js';
