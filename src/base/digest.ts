@@ -71,7 +71,7 @@ export interface NativeHasher {
 
 let native: (new () => NativeHasher) | undefined;
 
-/** From now on files are hashed by the native core (backend/load.ts, where the machine has the instructions for it). */
+/** From now on files are hashed by the native core (backend/native.ts, where the machine has the instructions for it). */
 export function useNativeHasher(hasher: new () => NativeHasher): void {
   native = hasher;
 }
