@@ -132,13 +132,17 @@ jobs:
 describe('a batch', () => {
   it('that gets SIGTERM lets its workers finish their block, ends with 75, and goes on', async () => {
     const folder = workFolder();
-    const long = quantize.replace('samples: 8', 'samples: 32'); // longer than another batch takes to start
+    const long = quantize.replace('samples: 8', 'samples: 32');
     writeFileSync(join(folder, 'j.yaml'), `jobs:\n  - { name: one, out: one, ${long} }\n  - { name: two, out: two, ${long} }\n`); // prettier-ignore
     const work = join(folder, 'j.batch');
     let child: ChildProcess | undefined;
     const running = cli(['batch', 'j.yaml', '--json'], { cwd: folder, started: (made) => (child = made) });
+    const { pid } = await when(work, ({ event }) => event === 'job-start', running);
     await when(work, ({ stage }) => stage === 'quantize', running);
+    // Both stand still meanwhile: the job must not be over when the signal comes.
+    for (const one of [child!.pid!, pid]) process.kill(one, 'SIGSTOP');
     const second = await cli(['batch', 'j.yaml'], { cwd: folder });
+    for (const one of [child!.pid!, pid]) process.kill(one, 'SIGCONT');
     expect(second.code).toBe(1);
     expect(second.stderr).toMatch(/This batch is in use[^]*process \d+ on /);
     child!.kill('SIGTERM');

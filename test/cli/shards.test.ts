@@ -1,5 +1,7 @@
+import type { ChildProcess } from 'node:child_process';
 import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { describe, expect, it } from 'vitest';
 import { hashesOf } from '../support/shards.js';
 import { cli, json, listing, v1, workFolder, type Finished } from './support.js';
@@ -21,10 +23,22 @@ const stopped = (argv: readonly string[], signal: NodeJS.Signals): Promise<Finis
       let seen = '';
       child.stderr!.on('data', (text: string) => {
         seen += text;
-        if (/quantize 1\/2/.test(seen)) child.kill(signal);
+        if (/quantize 1\/2/.test(seen) && !child.killed) child.kill(signal); // a second one would stop it at once
       });
     },
   });
+
+/** The command twice: the second one starts and ends while the first one stands still with the lock in its hands. */
+async function twins(argv: readonly string[], lock: string): Promise<[Finished, Finished]> {
+  let child: ChildProcess | undefined;
+  const first = cli(argv, { cwd: folder, started: (process) => (child = process) });
+  const holds = () => existsSync(lock) && readFileSync(lock, 'utf8').includes(`"pid": ${child!.pid},`);
+  while (!holds() && child!.exitCode === null) await delay(2);
+  child!.kill('SIGSTOP');
+  const second = await cli(argv, { cwd: folder });
+  child!.kill('SIGCONT');
+  return [await first, second];
+}
 
 describe('plan, worker, merge', () => {
   it('give the bytes of one process, through a kill -9, a SIGTERM and a twin', async () => {
@@ -41,14 +55,19 @@ describe('plan, worker, merge', () => {
     const [first, second] = plan.workers.map(({ argv }) => [...argv, '--threads', '1']);
     expect((await stopped(first!, 'SIGKILL')).signal).toBe('SIGKILL');
     const term = await stopped(second!, 'SIGTERM');
-    expect([term.code, term.stderr]).toEqual([75, expect.stringContaining('To go on: deepseek-convert worker')]);
+    expect([term.code, term.stderr]).toEqual([75, expect.stringContaining('Go on with: deepseek-convert worker')]);
+    expect(existsSync(join(plan.workFolder, 'shards/1.part/lock'))).toBe(false);
     const early = await run(...plan.merge.argv);
     expect(early.code).toBe(1);
     expect(early.stderr).toMatch(/2 of 2 shards are missing[^]*worker .*sharded\.part --shard 1\/2/);
 
-    const both = await Promise.all([run(...second!, '--json'), run(...second!, '--json')]);
-    expect(both.map(({ code }) => code).sort()).toEqual([0, 1]);
-    for (const one of both) if (one.code === 1) expect(one.stdout).toMatch(/Shard 1 of 2 is in use[^]*process \d+ on /);
+    const [one, twin] = await twins(
+      [...second!, '--progress', 'plain', '--json'],
+      join(plan.workFolder, 'shards/1.part/lock'),
+    );
+    expect(twin.code).toBe(1);
+    expect(twin.stdout).toMatch(/Shard 1 of 2 is in use[^]*process \d+ on /);
+    expect(one.code, one.stderr).toBe(0);
     expect(json(await run(...first!, '--json'))).toMatchObject({ resumed: true, before: false });
     expect(json(await run(...first!, '--json'))).toMatchObject({ resumed: true, before: true });
     const again = json<Plan>(await run('plan', v1, '-o', 'sharded', '--shards', '2', ...work, '--json'));
