@@ -144,7 +144,7 @@ class Device : public Napi::ObjectWrap<Device> {
     }
     if (backend_->abi != DC_ABI) {
       throw Napi::Error::New(env, path + ": native ABI " + std::to_string(backend_->abi) + ", this program needs " +
-                                      std::to_string(DC_ABI) + ": rebuild with npm run build:native");
+                                      std::to_string(DC_ABI) + ": rebuild with npm run build:cuda");
     }
     char error[4096] = "";
     const std::string options = info[2].As<Napi::String>();
