@@ -7,7 +7,7 @@ import type { ConvertPlan } from '../export/convert-plan.js';
 import type { FusionReport } from '../export/fuse-check.js';
 import type { Fuse } from '../export/fusion.js';
 import { recordConversion } from './history-file.js';
-import { deviceOptions, input, inputOptions, openEnvironment, outputOptions } from './shared.js';
+import { deviceOptions, input, inputOptions, openEnvironment, anyOutputOptions } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const formats = ['safetensors', 'torch', 'gguf', 'onnx', 'deepseek-native'] as const;
@@ -23,7 +23,7 @@ export const command = defineCommand({
     'new type cannot hold. The output is read back before it gets its name.',
   arguments: { input },
   options: {
-    ...outputOptions,
+    ...anyOutputOptions,
     ...inputOptions,
     dtype: choice(['bf16', 'f16', 'f32', ...blocks], {
       defaultNote: 'as they are',

@@ -3,10 +3,10 @@ import { badUsage } from '../base/errors.js';
 import { byteSize, choice, custom, Expected, integer, list, number, text, flag, type Values } from '../base/options.js';
 import { count, duration, short } from '../base/text.js';
 import type { DistillOptions, DistillResult } from '../train/distill/options.js';
-import { groupOptions, inputOptions, openEnvironment, outputOptions, readScaled, seedOption } from './shared.js';
+import { groupOptions, inputOptions, openEnvironment, folderOutputOptions, readScaled, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
-const { dryRun: _, ...output } = outputOptions;
+const { dryRun: _, ...output } = folderOutputOptions;
 const size = 'The student:';
 const training = 'Training:';
 const text_ = 'Text:';
@@ -74,7 +74,7 @@ export const command = defineCommand({
       required: true,
       value: 'teacher',
       aliases: ['input-model'],
-      help: 'The teacher: a Hugging Face folder, or one .safetensors, .bin, .pt or .pth file.',
+      help: 'The teacher: a Hugging Face folder, or one .safetensors, .bin, .pt, .pth, .gguf or .onnx file.',
     }),
   },
   options,

@@ -4,10 +4,10 @@ import { formatBytes } from '../base/files.js';
 import { duration } from '../base/text.js';
 import type { QatOptions, QatResult } from '../train/options.js';
 import { acceptance, acceptanceOptions } from './acceptance.js';
-import { groupOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
+import { groupOptions, input, inputOptions, openEnvironment, folderOutputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
-const { dryRun: _, ...output } = outputOptions;
+const { dryRun: _, ...output } = folderOutputOptions;
 const training = 'Training:';
 const text_ = 'Text:';
 const whole = 'The whole model:';

@@ -7,14 +7,14 @@ import type { QuantizeOptions, QuantizePreview, QuantizeResult } from '../quant/
 import type { Override } from '../quant/scheme.js';
 import { acceptance, acceptanceOptions } from './acceptance.js';
 import { recordConversion } from './history-file.js';
-import { deviceOptions, input, inputOptions, openEnvironment, outputOptions, seedOption } from './shared.js';
+import { deviceOptions, input, inputOptions, openEnvironment, folderOutputOptions, seedOption } from './shared.js';
 import { defineCommand, type CommandResult, type Io } from './types.js';
 
 const calibrationSection = 'Calibration:';
 const roundingSection = 'Learned rounding (--method autoround):';
 export const quantizeOptions = {
   ...inputOptions,
-  ...outputOptions,
+  ...folderOutputOptions,
   method: choice(['gptq', 'rtn', 'awq', 'awq-gptq', 'autoround'], {
     default: 'gptq',
     help: 'gptq: error feedback on calibration text. rtn: rounding alone, on the best grid; weighted where --calibration is given. awq: activation-aware scales in the norms, then rounding, or (awq-gptq) error feedback. autoround: from there rounding and scales learn, block by block, what the full-precision model’s blocks give.',

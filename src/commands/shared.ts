@@ -26,12 +26,12 @@ export const commonOptions = {
   configFile: text({ value: 'job.yaml', section: 'Output:', help: 'Options from a file, by their names.' }),
 } as const;
 
-/** The model that a command reads: a folder, or a .safetensors, .bin, .pt, .pth, .gguf file. */
+/** The model that a command reads. */
 export const input = text({
   required: true,
   value: 'in',
   aliases: ['input-model'],
-  help: 'The model to read: a Hugging Face folder, or one .safetensors, .bin, .pt or .pth file.',
+  help: 'The model to read: a Hugging Face folder, or one .safetensors, .bin, .pt, .pth, .gguf or .onnx file.',
 });
 
 /** Spread into the options of each command that reads a model. */
@@ -39,18 +39,20 @@ export const inputOptions = {
   config: text({ value: 'path', help: "The model's config.json, where it does not lie beside the weights." }),
 } as const;
 
+const outputAs = (what: string) =>
+  text({ required: true, short: 'o', value: 'path', aliases: ['output-model'], help: `Where the result goes: ${what}.` });
+
 /** Spread into the options of each command that writes a model. */
 export const outputOptions = {
-  out: text({
-    required: true,
-    short: 'o',
-    value: 'path',
-    aliases: ['output-model'],
-    help: 'Where the result goes: a folder, or one .safetensors, .bin, .pt or .pth file.',
-  }),
+  out: outputAs('a folder, or one .safetensors, .bin, .pt or .pth file'),
   overwrite: flag({ help: 'Replace an output that exists, once the new one is complete and verified.' }),
   restart: flag({ help: 'Throw away what an interrupted run left, instead of going on with it.' }),
   dryRun: flag({ help: 'Show what would be done to each tensor, and memory and disk needed; read headers only.' }),
+} as const;
+export const folderOutputOptions = { ...outputOptions, out: outputAs('a folder') } as const;
+export const anyOutputOptions = {
+  ...outputOptions,
+  out: outputAs('a folder, or one .safetensors, .bin, .pt, .pth or .gguf file'),
 } as const;
 
 export type DeviceChoice = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
