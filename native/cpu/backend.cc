@@ -17,6 +17,7 @@
 
 #include "blas.h"
 #include "cpu.h"
+#include "kernels/gemm.h"
 
 namespace dc {
 
@@ -146,9 +147,9 @@ void close_cpu(dc_context* c) {
 int info_cpu(dc_context* c, char* json, size_t bytes) {
   const long page = sysconf(_SC_PAGESIZE);
   snprintf(json, bytes,
-           "{\"name\":\"CPU\",\"threads\":%d,\"isa\":\"%s\",\"memory\":{\"total\":%.0f,\"free\":%.0f},\"blas\":%s}",
-           c->threads, dc_isa(), double(sysconf(_SC_PHYS_PAGES)) * page, double(sysconf(_SC_AVPHYS_PAGES)) * page,
-           dc_blas_describe(c->blas).c_str());
+           "{\"name\":\"CPU\",\"threads\":%d,\"isa\":\"%s%s\",\"memory\":{\"total\":%.0f,\"free\":%.0f},\"blas\":%s}",
+           c->threads, dc_isa(), !dc::bf16_panels() ? "" : strcmp(dc_isa(), "avx512") ? "+tiles" : "+amx",
+           double(sysconf(_SC_PHYS_PAGES)) * page, double(sysconf(_SC_AVPHYS_PAGES)) * page, dc_blas_describe(c->blas).c_str());
   return 0;
 }
 const char* last_error(dc_context* c) { return c->error.c_str(); }

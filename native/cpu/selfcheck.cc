@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -126,27 +127,32 @@ Floats packed_product(const Panels& kernel, int dtype, int64_t m, int64_t n, int
 
 }  // namespace
 
-extern const Panels panels_amx, split_panels_amx;
+extern const Panels panels_amx, split_panels_amx, panels_tiles, split_panels_tiles;
+
+namespace {
+
+// The panels of a unit that agree with the plain ones, else NULL.
+const Panels* checked(const Panels& panels, int dtype, float bound) {
+  for (bool across : {false, true})
+    if (!close(packed_product(panels, dtype, 71, 83, 77, across), packed_product(float_panels(), dtype, 71, 83, 77, across), bound))
+      return nullptr;
+  return &panels;
+}
+
+}  // namespace
 
 const Panels* bf16_panels() {
   static const Panels* const panels = [] {
-    if (strcmp(dc_isa(), "avx512") != 0 || !amx_allowed()) return static_cast<const Panels*>(nullptr);
-    for (bool across : {false, true})
-      if (!close(packed_product(panels_amx, DC_BF16, 71, 83, 77, across), packed_product(float_panels(), DC_BF16, 71, 83, 77, across)))
-        return static_cast<const Panels*>(nullptr);
-    return &panels_amx;
+    if (!strcmp(dc_isa(), "avx512")) return amx_allowed() ? checked(panels_amx, DC_BF16, 1e-4f) : nullptr;
+    const char* wish = getenv("DEEPSEEK_CONVERT_ISA");  // for tests
+    return wish && !strcmp(wish, "tiles") && !strcmp(dc_isa(), "avx2") ? checked(panels_tiles, DC_BF16, 1e-4f) : nullptr;
   }();
   return panels;
 }
 
 const Panels* split_panels() {
-  static const Panels* const panels = [] {
-    if (!bf16_panels()) return static_cast<const Panels*>(nullptr);
-    for (bool across : {false, true})
-      if (!close(packed_product(split_panels_amx, DC_F32, 71, 83, 77, across), packed_product(float_panels(), DC_F32, 71, 83, 77, across), 1e-3f))
-        return static_cast<const Panels*>(nullptr);
-    return &split_panels_amx;
-  }();
+  static const Panels* const panels =
+      !bf16_panels() ? nullptr : checked(bf16_panels() == &panels_amx ? split_panels_amx : split_panels_tiles, DC_F32, 1e-3f);
   return panels;
 }
 

@@ -1,10 +1,14 @@
 // Matrix multiplication on AMX tiles (Intel Xeon from Sapphire Rapids on): of bf16 operands, products exact, sums in fp32;
-// of fp32 operands split into two bf16 parts each. Only the "amx" compilation of this file holds anything.
+// of fp32 operands split into two bf16 parts each. Only the "amx" compilation of this file holds anything, and "tiles", the
+// same with the tile instructions emulated.
 #include "gemm.h"
 
 #if defined(DC_ISA_AMX)
 #include "../cpu.h"
 #include "vec.h"
+#if !defined(__AMX_TILE__)
+#include "soft_tiles.h"
+#endif
 
 namespace dc {
 namespace {
@@ -216,9 +220,9 @@ void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64
 
 }  // namespace
 
-extern const Panels panels_amx, split_panels_amx;
-const Panels panels_amx = {kLines, kLines, KB, 2, 0x80008000, 512, 256, pack<tile_a>, pack<tile_b>, block<1>};
-const Panels split_panels_amx = {kLines, kLines, KB, 4, 0x80008000, 256, 256, pack_parts<tile_a>, pack_parts<tile_b>, block<2>};
+extern const Panels DC_FOR_ISA(panels), DC_FOR_ISA(split_panels);
+const Panels DC_FOR_ISA(panels) = {kLines, kLines, KB, 2, 0x80008000, 512, 256, pack<tile_a>, pack<tile_b>, block<1>};
+const Panels DC_FOR_ISA(split_panels) = {kLines, kLines, KB, 4, 0x80008000, 256, 256, pack_parts<tile_a>, pack_parts<tile_b>, block<2>};
 
 }  // namespace dc
 #endif
