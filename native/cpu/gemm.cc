@@ -66,21 +66,7 @@ float* Scratch::take(size_t floats) {
   return data_;
 }
 
-namespace {
-
-constexpr int64_t kRows = 1024;    // rows of A packed at a time
-constexpr int64_t kColumns = 4096;  // columns of B packed at a time
-
-Scratch& panel_scratch() {
-  static thread_local Scratch scratch;
-  return scratch;
-}
-
-int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// alpha, beta, bias and the rounding of a finished tile [rows, columns] of C at (i0, j0), whose sums are `sum`.
-void finish(const Product& x, float* sum, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t columns,
-            bool direct) {
+void finish(const Product& x, float* sum, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t columns, bool direct) {
   if (direct && !x.bias) return;
   const auto& kernels = element_kernels();
   RowReader reader;
@@ -95,6 +81,18 @@ void finish(const Product& x, float* sum, int64_t ld, int64_t i0, int64_t j0, in
     if (!direct) store_strided(x.c, at, x.c.stride[1], row, columns);
   }
 }
+
+namespace {
+
+constexpr int64_t kRows = 1024;    // rows of A packed at a time
+constexpr int64_t kColumns = 4096;  // columns of B packed at a time
+
+Scratch& panel_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Few rows of A times lines of B that lie along k (weights as checkpoints store them): B is read once, unpacked.
 void multiply_few(dc_context* c, const Product& x) {
@@ -150,7 +148,8 @@ void multiply(dc_context* c, const Product& x) {
   if (x.m == 0 || x.n == 0) return;
   if (x.m <= 8 && x.b.stride[0] == 1 && x.k > 0) return multiply_few(c, x);
   const Panels& kernel = panels_of(x);
-  if (&kernel == &float_panels() && multiply_blas(c, x)) return;
+  if (&kernel != &float_panels() && x.k > 0) return multiply_tiles(c, x, kernel);
+  if (multiply_blas(c, x)) return;
   auto each = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     if (c)
       parallel_for(c, n, 1, body);

@@ -17,6 +17,12 @@ struct Product {
 // summed in the same order whatever the number of threads and rows.
 void multiply(dc_context* c, const Product& x);
 
+// Its parts. The product on the processor's tiles (gemm_tiles.cc), k > 0:
+void multiply_tiles(dc_context* c, const Product& x, const struct Panels& kernel);
+// alpha, beta, bias and the rounding of a finished tile [rows, columns] of C at (i0, j0), whose sums are `sum`. `direct`: they
+// stand in C, alpha and beta done.
+void finish(const Product& x, float* sum, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t columns, bool direct);
+
 // C [m,n] = alpha op(A) op(B) + beta C; row-major, leading dimensions in elements. op(A) [m,k] is A or, with
 // transpose_a, the transpose of A [k,m]; likewise B [k,n]. With beta 0, C is written without being read.
 // Not `exact`: as Product::split. Splits the work over the context's threads: not to be called from inside parallel_for.

@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "blas.h"
@@ -109,8 +110,10 @@ bool amx_allowed() {
   return tile && bf16 && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 }
 
-// A product of operands lying along their lines or across, with edges in every dimension.
-Floats packed_product(const Panels& kernel, int dtype, int64_t m, int64_t n, int64_t k, bool across) {
+enum Output { kSums, kRounded, kTransposed };  // fp32; bf16, as it is or transposed
+
+// Twice a product of operands lying along their lines or across, with edges in every dimension.
+Floats packed_product(const Panels& kernel, int dtype, int64_t m, int64_t n, int64_t k, bool across, Output output) {
   std::vector<uint32_t> a(size_t(m * k)), b(size_t(n * k));  // room for any dtype
   element_kernels_avx2.store(a.data(), dtype, noise(a.size(), 7).data(), m * k);
   element_kernels_avx2.store(b.data(), dtype, noise(b.size(), 8).data(), n * k);
@@ -121,7 +124,21 @@ Floats packed_product(const Panels& kernel, int dtype, int64_t m, int64_t n, int
   kernel.pack_b(pb.data(), b.data(), dtype, across ? 1 : k, across ? n : 1, n, k);
   Floats c(static_cast<size_t>(m * n));
   kernel.block(c.data(), n, pa.data(), pb.data(), m, n, line, false);
-  kernel.block(c.data(), n, pa.data(), pb.data(), m, n, line, true);
+  if (output == kSums) {
+    kernel.block(c.data(), n, pa.data(), pb.data(), m, n, line, true);
+    return c;
+  }
+  const int64_t wide = up(n, kernel.nr), ld = output == kTransposed ? m : n;
+  std::vector<uint16_t> half(c.size());
+  for (int64_t i = 0; i < m; i += kernel.mr) {
+    const char* panel = reinterpret_cast<const char*>(pa.data()) + i * line * kernel.bytes;
+    Floats before(static_cast<size_t>(kernel.mr * wide));
+    for (int64_t r = i; r < std::min(m, i + kernel.mr); r++) memcpy(&before[size_t((r - i) * wide)], &c[size_t(r * n)], size_t(n) * 4);
+    kernel.block_bf16(half.data() + (output == kTransposed ? i : i * n), ld, output == kTransposed, before.data(), wide, panel, pb.data(),
+                      std::min<int64_t>(m - i, kernel.mr), n, line);
+  }
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) c[size_t(i * n + j)] = bf16_to_float(half[size_t(output == kTransposed ? j * m + i : i * n + j)]);
   return c;
 }
 
@@ -133,9 +150,13 @@ namespace {
 
 // The panels of a unit that agree with the plain ones, else NULL.
 const Panels* checked(const Panels& panels, int dtype, float bound) {
-  for (bool across : {false, true})
-    if (!close(packed_product(panels, dtype, 71, 83, 77, across), packed_product(float_panels(), dtype, 71, 83, 77, across), bound))
-      return nullptr;
+  for (bool across : {false, true}) {
+    const Floats expected = packed_product(float_panels(), dtype, 71, 83, 77, across, kSums);
+    for (Output output : {kSums, kRounded, kTransposed}) {
+      if (output != kSums && !panels.block_bf16) continue;
+      if (!close(packed_product(panels, dtype, 71, 83, 77, across, output), expected, output == kSums ? bound : 0.25f)) return nullptr;
+    }
+  }
   return &panels;
 }
 

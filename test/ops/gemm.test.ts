@@ -1,14 +1,16 @@
 import { expect, test } from 'vitest';
+import { openDevice } from '../../src/backend/load.js';
+import type { FloatDType } from '../../src/base/dtype.js';
 import { gemm, groupedGemm, matmulT } from '../../src/tensor/ops.js';
 import { Scope } from '../../src/tensor/tensor.js';
 import { bytesOf, expectClose, floatDTypes, onDevices, rounded, strided, tensor, type Values } from './support.js';
 
-const product = (a: Values, b: Values, m: number, n: number, k: number): Values => {
+const product = (a: Values, b: Values, m: number, n: number, k: number, transposed = false): Values => {
   const c = new Float64Array(m * n);
   for (let i = 0; i < m; i++)
     for (let j = 0; j < n; j++) {
       let sum = 0;
-      for (let p = 0; p < k; p++) sum += a[i * k + p]! * b[p * n + j]!;
+      for (let p = 0; p < k; p++) sum += a[i * k + p]! * b[transposed ? j * k + p : p * n + j]!;
       c[i * n + j] = sum;
     }
   return c;
@@ -132,6 +134,35 @@ onDevices('gemm', (device, random) => {
       expect(await bytesOf(gemm(s, x, w, { dtype: 'f32' }))).toEqual(await bytesOf(y));
     }
   });
+
+  // So long that k is cut; either operand with fewer lines.
+  for (const [m, n, k] of [
+    [70, 45, 9000],
+    [45, 70, 9000],
+  ] as const)
+    test(`bf16 ${m} x ${n} x ${k}: the same bytes with any number of threads, and for any number of rows`, async () => {
+      if (device().kind !== 'cpu') return;
+      const a = rounded('bf16', random.normals(m * k));
+      const b = rounded('bf16', random.normals(n * k));
+      const run = async (threads: number, dtype: FloatDType, from = 0): Promise<Buffer> => {
+        const one = openDevice({ kind: 'cpu', threads });
+        try {
+          using s = new Scope(one);
+          const x = tensor(s, 'bf16', [m, k], a).slice(0, from, m);
+          const y = gemm(s, x, tensor(s, 'bf16', [n, k], b).transpose(), { dtype });
+          if (dtype === 'bf16' && threads === 1) await expectClose(y, product(a, b, m, n, k, true));
+          return await bytesOf(y);
+        } finally {
+          one.close();
+        }
+      };
+      for (const dtype of ['bf16', 'f16', 'f32'] as const) {
+        const bytes = await run(1, dtype);
+        expect((await run(3, dtype)).equals(bytes)).toBe(true);
+        const part = await run(3, dtype, m - 20);
+        expect(bytes.subarray(bytes.length - part.length).equals(part)).toBe(true);
+      }
+    });
 
   test('grouped: rows sorted by expert, some experts without rows', async () => {
     using s = new Scope(device());

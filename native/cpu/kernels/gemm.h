@@ -34,6 +34,10 @@ struct Panels {
                  int64_t k);
   void (*block)(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k,
                 bool accumulate);
+  // out bf16 [m, n], or [n, m] if transposed, = before (fp32; NULL: 0; with room for whole panels) + A B, for one panel of
+  // A. NULL where panels have no such thing.
+  void (*block_bf16)(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const void* a,
+                     const void* b, int64_t m, int64_t n, int64_t k) = nullptr;
 };
 const Panels& float_panels();  // of any float dtypes
 // For two operands of bf16; NULL where the processor has no unit for them.

@@ -88,17 +88,48 @@ void tile_b(uint16_t* to, const uint16_t* from, int64_t line_stride, int64_t pos
 
 using Tile = decltype(tile_a);
 
+int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // Tiles of 16 lines x 32 positions in the order of panels of 32 lines; both counts may fall short at the edges.
 template <Tile tile>
 void pack(void* dst, const void* src, int, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
-  const auto* from = static_cast<const uint16_t*>(src);
-  auto* to = static_cast<uint16_t*>(dst);
-  for (int64_t i0 = 0; i0 < lines; i0 += kLines)
+  auto two_tiles = [&](int64_t i0, int64_t p0) {
+    const auto* from = static_cast<const uint16_t*>(src) + p0 * position_stride;
+    auto* to = static_cast<uint16_t*>(dst) + i0 * up(k, KB) + p0 * kLines;
+    for (int64_t i = i0; i < i0 + kLines; i += 16, to += kTile) {
+      const int64_t m = lines - i < 0 ? 0 : lines - i < 16 ? lines - i : 16, n = k - p0 < KB ? k - p0 : KB;
+      if (m < 16 || n < KB) memset(to, 0, kTile * 2);
+      tile(to, from + i * line_stride, line_stride, position_stride, m, n);
+    }
+  };
+  // Memory in order.
+  if (line_stride == 1)
     for (int64_t p0 = 0; p0 < k; p0 += KB)
-      for (int64_t i = i0; i < i0 + kLines; i += 16, to += kTile) {
-        const int64_t m = lines - i < 0 ? 0 : lines - i < 16 ? lines - i : 16, n = k - p0 < KB ? k - p0 : KB;
-        if (m < 16 || n < KB) memset(to, 0, kTile * 2);
-        tile(to, from + i * line_stride + p0 * position_stride, line_stride, position_stride, m, n);
+      for (int64_t i0 = 0; i0 < lines; i0 += kLines) two_tiles(i0, p0);
+  else
+    for (int64_t i0 = 0; i0 < lines; i0 += kLines)
+      for (int64_t p0 = 0; p0 < k; p0 += KB) two_tiles(i0, p0);
+}
+
+// The same for A. Where its lines run along k, a tile's rows are copies of pieces of them, taken 1 KB of a line at a time.
+void pack_a(void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
+  if (position_stride != 1) return pack<tile_a>(dst, src, dtype, line_stride, position_stride, lines, k);
+  constexpr int64_t kRun = 512;
+  auto* to = static_cast<uint16_t*>(dst);
+  for (int64_t i0 = 0; i0 < lines; i0 += kLines, to += kLines * up(k, KB))
+    for (int64_t q = 0; q < k; q += kRun)
+      for (int64_t r = 0; r < kLines; r++) {
+        const auto* from = static_cast<const uint16_t*>(src) + (i0 + r) * line_stride;
+        const int64_t end = i0 + r >= lines ? 0 : k;  // of what the line holds
+        for (int64_t p = q; p < q + kRun && p < k; p += KB) {
+          uint16_t* row = to + p * kLines + r * KB;
+          if (p + KB <= end) {
+            memcpy(row, from + p, KB * 2);
+          } else {
+            memset(row, 0, KB * 2);
+            if (p < end) memcpy(row, from + p, size_t(end - p) * 2);
+          }
+        }
       }
 }
 
@@ -164,8 +195,39 @@ inline __attribute__((always_inline)) void load_b(const uint16_t* tiles) {
   _tile_loadd(6, tiles, 64);
   _tile_loadd(7, tiles + kTile, 64);
 }
+// The same of tiles in memory, loads between products.
+inline __attribute__((always_inline)) void products(const uint16_t* a, const uint16_t* b) {
+  _tile_loadd(6, b, 64);
+  _tile_loadd(4, a, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, b + kTile, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, a + kTile, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+inline __attribute__((always_inline)) void load_sums(const float* c, int64_t ldc) {  // NULL: zeros
+  if (!c) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    return;
+  }
+  _tile_loadd(0, c, ldc * 4);
+  _tile_loadd(1, c + 16, ldc * 4);
+  _tile_loadd(2, c + 16 * ldc, ldc * 4);
+  _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+}
+inline __attribute__((always_inline)) void store_sums(float* c, int64_t ldc) {
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + 16, ldc * 4);
+  _tile_stored(2, c + 16 * ldc, ldc * 4);
+  _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+}
 
-// Parts of an operand: 1, or high and low, whose product with each other is left out (2^-16 of a term and less).
+// Parts of an operand: 1, or high and low, whose product with each other is left out (2^-16 of a term and less). Every sum
+// runs through all positions in order, whether its tile is whole or at an edge, and whatever was summed in a call before.
 template <int kParts>
 void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
   const TileConfig config;
@@ -176,53 +238,92 @@ void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64
     for (int64_t i = 0; i < m; i += kLines) {
       const uint16_t* pa = static_cast<const uint16_t*>(a) + i / kLines * panel;
       const uint16_t* pb = static_cast<const uint16_t*>(b) + j / kLines * panel;
-      const bool whole = i + kLines <= m && j + kLines <= n;
-      float* at = whole ? c + i * ldc + j : edge;
+      const int64_t rows = m - i < kLines ? m - i : kLines, columns = n - j < kLines ? n - j : kLines;
+      const bool whole = rows == kLines && columns == kLines;
+      float *to = c + i * ldc + j, *at = whole ? to : edge;
       const int64_t stride = whole ? ldc : kLines;
-      if (whole && accumulate) {
-        _tile_loadd(0, at, stride * 4);
-        _tile_loadd(1, at + 16, stride * 4);
-        _tile_loadd(2, at + 16 * stride, stride * 4);
-        _tile_loadd(3, at + 16 * stride + 16, stride * 4);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
+      if (!whole && accumulate)
+        for (int64_t r = 0; r < rows; r++) memcpy(edge + r * kLines, to + r * ldc, size_t(columns) * 4);
+      load_sums(accumulate ? at : nullptr, stride);
       for (int64_t p = 0; p < k; p += KB, pa += 2 * kParts * kTile, pb += 2 * kParts * kTile) {
-        if (kParts == 2) {
+        if (kParts == 1) {
+          products(pa, pb);
+        } else {
           load_a(pa + 2 * kTile);
           load_b(pb);
           products();
           load_a(pa);
           products();
           load_b(pb + 2 * kTile);
-        } else {
-          load_a(pa);
-          load_b(pb);
+          products();
         }
-        products();
       }
-      _tile_stored(0, at, stride * 4);
-      _tile_stored(1, at + 16, stride * 4);
-      _tile_stored(2, at + 16 * stride, stride * 4);
-      _tile_stored(3, at + 16 * stride + 16, stride * 4);
-      if (whole) continue;
-      const int64_t rows = m - i < kLines ? m - i : kLines, columns = n - j < kLines ? n - j : kLines;
-      float* to = c + i * ldc + j;
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t s = 0; s < columns; s++) to[r * ldc + s] = accumulate ? to[r * ldc + s] + edge[r * kLines + s] : edge[r * kLines + s];
+      store_sums(at, stride);
+      if (!whole)
+        for (int64_t r = 0; r < rows; r++) memcpy(to + r * ldc, edge + r * kLines, size_t(columns) * 4);
     }
   }
+  _tile_release();
+}
+
+// n <= 32 sums -> bf16.
+inline __attribute__((always_inline)) void round_row(uint16_t* to, const float* from, int64_t n) {
+  alignas(64) uint16_t row[kLines];
+  uint16_t* at = n == kLines ? to : row;
+#if defined(__AVX512BF16__)
+  const __m512bh h = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+  memcpy(at, &h, sizeof h);
+#else
+  for (int i = 0; i < kLines; i += W) {
+    const vh h = __builtin_convertvector(to_bf16(loadf(from + i)) >> 16, vh);
+    memcpy(at + i, &h, sizeof h);
+  }
+#endif
+  if (n < kLines) memcpy(to, row, size_t(n) * 2);
+}
+
+// One panel of A. The sums of a block of 32 x 32 are rounded while the products of the next one run.
+void block_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const void* a, const void* b, int64_t m, int64_t n, int64_t k) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  alignas(64) float sums[2][kLines * kLines], turned[kLines * kLines];
+  const float* from = nullptr;
+  uint16_t* to = nullptr;
+  int64_t row = 0, rows = 0, columns = 0;
+  auto round = [&](int64_t count) __attribute__((always_inline)) {
+    for (; count > 0 && row < rows; count--, row++) round_row(to + row * ldo, from + row * kLines, columns);
+  };
+  const int64_t share = (kLines * KB + k - 1) / k;
+  for (int64_t j = 0; j < n; j += kLines) {
+    const auto *pa = static_cast<const uint16_t*>(a), *pb = static_cast<const uint16_t*>(b) + j * k;
+    load_sums(before ? before + j : nullptr, ld);
+    for (int64_t p = 0; p < k; p += KB, pa += 2 * kTile, pb += 2 * kTile) {
+#pragma GCC unroll 32
+      for (int i = 0; i < 32; i++) __builtin_prefetch(pb + 8 * kTile + i * KB);  // four steps ahead
+      products(pa, pb);
+      round(share);
+    }
+    round(kLines);
+    float* sum = sums[j / kLines % 2];
+    store_sums(transposed ? turned : sum, kLines);
+    if (transposed)
+      for (int x = 0; x < kLines; x += 8)
+        for (int y = 0; y < kLines; y += 8)
+          transpose_8(reinterpret_cast<uint16_t*>(sum + y * kLines + x), 2 * kLines,
+                      reinterpret_cast<const uint16_t*>(turned + x * kLines + y), 2 * kLines);
+    const int64_t width = n - j < kLines ? n - j : kLines;
+    from = sum, row = 0;
+    to = out + (transposed ? j * ldo : j), rows = transposed ? width : m, columns = transposed ? m : width;
+  }
+  round(kLines);
   _tile_release();
 }
 
 }  // namespace
 
 extern const Panels DC_FOR_ISA(panels), DC_FOR_ISA(split_panels);
-const Panels DC_FOR_ISA(panels) = {kLines, kLines, KB, 2, 0x80008000, 512, 256, pack<tile_a>, pack<tile_b>, block<1>};
-const Panels DC_FOR_ISA(split_panels) = {kLines, kLines, KB, 4, 0x80008000, 256, 256, pack_parts<tile_a>, pack_parts<tile_b>, block<2>};
+const Panels DC_FOR_ISA(panels) = {kLines, kLines, KB, 2, 0x80008000, 512, 256, pack_a, pack<tile_b>, block<1>, block_bf16};
+const Panels DC_FOR_ISA(split_panels) = {kLines, kLines, KB, 4, 0x80008000, 256, 256, pack_parts<tile_a>, pack_parts<tile_b>, block<2>, nullptr};
 
 }  // namespace dc
 #endif
