@@ -137,7 +137,7 @@ struct Attention {
     const int64_t tiles = (T + kKeys - 1) / kKeys, depth = up(D, kernel.step);
     const int64_t key_bytes = up(kKeys, kernel.nr) * depth * kernel.bytes;  // of a tile
     const int64_t tile_bytes = up(key_bytes + up(Dv, kernel.nr) * kKeys * kernel.bytes, 64);
-    int64_t pairs = std::max<int64_t>(1, (c->threads * 4 + G * blocks - 1) / (G * blocks));
+    int64_t pairs = std::max<int64_t>(1, (c->threads * 32 + G * blocks - 1) / (G * blocks));
     pairs = std::min({pairs, B * Hk, std::max<int64_t>(1, (int64_t(1) << 26) / (tiles * tile_bytes))});
     static thread_local Scratch scratch;
     char* const packed = reinterpret_cast<char*>(scratch.take(size_t(pairs * tiles * tile_bytes / 4)));
@@ -156,9 +156,8 @@ struct Attention {
       });
       parallel_for(c, n_pairs * G * blocks, 1, [&](int64_t begin, int64_t end) {
         static thread_local Scratch memory;
-        Tile t{kernel, half, depth, key_bytes, tile_bytes, memory.take(size_t(rows * (depth + 3 * kKeys + up(Dv, 16))))};
-        t.scores = t.sums + rows * up(Dv, 16), t.weights = t.scores + rows * kKeys;
-        t.packed = t.weights + rows * kKeys, t.queries = t.packed + rows * kKeys;
+        Tile t{kernel, half, depth, key_bytes, tile_bytes, memory.take(size_t(rows * (depth + 2 * kKeys + up(Dv, 16))))};
+        t.scores = t.sums + rows * up(Dv, 16), t.weights = t.scores + rows * kKeys, t.queries = t.weights + rows * kKeys;
         std::vector<double> most(static_cast<size_t>(rows)), total(static_cast<size_t>(rows));
         for (int64_t w = begin; w < end; w++) {
           // Late queries first: under a causal mask they have the most work.
@@ -170,12 +169,12 @@ struct Attention {
     }
   }
 
-  // What tiles of queries work with: the matrix kernel, the packed form of keys and values, memory.
+  // What tiles of queries work with: the matrix kernel, the packed form of keys and values, memory (weights are packed).
   struct Tile {
     const Panels& kernel;
     bool half;
     int64_t depth, key_bytes, tile_bytes;
-    float *sums, *scores = nullptr, *weights = nullptr, *packed = nullptr, *queries = nullptr;
+    float *sums, *scores = nullptr, *weights = nullptr, *queries = nullptr;
   };
 
   void tile(const Tile& x, int64_t b, int64_t h, int64_t s0, int64_t m, const char* packed, double* most, double* total) const {
@@ -198,20 +197,24 @@ struct Attention {
     for (int64_t t0 = from / kKeys * kKeys; t0 < to; t0 += kKeys) {
       const char* keys = packed + t0 / kKeys * x.tile_bytes;
       const int64_t stored = std::min(kKeys, length - t0), n = std::min(stored, up(to - t0, kernel.nr));
+      const int64_t n_up = up(n, kernel.step);
       kernel.block(x.scores, kKeys, x.queries, keys, m, n, x.depth, false);
       for (int64_t i = 0; i < m; i++) {
-        float* row = x.scores + i * kKeys;
+        float *row = x.scores + i * kKeys, *sum = x.sums + i * Dv;
         int64_t first, last;
         mask.keys(s0 + i, length, &first, &last);
         first = std::min(std::max<int64_t>(first - t0, 0), n), last = std::min(std::max(last - t0, first), n);
-        float high = -INFINITY;
-        if (first < last) {
-          if (scaled) scores(row + first, last - first);
-          high = maximum(row + first, last - first) * factor;
+        if (scaled && first < last) scores(row + first, last - first);
+        if (x.half) {
+          auto* weights = reinterpret_cast<uint16_t*>(x.weights) + i / kernel.mr * kernel.mr * n_up + i % kernel.mr * kernel.step;
+          const float shrink = kernels.weigh(weights, kernel.mr * kernel.step, row, n, first, last, factor, &most[i], &total[i]);
+          if (shrink != 1) kernels.scale(sum, shrink, Dv);
+          continue;
         }
+        const float high = first < last ? maximum(row + first, last - first) * factor : -INFINITY;
         if (!(high <= most[i])) {
           const double shrink = std::exp(most[i] - high);
-          kernels.scale(x.sums + i * Dv, float(shrink), Dv);
+          kernels.scale(sum, float(shrink), Dv);
           total[i] *= shrink;
           most[i] = high;
         }
@@ -221,13 +224,11 @@ struct Attention {
           last = first;
         std::fill(row, row + first, 0.0f);
         std::fill(row + last, row + n, 0.0f);
-        if (x.half) kernels.store(reinterpret_cast<uint16_t*>(x.weights) + i * kKeys, DC_BF16, row, n);
       }
-      kernel.pack_a(x.packed, x.half ? x.weights : x.scores, x.half ? DC_BF16 : DC_F32, kKeys, 1, m, n);
+      if (!x.half) kernel.pack_a(x.weights, x.scores, DC_F32, kKeys, 1, m, n);
       const int64_t line = up(stored, kernel.step) * kernel.bytes;
       for (int64_t j = 0; j < Dv; j += kernel.nr)
-        kernel.block(x.sums + j, Dv, x.packed, keys + x.key_bytes + j * line, m, std::min<int64_t>(kernel.nr, Dv - j),
-                     up(n, kernel.step), true);
+        kernel.block(x.sums + j, Dv, x.weights, keys + x.key_bytes + j * line, m, std::min<int64_t>(kernel.nr, Dv - j), n_up, true);
     }
     for (int64_t i = 0; i < m; i++) finish(b, h, s0 + i, x.sums + i * Dv, most[i], total[i]);
   }

@@ -150,6 +150,19 @@ extern "C" int dc_cpu_swiglu(dc_context* c, const dc_call* call) {
   const int activation = int(call->i[0]);
   const float limit = float(call->f[0]);
   const auto& kernels = element_kernels();
+  const dc_tensor* t = call->t;
+  auto plain = [](const dc_tensor& v) { return v.dtype == DC_BF16 && v.rank == 2 && v.stride[1] == 1; };
+  if (activation == DC_SILU && !(limit > 0) && plain(t[0]) && plain(t[1]) && plain(t[2])) {
+    const int64_t width = t[0].dim[1], part = 4096, parts = (width + part - 1) / part;
+    parallel_for(c, t[0].dim[0] * parts, row_grain(std::min(part, width)), [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; w++) {
+        const int64_t r = w / parts, i = w % parts * part;
+        kernels.silu_bf16(data<uint16_t>(t[0]) + r * t[0].stride[0] + i, data<uint16_t>(t[1]) + r * t[1].stride[0] + i,
+                          data<uint16_t>(t[2]) + r * t[2].stride[0] + i, std::min(part, width - i));
+      }
+    });
+    return 0;
+  }
   pieces<3>(c, call, [&](float (*x)[1024], int64_t n, auto load, auto store) {
     float *y = x[0], *gate = x[1], *up = x[2];
     load(1), load(2);

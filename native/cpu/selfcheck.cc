@@ -88,6 +88,20 @@ bool avx512_agrees() {
   Floats a = noise(77, 5), b = a;
   const double sum2 = e2.exp_sum(a.data(), 2, 1, 77), sum5 = e5.exp_sum(b.data(), 2, 1, 77);
   if (!same(a, b) || std::fabs(sum2 - sum5) > 1e-3) return false;
+  // Rounded to bf16, from other last bits: a step apart at most.
+  std::vector<uint16_t> gate(77), h2(128), h5(128);
+  e2.store(gate.data(), DC_BF16, noise(77, 7).data(), 77);
+  e2.silu_bf16(h2.data(), gate.data(), gate.data(), 77);
+  e5.silu_bf16(h5.data(), gate.data(), gate.data(), 77);
+  double most2 = -INFINITY, most5 = -INFINITY, total2 = 0, total5 = 0;
+  Floats x2 = noise(96, 8), x5 = x2;
+  e2.weigh(h2.data() + 77, 0, x2.data(), 32, 3, 30, 2, &most2, &total2);
+  e5.weigh(h5.data() + 77, 0, x5.data(), 32, 3, 30, 2, &most5, &total5);
+  for (size_t i = 0; i < h2.size(); i++) {
+    const float u = bf16_to_float(h2[i]), v = bf16_to_float(h5[i]);
+    if (!(std::fabs(u - v) <= 0.01f * std::fabs(u))) return false;
+  }
+  if (most2 != most5 || !(std::fabs(total2 - total5) <= 1e-4)) return false;
   std::vector<uint8_t> stored(512);
   const Floats from = noise(stored.size(), 6);
   for (size_t i = 0; i < stored.size(); i++) stored[i] = uint8_t(float_bits(from[i]) >> 8 & 0x3F);  // scales stay finite

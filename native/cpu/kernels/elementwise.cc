@@ -11,6 +11,16 @@ namespace dc {
 namespace {
 
 // --- conversions ---
+inline __attribute__((always_inline)) vf load_bf16(const uint16_t* p) {
+  return (vf)(__builtin_convertvector(vload<vh>(p), vu) << 16);
+}
+inline __attribute__((always_inline)) void store_bf16(uint16_t* p, vf x) {
+  const vu u = (vu)x;
+  const vu rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+  const vu nan = (u >> 16) | 0x40;
+  const vh h = __builtin_convertvector(x == x ? rounded : nan, vh);
+  memcpy(p, &h, sizeof h);
+}
 void load_row(float* dst, const void* src, int dtype, int64_t n) {
   int64_t i = 0;
   if (dtype == DC_F32) {
@@ -32,13 +42,7 @@ void store_row(void* dst, int dtype, const float* src, int64_t n) {
     if (n > 0 && dst != src) memcpy(dst, src, size_t(n) * 4);
   } else if (dtype == DC_BF16) {
     auto* d = static_cast<uint16_t*>(dst);
-    for (; i + W <= n; i += W) {
-      const vu u = vload<vu>(src + i);
-      const vu rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
-      const vu nan = (u >> 16) | 0x40;
-      const vh h = __builtin_convertvector((u & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded, vh);
-      memcpy(d + i, &h, sizeof h);
-    }
+    for (; i + W <= n; i += W) store_bf16(d + i, loadf(src + i));
     for (; i < n; i++) d[i] = float_to_bf16(src[i]);
   } else {
     auto* d = static_cast<uint16_t*>(dst);
@@ -232,6 +236,58 @@ double exp_sum_row(float* x, float scale, float shift, int64_t n) {
   }
   return total;
 }
+float weigh_row(uint16_t* weights, int64_t stride, float* x, int64_t n, int64_t first, int64_t last, float factor,
+                double* most, double* total) {
+  constexpr int64_t kPiece = 32;
+  const int64_t from = first / kPiece * kPiece, to = first < last ? (last + kPiece - 1) / kPiece * kPiece : from;
+  float shrink = 1;
+  if (first < last) {
+    for (int64_t i = from; i < first; i++) x[i] = -INFINITY;
+    for (int64_t i = last; i < to; i++) x[i] = -INFINITY;
+    float high = max_row(x + from, to - from);
+    if (high == -INFINITY)
+      for (int64_t i = first; i < last && high == high; i++)
+        if (x[i] != x[i]) high = x[i];
+    high *= factor;
+    if (!(high <= *most)) {
+      const double change = exp(*most - high);
+      *total *= change;
+      *most = high;
+      shrink = float(change);
+    }
+  }
+  const int64_t seen = *most == -INFINITY ? from : to;
+  const vf scale = splat(factor), shift = splat(-float(*most));
+  vf s{};
+  for (int64_t i = 0; i < n; i += kPiece) {
+    uint16_t* piece = weights + i / kPiece * stride;
+    if (i < from || i >= seen) {
+      memset(piece, 0, kPiece * 2);
+      continue;
+    }
+    for (int64_t q = 0; q < kPiece; q += W) {
+      const vf e = vexp_bf16(madd(loadf(x + i + q), scale, shift));
+      store_bf16(piece + q, e);
+      s += e;
+    }
+  }
+  *total += hsum(s);
+  return shrink;
+}
+void silu_bf16_row(uint16_t* y, const uint16_t* gate, const uint16_t* up, int64_t n) {
+  auto vector = [](uint16_t* to, const uint16_t* g, const uint16_t* u) __attribute__((always_inline)) {
+    store_bf16(to, vsilu_bf16(load_bf16(g)) * load_bf16(u));
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) vector(y + i, gate + i, up + i);
+  if (i < n) {
+    uint16_t g[W] = {}, u[W] = {};
+    memcpy(g, gate + i, size_t(n - i) * 2);
+    memcpy(u, up + i, size_t(n - i) * 2);
+    vector(g, g, u);
+    memcpy(y + i, g, size_t(n - i) * 2);
+  }
+}
 double sum_row(const float* x, int64_t n) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kRun) {
@@ -298,8 +354,8 @@ void divergence_row(const float* p, const float* q, int64_t n, double out[4]) {
 
 extern const ElementKernels DC_FOR_ISA(element_kernels);
 const ElementKernels DC_FOR_ISA(element_kernels) = {
-    load_row,     store_row, unary_row, slope_row,   binary_row, axpy_row,        scale_row,
-    multiply_row, dot_row,   max_row,   exp_sum_row, sum_row,    sum_squares_row, divergence_row,
+    load_row,     store_row, unary_row, slope_row,   binary_row, axpy_row,        scale_row,      multiply_row,
+    dot_row,      max_row,   exp_sum_row, sum_row,    sum_squares_row, divergence_row, weigh_row, silu_bf16_row,
 };
 
 }  // namespace dc

@@ -25,6 +25,13 @@ struct ElementKernels {
   double (*sum_squares)(const float* x, int64_t n);
   // Of two distributions: out = {Jensen-Shannon divergence in nats, p q, p p, q q}.
   void (*divergence)(const float* p, const float* q, int64_t n, double out[4]);
+  // Weights of attention's scores x[first, last) among n: e^(factor x - most) in bf16, 0 for the other scores and up to
+  // whole pieces of 32, for which x has room; pieces stand `stride` apart. First `most` is raised to the scores' maximum
+  // (NaN if there is nothing but NaN and -infinity) and `total`, the sum of all weights so far, brought there; returns the
+  // factor for whatever else was summed so far.
+  float (*weigh)(uint16_t* weights, int64_t stride, float* x, int64_t n, int64_t first, int64_t last, float factor,
+                 double* most, double* total);
+  void (*silu_bf16)(uint16_t* y, const uint16_t* gate, const uint16_t* up, int64_t n);  // y = silu(gate) up
 };
 
 // The table of the instruction set in use (dc_isa).

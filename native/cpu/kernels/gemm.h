@@ -22,7 +22,8 @@ struct GemmKernels {
 
 const GemmKernels& gemm_kernels();
 
-// The same with its own packed form. k is rounded up to `step`, the rest of a panel being zeros.
+// The same with its own packed form. k is rounded up to `step`, the rest of a panel being zeros. Line i, position p of A's
+// panel of bf16 stands at (p / step * mr + i) * step + p % step.
 struct Panels {
   int mr, nr, step;
   int bytes;           // of a packed element
