@@ -103,6 +103,7 @@ class ThreadPool {
 
 void parallel_for(dc_context* c, int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   if (n <= 0) return;
+  if (!c) return body(0, n);
   const int64_t most = std::max<int64_t>(1, n / std::max<int64_t>(1, grain));
   const int64_t pieces = std::min<int64_t>(most, c->threads == 1 ? 1 : int64_t(c->threads) * 4);
   if (pieces == 1) return body(0, n);

@@ -31,7 +31,8 @@ int dc_cpu_collective(dc_group*, int kind, const dc_tensor* const* x, int tensor
 namespace dc {
 
 // Runs body(begin, end) over [0, n) in pieces of at least `grain`, on the context's threads; returns when all are done.
-// Pieces are fixed by n, grain and the thread count alone, so results that depend on them are reproducible.
+// Pieces are fixed by n, grain and the thread count alone, so results that depend on them are reproducible. Without a
+// context all of it runs on the calling thread.
 void parallel_for(dc_context* c, int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
 int fail(dc_context* c, const char* format, ...) __attribute__((format(printf, 2, 3)));

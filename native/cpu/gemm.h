@@ -23,6 +23,10 @@ void multiply_tiles(dc_context* c, const Product& x, const struct Panels& kernel
 // stand in C, alpha and beta done.
 void finish(const Product& x, float* sum, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t columns, bool direct);
 
+// Lower triangle of H [n,n] += A B of packed panels, k positions each; the upper triangle is left alone. Threads as for
+// multiply (hessian.cc).
+void add_lower(dc_context* c, const struct Panels& kernel, float* h, int64_t ldh, int64_t n, const void* a, const void* b, int64_t k);
+
 // C [m,n] = alpha op(A) op(B) + beta C; row-major, leading dimensions in elements. op(A) [m,k] is A or, with
 // transpose_a, the transpose of A [k,m]; likewise B [k,n]. With beta 0, C is written without being read.
 // Not `exact`: as Product::split. Splits the work over the context's threads: not to be called from inside parallel_for.

@@ -95,14 +95,9 @@ void multiply_tiles(dc_context* c, const Product& x, const Panels& kernel) {
       }
     }
   };
-  const int64_t tasks = cut.rows * cut.columns;
-  auto run = [&](int64_t begin, int64_t end) {
+  parallel_for(c, cut.rows * cut.columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) task(t % cut.rows, t / cut.rows);
-  };
-  if (c)
-    parallel_for(c, tasks, 1, run);
-  else
-    run(0, tasks);
+  });
 }
 
 }  // namespace dc

@@ -35,7 +35,7 @@ onDevices('linear algebra', (device, random) => {
     for (const [t, k] of [
       [1, 3],
       [31, 33],
-      [1300, 70],
+      [4400, 70],
       [45, 300],
       [130, 530],
     ] as const) {
