@@ -21,6 +21,7 @@ constexpr int64_t kTile = 16 * 32;  // bf16 values of a tile
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
+static const TileConfig kConfig;
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
@@ -230,8 +231,7 @@ inline __attribute__((always_inline)) void store_sums(float* c, int64_t ldc) {
 // runs through all positions in order, whether its tile is whole or at an edge, and whatever was summed in a call before.
 template <int kParts>
 void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  _tile_loadconfig(&kConfig);
   alignas(64) float edge[kLines * kLines];
   const int64_t panel = kLines * k * kParts;
   for (int64_t j = 0; j < n; j += kLines) {
@@ -242,8 +242,10 @@ void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64
       const bool whole = rows == kLines && columns == kLines;
       float *to = c + i * ldc + j, *at = whole ? to : edge;
       const int64_t stride = whole ? ldc : kLines;
-      if (!whole && accumulate)
+      if (!whole && accumulate) {
         for (int64_t r = 0; r < rows; r++) memcpy(edge + r * kLines, to + r * ldc, size_t(columns) * 4);
+        asm volatile("" ::: "memory");  // GCC does not know that loads of tiles read what was stored here
+      }
       load_sums(accumulate ? at : nullptr, stride);
       for (int64_t p = 0; p < k; p += KB, pa += 2 * kParts * kTile, pb += 2 * kParts * kTile) {
         if (kParts == 1) {
@@ -284,8 +286,7 @@ inline __attribute__((always_inline)) void round_row(uint16_t* to, const float* 
 
 // One panel of A. The sums of a block of 32 x 32 are rounded while the products of the next one run.
 void block_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const void* a, const void* b, int64_t m, int64_t n, int64_t k) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  _tile_loadconfig(&kConfig);
   alignas(64) float sums[2][kLines * kLines], turned[kLines * kLines];
   const float* from = nullptr;
   uint16_t* to = nullptr;
