@@ -21,10 +21,10 @@ constexpr int64_t kTile = 16 * 32;  // bf16 values of a tile
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-static const TileConfig kConfig;
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+constexpr TileConfig kConfig;
 
 // 8 x 8 transpose of 32-bit values: rows `src_stride` apart -> rows `dst_stride` apart.
 inline void transpose_8(uint16_t* dst, int64_t dst_stride, const uint16_t* src, int64_t src_stride) {
