@@ -73,7 +73,7 @@ export function limitedGradient(
 }
 
 /** f32 [T, G]: sums of each group's two best scores; f32 [T, R]: 1 at these two. */
-function groupValues(s: Scope, scores: Tensor, groups: number): { value: Tensor; best: Tensor } {
+export function groupValues(s: Scope, scores: Tensor, groups: number): { value: Tensor; best: Tensor } {
   const [tokens, experts] = scores.shape as [number, number];
   const each = scores.view(tokens * groups, experts / groups);
   const first = reduce(s, 'max', each, 1);

@@ -12,6 +12,7 @@ import {
   groupedGemm,
   groupedOuter,
   reduce,
+  reduceKinds,
   rope,
   routeBackward,
   scatterAdd,
@@ -98,6 +99,15 @@ export const rules: Readonly<Record<string, Rule | null>> = {
   expert_sort: null,
 
   copy: { inputs: [1], ofWeights: true, backward: ({ give, dy }) => give(1, dy) },
+
+  reduce: {
+    inputs: [1],
+    backward: ({ tensors, ints, dy, give }) => {
+      if (ints[0] !== reduceKinds.sum) throw bug('no backward rule for a reduction other than a sum');
+      const [outer, n, inner] = tensors[1]!.shape as [number, number, number];
+      give(1, dy.view(outer, 1, inner).expand(outer, n, inner));
+    },
+  },
 
   gather: {
     inputs: [1],

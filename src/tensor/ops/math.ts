@@ -136,7 +136,7 @@ export function binary(
 
 export const add = (s: Scope, a: Tensor, b: Tensor, out?: Tensor): Tensor => binary(s, 'add', a, b, out ? { out } : {});
 
-const reduceKinds = { sum: 0, mean: 1, max: 2, min: 3, absmax: 4, sumsq: 5, argmax: 6, argmin: 7 } as const;
+export const reduceKinds = { sum: 0, mean: 1, max: 2, min: 3, absmax: 4, sumsq: 5, argmax: 6, argmin: 7 } as const;
 
 /** Over dimension `axis`, which goes away; fp32 out, i32 for argmax and argmin. */
 export function reduce(s: Scope, kind: keyof typeof reduceKinds, x: Tensor, axis: number): Tensor {

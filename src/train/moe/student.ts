@@ -3,20 +3,17 @@ import { withMlp } from '../../arch/decoder.js';
 import type { OpenModel } from '../../arch/open.js';
 import type { Block, Model } from '../../arch/types.js';
 import { WeightReader } from '../../arch/weights.js';
-import { normalQuantile } from '../../moe/quantile.js';
 import type { ForwardContext } from '../../nn/calls.js';
-import { moeLayer, whole, type MoeSpec } from '../../nn/moe.js';
-import { binary, cast, copyInto, reduce, unary } from '../../tensor/ops.js';
-import { constant } from '../../tensor/tape.js';
+import { moeLayer, whole } from '../../nn/moe.js';
+import { cast, copyInto } from '../../tensor/ops.js';
 import { Scope, type Tensor } from '../../tensor/tensor.js';
 import { Overlay } from '../../tune/weights.js';
 import type { MixtureTraining } from './options.js';
+import { straightThrough } from './straight-through.js';
 import { LearningBlock, scaledUnit, sizedUnit, sizeOf, wholeUnit, type Place, type Unit } from './units.js';
 
 /** Where at least this share of the experts is on, all of them compute every token: it is faster than sorting rows. */
 const wholeFrom = 0.25;
-/** Of the soft choice that a router learns by, in standard deviations of a token's scores. */
-const temperature = 0.25;
 
 /** Whether routers learn along. */
 const learnsRouter = ({ part, routerRate }: Pick<MixtureTraining, 'part' | 'routerRate'>): boolean =>
@@ -32,32 +29,6 @@ export function trainedModel(model: Model, training: Pick<MixtureTraining, 'part
     return withMlp(block, moeLayer(moe.layer, whole(weigh)));
   });
   return { ...model, blocks };
-}
-
-/**
- * `weights` f32 [T, E] as they are, whose gradients also reach the scores that the experts were chosen by, as if the choice
- * were soft: sigmoid((score - threshold) / temperature), in standard deviations of a token's scores (straight-through,
- * Bengio et al. 2013). In a unit-weight container the weights themselves hardly depend on the router.
- */
-function straightThrough(weights: Tensor, logits: Tensor, { layer, active, experts }: MoeSpec, ctx: ForwardContext) {
-  const { scope } = ctx;
-  const { device } = scope;
-  const { routeBias } = layer;
-  const scores = routeBias ? binary(scope, 'add', unary(scope, 'sigmoid', logits), ctx.weights.get(routeBias)) : logits;
-  const column = (x: Tensor) => x.view(-1, 1);
-  const { threshold, slope } = constant(device, () => {
-    const mean = reduce(scope, 'mean', scores, 1);
-    const variance = reduce(scope, 'sumsq', binary(scope, 'sub', scores, column(mean)), 1);
-    const deviation = unary(scope, 'sqrt', unary(scope, 'affine', variance, 1 / experts, 1e-16));
-    return {
-      threshold: binary(scope, 'add', mean, deviation, { alpha: normalQuantile(1 - active / experts) }),
-      slope: unary(scope, 'reciprocal', unary(scope, 'affine', deviation, temperature, 0)),
-    };
-  });
-  const distance = binary(scope, 'mul', binary(scope, 'sub', scores, column(threshold)), column(slope));
-  const soft = unary(scope, 'sigmoid', distance);
-  const value = constant(device, () => cast(scope, soft, 'f32'));
-  return binary(scope, 'add', weights, binary(scope, 'sub', soft, value));
 }
 
 /** A block of the mixture whose parts learn as asked; its values live in `scope`. */
