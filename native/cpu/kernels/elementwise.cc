@@ -354,8 +354,8 @@ void divergence_row(const float* p, const float* q, int64_t n, double out[4]) {
 
 extern const ElementKernels DC_FOR_ISA(element_kernels);
 const ElementKernels DC_FOR_ISA(element_kernels) = {
-    load_row,     store_row, unary_row, slope_row,   binary_row, axpy_row,        scale_row,      multiply_row,
-    dot_row,      max_row,   exp_sum_row, sum_row,    sum_squares_row, divergence_row, weigh_row, silu_bf16_row,
+    load_row, store_row,   unary_row, slope_row,       binary_row,     axpy_row,  scale_row,     multiply_row,
+    dot_row,  max_row,     exp_sum_row, sum_row,       sum_squares_row, divergence_row, weigh_row, silu_bf16_row,
 };
 
 }  // namespace dc

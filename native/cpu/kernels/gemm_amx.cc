@@ -285,7 +285,8 @@ inline __attribute__((always_inline)) void round_row(uint16_t* to, const float* 
 }
 
 // One panel of A. The sums of a block of 32 x 32 are rounded while the products of the next one run.
-void block_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const void* a, const void* b, int64_t m, int64_t n, int64_t k) {
+void block_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const void* a, const void* b,
+                int64_t m, int64_t n, int64_t k) {
   _tile_loadconfig(&kConfig);
   alignas(64) float sums[2][kLines * kLines], turned[kLines * kLines];
   const float* from = nullptr;
