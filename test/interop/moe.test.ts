@@ -1,10 +1,13 @@
 import { execFile } from 'node:child_process';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { describe, expect, test } from 'vitest';
 import type { MoeOptions } from '../../src/moe/options.js';
 import { runMoe } from '../../src/moe/run.js';
 import { runSurgery } from '../../src/moe/surgery/run.js';
+import { quantize } from '../../src/quant/run.js';
+import { defaultRecipe } from '../../src/quant/scheme.js';
 import { fixture, testEnv, trainedModel } from '../arch/support.js';
 import { ourLogits, python, relativeError, someTokens, workFolder } from './support.js';
 
@@ -27,7 +30,7 @@ test.skipIf(!dense)('transformers loads every container of dense-6m, computes th
     { container: 'glm4_moe', active: 4 },
     { container: 'qwen2_moe', active: 4 },
     { container: 'mixtral', active: 4 },
-    { container: 'glm4_moe', active: 3, limit: { groups: 4, topGroups: 2 }, balance: 0.1 },
+    { container: 'glm4_moe', experts: 16, active: 3, limit: { groups: 4, topGroups: 2 }, balance: 0.1 },
   ];
   const outs: string[] = [];
   for (const form of forms) {
@@ -46,11 +49,34 @@ test.skipIf(!dense)('transformers loads every container of dense-6m, computes th
   }
 }); // prettier-ignore
 
-test.skipIf(!dense)('transformers computes our logits where routing is limited to groups', async () => {
-  const [out, louder] = [join(work, 'glm4_moe-3'), join(work, 'louder')];
+describe.skipIf(!dense)('where routing is limited to groups, transformers computes our logits', () => {
+  const louder = join(work, 'louder');
   const tokens = someTokens(48, 8192);
-  const { logits } = await python<{ logits: number[] }>('check_moe.py', out, JSON.stringify([...tokens]), louder);
-  expect(relativeError(logits, await ourLogits(louder, env, tokens))).toBeLessThan(1e-4);
+
+  test('from the mixture', async () => {
+    const { logits } = await python<{ logits: number[] }>('check_moe.py', join(work, 'glm4_moe-3'), JSON.stringify([...tokens]), louder); // prettier-ignore
+    expect(relativeError(logits, await ourLogits(louder, env, tokens))).toBeLessThan(1e-4);
+  });
+
+  test.each(['prune', 'merge'] as const)('%s: with fewer experts in each group', async (kind) => {
+    const out = join(work, `louder-${kind}`);
+    await runSurgery({ input: louder, out, kind, keep: 8, calibration, tool, commandLine: 'test' }, env);
+    const { logits, names } = await python<{ logits: number[]; names: object }>('check_moe.py', out, JSON.stringify([...tokens])); // prettier-ignore
+    expect(names).toEqual({});
+    expect(relativeError(logits, await ourLogits(out, env, tokens))).toBeLessThan(1e-4);
+  });
+
+  test('quantized', async () => {
+    const [root, tokenFile, logitFile] = [join(work, 'int4'), join(work, 'tokens.json'), join(work, 'logits.f32')];
+    const out = join(root, 'compressed-tensors');
+    const recipe = { ...defaultRecipe, groupSize: 32 };
+    await quantize({ input: louder, out, recipe, formats: ['compressed-tensors'], calibration, tool, commandLine: 'test' }, env); // prettier-ignore
+    writeFileSync(tokenFile, JSON.stringify([[...tokens]]));
+    const { linears } = await python<{ linears: number }>('check_quantized.py', root, tokenFile, logitFile);
+    expect(linears).toBeGreaterThan(3 * 16);
+    const theirs = new Float32Array(readFileSync(logitFile).buffer.slice(0));
+    expect(relativeError(theirs, await ourLogits(out, env, tokens))).toBeLessThan(1e-4);
+  });
 });
 
 describe.each(['prune', 'merge'] as const)('%s', (kind) => {
