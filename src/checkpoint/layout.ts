@@ -74,6 +74,8 @@ export interface LayoutOptions {
   /** Name of the one output file; undefined for a folder, which may hold shards. */
   readonly fileName: string | undefined;
   readonly metadata: Readonly<Record<string, string>>;
+  /** safetensors: data in the order of `tensors`; false: in the order of the reference's writer. */
+  readonly inPlanOrder?: boolean | undefined;
   /** Only for GGUF: architecture, tokenizer ... */
   readonly gguf?: ReadonlyMap<string, GgufValue> | undefined;
   /** Only for ONNX: the graph whose weights the tensors are. */
@@ -136,7 +138,11 @@ function split(tensors: readonly PlannedTensor[], shardSize: number): PlannedTen
   return shards;
 }
 
-function safetensorsFile(name: string, tensors: readonly PlannedTensor[], { metadata }: LayoutOptions): FileLayout {
+function safetensorsFile(
+  name: string,
+  tensors: readonly PlannedTensor[],
+  { metadata, inPlanOrder }: LayoutOptions,
+): FileLayout {
   const plan = tensors.map((tensor) => {
     const dtype = safetensorsDtype(plannedEncoding(tensor));
     if (dtype !== undefined && tensor.tiedTo === undefined) return { name: tensor.name, shape: tensor.shape, dtype };
@@ -145,7 +151,7 @@ function safetensorsFile(name: string, tensors: readonly PlannedTensor[], { meta
       got: tensor.tiedTo === undefined ? encodingName(plannedEncoding(tensor)) : `tied to ${tensor.tiedTo}`,
     });
   });
-  const { header, offsets, size } = buildSafetensorsHeader(plan, metadata);
+  const { header, offsets, size } = buildSafetensorsHeader(plan, metadata, inPlanOrder);
   const extents = tensors.map((tensor) => ({
     names: [planKey(tensor)],
     position: offsets.get(tensor.name)!,

@@ -20,6 +20,11 @@ export interface WriterOptions {
   readonly part?: string | undefined;
   /** In the order of the layers: shards are filled in this order. */
   readonly tensors: readonly PlannedTensor[];
+  /**
+   * Tensors come in about this order, as blocks are done: safetensors files hold them in it, so that checksums follow.
+   * Default: the order of the reference's writer, whose bytes a conversion then equals.
+   */
+  readonly inPlanOrder?: boolean;
   /** Bytes (default 5 GB). Only for a folder: a file output is one file. */
   readonly shardSize?: number;
   /** config.json of the output. */

@@ -36,6 +36,7 @@ export async function createWriter(options: WriterOptions): Promise<CheckpointWr
     fileName,
     shardSize: options.shardSize ?? 5e9,
     metadata: options.metadata ?? { format: 'pt' },
+    inPlanOrder: options.inPlanOrder,
     gguf: options.gguf,
     onnx: options.onnx,
   });

@@ -275,21 +275,36 @@ export function safetensorsBytes({ dtype, shape }: HeaderTensor): number {
 /** Place in the reference's list of dtypes, which ascends by size: its writer sorts by this, descending, then by name. */
 const rank = new Map([...dtypes.keys()].map((name, index) => [name, index]));
 
+/** By descending element size, so that each lies aligned, then by name. */
+const inReferenceOrder = (tensors: readonly HeaderTensor[]): HeaderTensor[] =>
+  [...tensors].sort(
+    (a, b) => rank.get(b.dtype)! - rank.get(a.dtype)! || (a.name < b.name ? -1 : a.name > b.name ? 1 : 0),
+  );
+
+/** Whether every tensor of this order begins at a multiple of its element size. */
+function liesAligned(tensors: readonly HeaderTensor[]): boolean {
+  let at = 0;
+  return tensors.every((tensor) => {
+    const aligned = at % Math.max(1, dtypes.get(tensor.dtype)!.bits / 8) === 0;
+    at += safetensorsBytes(tensor);
+    return aligned;
+  });
+}
+
 /**
- * Builds a header: tensors by descending element size, so that each lies aligned, in the reference writer's order;
- * padded with spaces to 8 bytes. `offsets` are absolute, in bytes; `size` is the whole file's.
+ * Builds a header, padded with spaces to 8 bytes. `offsets` are absolute, in bytes; `size` is the whole file's.
+ * @param asGiven data lies in the order of `tensors` where that leaves each aligned, else in the reference writer's.
  */
 export function buildSafetensorsHeader(
   tensors: readonly HeaderTensor[],
   metadata: Readonly<Record<string, string>> = {},
+  asGiven = false,
 ): { header: Buffer; offsets: Map<string, number>; size: number } {
-  const order = (a: HeaderTensor, b: HeaderTensor): number =>
-    rank.get(b.dtype)! - rank.get(a.dtype)! || (a.name < b.name ? -1 : a.name > b.name ? 1 : 0);
   const entries: string[] = [];
   if (Object.keys(metadata).length > 0) entries.push(`"__metadata__":${JSON.stringify(metadata)}`);
   const relative = new Map<string, number>();
   let at = 0;
-  for (const tensor of [...tensors].sort(order)) {
+  for (const tensor of asGiven && liesAligned(tensors) ? tensors : inReferenceOrder(tensors)) {
     if (tensor.name === '__metadata__') throw badInput('safetensors cannot hold a tensor named __metadata__');
     const end = at + safetensorsBytes(tensor);
     const { name, dtype, shape } = tensor;

@@ -235,6 +235,7 @@ async function runJob(context: Context): Promise<MoeReport> {
     job,
     format: isTorch(options.out) ? 'torch' : 'safetensors',
     tensors: plan.tensors.map(({ planned }) => planned),
+    inPlanOrder: true,
     ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
     config: plan.config,
     companions: checkpoint.companions,

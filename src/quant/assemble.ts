@@ -169,6 +169,7 @@ async function writerOf(run: Run, i: number, accept: Accept | undefined): Promis
     job,
     ...(targets.length > 1 && { part: format }),
     tensors: output.tensors.map(({ planned }) => planned),
+    inPlanOrder: true,
     ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
     companions,
     extraFiles: new Map([

@@ -365,6 +365,7 @@ async function write(run: Run, blocks: readonly BlockRecord[], outcome: EndToEnd
     job,
     format: 'safetensors',
     tensors,
+    inPlanOrder: true,
     ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
     config: checkpoint.config,
     companions: checkpoint.companions,

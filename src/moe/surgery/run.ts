@@ -128,6 +128,7 @@ async function runJob(context: Context, fingerprint: Record<string, Json>): Prom
     job,
     format: formatOf(options.out),
     tensors: plan.tensors.map(({ planned }) => planned),
+    inPlanOrder: true,
     ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
     config: plan.config,
     companions: checkpoint.companions,

@@ -76,6 +76,7 @@ export async function writeStudent(o: WriteOptions): Promise<Written> {
     job,
     format: 'safetensors',
     tensors: units.map(({ names, parameter }) => ({ name: names[0]!, shape: parameter.value.shape, dtype })),
+    inPlanOrder: true,
     ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
     config: student.model.config,
     companions: checkpoint.companions,

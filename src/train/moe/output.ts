@@ -31,6 +31,7 @@ export async function writeMixture(
     job,
     format: isFileOutput(options.out) && !options.out.endsWith('.safetensors') ? 'torch' : 'safetensors',
     tensors: sameTensors(mixture),
+    inPlanOrder: true,
     ...(options.shardSize !== undefined && { shardSize: options.shardSize }),
     config: checkpoint.config,
     companions: checkpoint.companions,

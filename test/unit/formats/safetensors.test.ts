@@ -150,4 +150,19 @@ describe('buildSafetensorsHeader', () => {
     for (const { name, span } of tensors) library.copy(made, offsets.get(name), span.offset, span.offset + span.bytes);
     expect(made.equals(library)).toBe(true);
   });
+
+  it('keeps the order that is given where every tensor lies aligned in it', () => {
+    const tensor = (name: string, dtype: string, ...shape: number[]) => ({ name, dtype, shape });
+    const plan = [tensor('b', 'BF16', 4), tensor('c', 'F32', 2), tensor('a', 'I64', 1), tensor('d', 'BF16', 3)];
+    const offsets = (...args: Parameters<typeof buildSafetensorsHeader>) => {
+      const { header, offsets } = buildSafetensorsHeader(...args);
+      return [...offsets].map(([name, at]) => `${name} ${at - header.length}`);
+    };
+    expect(offsets(plan, {}, true)).toEqual(['b 0', 'c 8', 'a 16', 'd 24']);
+    expect(offsets([...plan].reverse(), {}, true)).toEqual(['a 0', 'c 8', 'b 16', 'd 24']); // 'c' would begin at 14
+    expect(offsets(plan)).toEqual(['a 0', 'c 8', 'b 16', 'd 24']);
+    const { header, size } = buildSafetensorsHeader(plan, {}, true);
+    const { tensors } = read(Buffer.concat([header, Buffer.alloc(size - header.length)]));
+    expect(tensors.map(({ name }) => name)).toEqual(['b', 'c', 'a', 'd']);
+  });
 });
