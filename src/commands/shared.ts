@@ -40,7 +40,13 @@ export const inputOptions = {
 } as const;
 
 const outputAs = (what: string) =>
-  text({ required: true, short: 'o', value: 'path', aliases: ['output-model'], help: `Where the result goes: ${what}.` });
+  text({
+    required: true,
+    short: 'o',
+    value: 'path',
+    aliases: ['output-model'],
+    help: `Where the result goes: ${what}.`,
+  });
 
 /** Spread into the options of each command that writes a model. */
 export const outputOptions = {
