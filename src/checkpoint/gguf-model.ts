@@ -4,7 +4,7 @@ import { badInput } from '../base/errors.js';
 import { readSpan } from '../base/io.js';
 import { elementType } from '../formats/assembly.js';
 import type { GgufValue } from '../formats/gguf.js';
-import { isJsonObject, parseJson } from '../formats/json.js';
+import { decodeUtf8, isJsonObject, parseJson } from '../formats/json.js';
 import type { JsonObject } from '../formats/json.js';
 import { parseSentencePiece } from '../formats/sentencepiece.js';
 import type { TensorEntry } from '../formats/types.js';
@@ -148,14 +148,18 @@ async function tokenizerMetadata(checkpoint: Checkpoint): Promise<{ metadata: Gg
   const pathOf = (name: string) => checkpoint.companions.find((file) => companionName(file) === name);
   const read = async (name: string): Promise<string | undefined> => {
     const path = pathOf(name);
-    return checkpoint.extraFiles.get(name) ?? (path === undefined ? undefined : await readFile(path, 'utf8'));
+    const inside = checkpoint.extraFiles.get(name);
+    if (inside !== undefined || path === undefined) return inside;
+    const text = decodeUtf8(await readFile(path));
+    if (text === undefined) throw badInput('A tokenizer file is not UTF-8', { where: path });
+    return text;
   };
   const object = async (name: string): Promise<JsonObject> => {
     const value = parseJson((await read(name)) ?? '{}', { where: name, lenient: true });
     if (isJsonObject(value)) return value;
     throw badInput('A tokenizer file is no JSON object', { where: name });
   };
-  const vocabSize = Number(checkpoint.config['vocab_size']);
+  const vocabSize = requireVocabSize(checkpoint);
   const text = await read('tokenizer.json');
   const config = await object('tokenizer_config.json');
   const chatTemplate = await read('chat_template.jinja');
@@ -176,6 +180,14 @@ async function tokenizerMetadata(checkpoint: Checkpoint): Promise<{ metadata: Gg
       'The model has no tokenizer.json and no tokenizer.model of SentencePiece: the GGUF file gets no tokenizer.',
     ],
   };
+}
+
+/** Tokens that the config speaks of; no more than the embedding has rows, whose length is the file's. */
+function requireVocabSize({ config, tensors, path }: Checkpoint): number {
+  const rows = Math.max(0, ...[...tensors.values()].filter(({ name }) => /embed|lm_head/.test(name)).map(({ shape }) => shape[0] ?? 0)); // prettier-ignore
+  const size = config['vocab_size'];
+  if (Number.isSafeInteger(size) && (size as number) > 0 && (size as number) <= rows) return size as number;
+  throw badInput('The vocabulary of the config does not fit the weights', { where: path, got: `vocab_size ${JSON.stringify(size)}`, expected: `at most the ${rows} rows of the embedding` }); // prettier-ignore
 }
 
 /** Llama 3 has its ranks of tokens in a file of the same name: lines of base64 and a number. */

@@ -41,9 +41,10 @@ export function tokenizerToGguf(files: TokenizerFiles, vocabSize: number): Map<s
   const { tokenizer, config } = files;
   const model = tokenizer['model'];
   if (!isJsonObject(model)) throw fail('This tokenizer is not written as GGUF', model, 'a model');
-  const added = records(tokenizer['added_tokens']).map(
-    (token): AddedToken => ({ id: token['id'] as number, content: token['content'] as string, special: token['special'] === true }), // prettier-ignore
-  );
+  const added = records(tokenizer['added_tokens']).map(({ id, content, special }): AddedToken => {
+    if (typeof id === 'number' && typeof content === 'string') return { id, content, special: special === true };
+    throw fail('An added token has no id or no text', { id, content });
+  });
   const writer = new TokenizerMetadata();
   const vocab =
     model['type'] === 'Unigram'
@@ -82,8 +83,9 @@ export class TokenizerMetadata {
       const id = idOf.get(tokenText(config[name]) ?? '');
       if (id !== undefined) this.set(`ggml.${key}_token_id`, 'u32', id);
     } // prettier-ignore
-    this.set('ggml.add_bos_token', 'bool', (config['add_bos_token'] as boolean | undefined) ?? ends.bos);
-    this.set('ggml.add_eos_token', 'bool', (config['add_eos_token'] as boolean | undefined) ?? ends.eos);
+    const flag = (value: JsonValue | undefined, or: boolean): boolean => (typeof value === 'boolean' ? value : or);
+    this.set('ggml.add_bos_token', 'bool', flag(config['add_bos_token'], ends.bos));
+    this.set('ggml.add_eos_token', 'bool', flag(config['add_eos_token'], ends.eos));
   }
 }
 
@@ -100,9 +102,11 @@ function writeBpe(
     throw fail('This tokenizer is not written as GGUF', model['type'], 'a BPE or a Unigram model');
   }
   const vocab = Object.entries(model['vocab'] as Record<string, number>);
-  const merges = (Array.isArray(model['merges']) ? model['merges'] : []).map((merge) =>
-    Array.isArray(merge) ? (merge as string[]).join(' ') : (merge as string),
-  );
+  const merges = (Array.isArray(model['merges']) ? model['merges'] : []).map((merge) => {
+    const text = Array.isArray(merge) && merge.every((part) => typeof part === 'string') ? merge.join(' ') : merge;
+    if (typeof text === 'string') return text;
+    throw fail('A merge is no pair of texts', merge);
+  });
   const isBytes = model['byte_fallback'] === true;
   const ignoreMerges = model['ignore_merges'] === true;
   if (isBytes && ignoreMerges) throw fail('llama.cpp does not ignore the merges of tokenizers that fall back to bytes', 'ignore_merges true', 'false', keep); // prettier-ignore
@@ -125,7 +129,11 @@ function writeUnigram(
   added: readonly AddedToken[],
   vocabSize: number,
 ): Vocab {
-  const entries = (Array.isArray(model['vocab']) ? model['vocab'] : []) as unknown as readonly (readonly [string, number])[];
+  const entries = (Array.isArray(model['vocab']) ? model['vocab'] : []).map((entry): readonly [string, number] => {
+    const [token, score] = Array.isArray(entry) ? entry : [];
+    if (typeof token === 'string' && typeof score === 'number') return [token, score];
+    throw fail('A token of a Unigram tokenizer is no text with a score', entry);
+  });
   const unknown = model['unk_id'];
   if (typeof unknown !== 'number' || entries[unknown] === undefined) {
     throw fail('This Unigram tokenizer has no unknown token', unknown ?? null, 'unk_id, a token of its vocabulary');
@@ -183,8 +191,10 @@ function unigramSpaces(tokenizer: JsonObject): { prefix: boolean; merge: boolean
   return { prefix, merge, charsmap };
 }
 
-export const tokenText = (value: JsonValue | undefined): string | undefined =>
-  typeof value === 'string' ? value : isJsonObject(value) ? (value['content'] as string) : undefined;
+export function tokenText(value: JsonValue | undefined): string | undefined {
+  const text = isJsonObject(value) ? value['content'] : value;
+  return typeof text === 'string' ? text : undefined;
+}
 
 function findPre(tokenizer: JsonObject, ignoreMerges: boolean): string {
   const pre = tokenizer['pre_tokenizer'];

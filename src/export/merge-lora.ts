@@ -3,12 +3,13 @@ import { stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { badInput, didYouMean } from '../base/errors.js';
 import { exists } from '../base/files.js';
+import { matching } from '../base/patterns.js';
 import type { TensorLoader } from '../arch/load.js';
 import type { RotatedBy } from '../arch/rotate.js';
 import type { StoredWeight } from '../arch/stored.js';
 import { readConfig } from '../checkpoint/config.js';
 import { openCheckpoint } from '../checkpoint/open.js';
-import type { TensorEntry } from '../checkpoint/types.js';
+import type { Checkpoint, TensorEntry } from '../checkpoint/types.js';
 import { binary, gemm } from '../tensor/ops.js';
 import type { Scope, Tensor } from '../tensor/tensor.js';
 import type { Merge, PlannedConversion } from './convert-tensor.js';
@@ -66,11 +67,44 @@ function requirePlain(settings: Settings, where: string): void {
 }
 
 /** PEFT's rule (get_pattern_key): the first key that the module's name ends with, as a regular expression. */
-function byPattern(patterns: unknown, module: string, otherwise: unknown): number {
-  for (const [key, value] of Object.entries((patterns ?? {}) as Record<string, unknown>)) {
-    if (new RegExp(`(?:.*\\.)?(?:${key})$`).exec(module)?.[0] === module) return Number(value);
-  }
-  return Number(otherwise);
+function byPattern(
+  settings: Settings,
+  key: 'rank_pattern' | 'alpha_pattern',
+  modules: readonly string[],
+  where: string,
+): (module: string) => unknown {
+  const given = settings[key] ?? {};
+  if (typeof given !== 'object' || Array.isArray(given)) throw notUsable(key, given, 'an object', where);
+  const patterns = Object.entries(given) as [string, unknown][];
+  const found = matching(patterns.map(([pattern]) => `^(?:.*\\.)?(?:${pattern})$`), modules, `${where}: ${key}`); // prettier-ignore
+  return (module) => patterns[found.findIndex((names) => names.has(module))]?.[1];
+}
+
+const notUsable = (key: string, value: unknown, expected: string, where: string): Error =>
+  badInput(`The adapter's setting ${key} is not usable`, {
+    where,
+    got: (JSON.stringify(value) ?? 'nothing').slice(0, 200),
+    expected,
+  });
+
+/** The rank and the scale of each module's factors. */
+function scaling(
+  settings: Settings,
+  modules: readonly string[],
+  where: string,
+): { rankOf: (module: string) => number; scaleOf: (module: string) => number } {
+  const [rank, alpha] = (['rank_pattern', 'alpha_pattern'] as const).map((key) => byPattern(settings, key, modules, where)) as [(module: string) => unknown, (module: string) => unknown]; // prettier-ignore
+  const rankOf = (module: string): number => {
+    const value = rank(module) ?? settings.r;
+    if (!Number.isSafeInteger(value) || (value as number) < 1) throw notUsable('r', value, 'a positive integer', where);
+    return value as number;
+  };
+  const scaleOf = (module: string): number => {
+    const value = alpha(module) ?? settings.lora_alpha ?? 8;
+    if (typeof value !== 'number' || !Number.isFinite(value)) throw notUsable('lora_alpha', value, 'a number', where);
+    return value / (settings.use_rslora === true ? Math.sqrt(rankOf(module)) : rankOf(module));
+  };
+  return { rankOf, scaleOf };
 }
 
 /**
@@ -82,8 +116,7 @@ export async function readAdapter(folder: string, shapes: ReadonlyMap<string, re
   if (!(await exists(folder)) || !(await stat(folder)).isDirectory() || !(await exists(where))) {
     throw badInput('The adapter is not a PEFT folder', { where: folder, expected: 'adapter_config.json and adapter_model.safetensors' }); // prettier-ignore
   }
-  const settings = readConfig(where).config as Settings;
-  requirePlain(settings, where);
+  const settings = readConfig(where).config;
   const files = ['adapter_model.safetensors', 'adapter_model.bin'].map((name) => join(folder, name));
   const found = await Promise.all(files.map(exists));
   const file = files[found.indexOf(true)];
@@ -92,6 +125,17 @@ export async function readAdapter(folder: string, shapes: ReadonlyMap<string, re
   const checkpoint = await openCheckpoint(file, { configOptional: true });
   await checkpoint.close();
 
+  return adapterOf({ settings, where }, { ...checkpoint, path: file }, shapes);
+}
+
+/** The adapter of settings and tensors that are read already. Errors: as `readAdapter`. */
+export function adapterOf(
+  { settings, where }: { readonly settings: Settings; readonly where: string },
+  stored: Pick<Checkpoint, 'path' | 'tensors' | 'fingerprint'>,
+  shapes: ReadonlyMap<string, readonly number[]>,
+): Adapter {
+  requirePlain(settings, where);
+  const file = stored.path;
   const merges = new Map<string, Merge>();
   const tensors = new Map<string, StoredWeight>();
   const own = (entry: TensorEntry): string => {
@@ -115,33 +159,50 @@ export async function readAdapter(folder: string, shapes: ReadonlyMap<string, re
       got: `[${entry.shape.join(', ')}]`,
       expected,
     });
-  for (const entry of checkpoint.tensors.values()) {
-    const inner = entry.name.replace(/^base_model\.model\./, '').replace('.modules_to_save.', '.');
-    const match = /^(.*)\.lora_(A|B)(?:\.default)?\.weight$/.exec(inner);
-    if (!match) {
-      if (/\.lora_|_lora/.test(inner)) {
+  const add = (name: string, entry: TensorEntry, merge: () => Merge): void => {
+    if (merges.has(name)) throw badInput('The adapter changes one weight twice', { where: `${file}, tensor ${entry.name}`, got: name }); // prettier-ignore
+    merges.set(name, merge());
+  };
+  const inner = (name: string): string => name.replace(/^base_model\.model\./, '').replace('.modules_to_save.', '.');
+  const factors = new Map<string, { readonly module: string; readonly part: string }>();
+  for (const name of stored.tensors.keys()) {
+    const match = /^(.*)\.lora_(A|B)(?:\.default)?\.weight$/.exec(inner(name));
+    if (match) factors.set(name, { module: match[1]!, part: match[2]! });
+  }
+  const { rankOf, scaleOf } = scaling(settings, [...new Set([...factors.values()].map(({ module }) => module))], where);
+  const partner = (entry: TensorEntry, own: string, other: string): TensorEntry => {
+    const found = stored.tensors.get(entry.name.replace(new RegExp(`\\.lora_${own}((?:\\.default)?\\.weight)$`), `.lora_${other}$1`)); // prettier-ignore
+    if (found) return found;
+    throw badInput('A LoRA factor has no counterpart', { where: `${file}, tensor ${entry.name}`, expected: `lora_${other} beside it` }); // prettier-ignore
+  };
+  for (const entry of stored.tensors.values()) {
+    const factor = factors.get(entry.name);
+    if (!factor) {
+      const name = inner(entry.name);
+      if (/\.lora_|_lora/.test(name)) {
         throw badInput('The adapter holds something else than LoRA factors of linears', { where: file, got: entry.name, hint: 'Merge it with PEFT (merge_and_unload) and convert the result.' }); // prettier-ignore
       }
-      const shape = target(entry, inner);
+      const shape = target(entry, name);
       if (entry.shape.join() !== shape.join()) throw wrong(entry, `[${shape.join(', ')}], as the model has it`);
-      merges.set(inner, { kind: 'replace', by: own(entry) });
+      add(name, entry, () => ({ kind: 'replace', by: own(entry) }));
       continue;
     }
-    const [, module, part] = match;
-    if (part === 'B') continue;
+    const { module, part } = factor;
+    if (part === 'B') {
+      partner(entry, 'B', 'A');
+      continue;
+    }
     const name = `${module}.weight`;
-    const [n, k] = target(entry, name) as [number, number];
-    const b = checkpoint.tensors.get(entry.name.replace('.lora_A', '.lora_B'));
-    const rank = byPattern(settings.rank_pattern, module!, settings.r);
-    if (entry.shape.join() !== [rank, k].join()) throw wrong(entry, `[${rank}, ${k}]: the rank that the config says, and the model's inputs`);
-    if (!b) throw badInput('A LoRA factor has no counterpart', { where: `${file}, tensor ${entry.name}`, expected: 'lora_B beside it' });
+    const [n, k, ...more] = target(entry, name);
+    if (k === undefined || more.length > 0) throw wrong(entry, 'no factor: the weight is no matrix');
+    const b = partner(entry, 'A', 'B');
+    const rank = rankOf(module);
+    if (entry.shape.join() !== [rank, k].join()) throw wrong(entry, `[${rank}, ${k}]: the rank that the config says, and the model's inputs`); // prettier-ignore
     if (b.shape.join() !== [n, rank].join()) throw wrong(b, `[${n}, ${rank}]`);
-    const alpha = byPattern(settings.alpha_pattern, module!, settings.lora_alpha ?? 8);
-    const scale = settings.use_rslora === true ? alpha / Math.sqrt(rank) : alpha / rank;
-    merges.set(name, { kind: 'add', a: own(entry), b: own(b), scale });
-  } // prettier-ignore
+    add(name, entry, () => ({ kind: 'add', a: own(entry), b: own(b), scale: scaleOf(module) }));
+  }
   if (merges.size === 0) throw badInput('The adapter changes nothing', { where: file });
-  const hash = createHash('sha256').update(JSON.stringify(settings)).update(checkpoint.fingerprint).digest('hex');
+  const hash = createHash('sha256').update(JSON.stringify(settings)).update(stored.fingerprint).digest('hex');
   const added = [...merges.values()].filter(({ kind }) => kind === 'add').length;
   const description = `LoRA adapter: ${added} weights added to, ${merges.size - added} replaced`;
   return { merges, tensors, hash, description };

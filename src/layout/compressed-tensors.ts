@@ -1,4 +1,5 @@
 import { badInput, bug } from '../base/errors.js';
+import { matching } from '../base/patterns.js';
 import type { TensorEntry } from '../formats/types.js';
 import { cast, pack, unpack, type Grid, type PackOptions } from '../tensor/ops.js';
 import type { Scope, Tensor } from '../tensor/tensor.js';
@@ -104,22 +105,18 @@ function weightArgs(group: Readonly<Record<string, unknown>>, at: string): Weigh
   };
 }
 
-function pattern(source: string): RegExp {
-  try {
-    return new RegExp(`^(?:${source})`);
-  } catch (cause) {
-    throw badInput('A target of the quantization config is no regular expression', { got: `re:${source}`, cause });
-  }
-}
-
-/** The scheme of module `name`: a target that names it (or matches: `re:`) goes before one that names its class. */
-function schemeOf(name: string, groups: readonly WeightArgs[]): WeightArgs | undefined {
-  const named = (target: string) => (target.startsWith('re:') ? pattern(target.slice(3)).test(name) : target === name);
-  return (
-    groups.find((g) => g.targets.some(named)) ??
-    groups.find((g) => g.targets.includes('Linear')) ??
-    (groups.length === 1 ? groups[0] : undefined)
-  );
+/** The scheme of each module: a target that names it (or matches: `re:`) goes before one that names its class. */
+function schemesOf(
+  groups: readonly WeightArgs[],
+  names: readonly string[],
+  at: string,
+): (name: string) => WeightArgs | undefined {
+  const targets = groups.flatMap((group) => group.targets.filter((target) => target.startsWith('re:')));
+  const found = matching(targets.map((target) => `^(?:${target.slice(3)})`), names, `${at}: targets`); // prettier-ignore
+  const matches = new Map(targets.map((target, i) => [target, found[i]!]));
+  const fallback = groups.find((g) => g.targets.includes('Linear')) ?? (groups.length === 1 ? groups[0] : undefined);
+  return (name) =>
+    groups.find((g) => g.targets.some((target) => target === name || matches.get(target)?.has(name))) ?? fallback;
 }
 
 function storedLinears(
@@ -127,14 +124,17 @@ function storedLinears(
   groups: readonly WeightArgs[],
   at: string,
 ): Map<string, StoredLinear> {
+  const key = 'weight_packed';
+  const names = [...tensors.keys()].filter((name) => name.endsWith(`.${key}`)).map((name) => name.slice(0, -key.length - 1)); // prettier-ignore
+  const schemeOf = schemesOf(groups, names, at);
   const argsOf = (name: string): WeightArgs => {
-    const args = schemeOf(name, groups);
+    const args = schemeOf(name);
     if (!args) throw badInput('No group of the quantization config fits a stored linear', { where: at, got: name });
     return args;
   };
   const needed = (name: string) => ['weight_scale', ...(argsOf(name).symmetric ? [] : ['weight_zero_point'])];
   const linears = new Map<string, StoredLinear>();
-  for (const [name, parts] of findParts(tensors, 'weight_packed', needed, ['weight_shape', 'weight_g_idx'])) {
+  for (const [name, parts] of findParts(tensors, key, needed, ['weight_shape', 'weight_g_idx'])) {
     const args = argsOf(name);
     // A symmetric linear may have zero points all the same (all zero): they are its, and not read.
     const points = tensors.get(`${name}.weight_zero_point`);

@@ -1,4 +1,5 @@
 import { dtypeSize } from '../base/dtype.js';
+import { badInput } from '../base/errors.js';
 import type { TensorEntry } from '../formats/types.js';
 import { cast, copyInto, unpack, type PackOptions } from '../tensor/ops.js';
 import { Tensor, type Scope } from '../tensor/tensor.js';
@@ -21,22 +22,42 @@ interface Linear {
  * is in, where columns were reordered. w = (code - zero) scale.
  */
 export function matMulNBitsReader(config: Readonly<Record<string, unknown>>, where: string): LayoutReader {
-  const linears = record(config.linears, where, 'linears') as Readonly<Record<string, Linear>>;
-  for (const [name, { bits, blockSize }] of Object.entries(linears)) {
-    if (![2, 4, 8].includes(bits)) throw keyError(`${where}: ${name}`, 'bits', bits, '2, 4 or 8');
-    if ((blockSize * bits) % 32 !== 0) throw keyError(`${where}: ${name}`, 'block_size', blockSize, 'whole words');
-  }
-  const [first] = Object.values(linears);
+  const given = Object.entries(record(config.linears, where, 'linears'));
+  const linears = new Map(given.map(([name, value]) => [name, readLinear(value, `${where}: ${name}`)]));
+  const [first] = linears.values();
   return {
     name: 'matmulnbits',
     description: first ? `ONNX MatMulNBits, ${first.bits} bits, blocks of ${first.blockSize}` : 'ONNX MatMulNBits',
     notes: [],
-    linears: (tensors) =>
-      new Map(Object.entries(linears).map(([name, linear]) => [name, stored(name, linear, tensors)])),
+    linears: (tensors) => new Map([...linears].map(([name, linear]) => [name, stored(name, linear, tensors, where)])),
   };
 }
 
-function stored(name: string, linear: Linear, tensors: ReadonlyMap<string, TensorEntry>): StoredLinear {
+function readLinear(value: unknown, at: string): Linear {
+  const { bits, blockSize, inFeatures, outFeatures, rows } = record(value, at, 'linear');
+  const count = (key: string, given: unknown, least = 1): number => {
+    if (Number.isSafeInteger(given) && (given as number) >= least && (given as number) < 2 ** 31)
+      return given as number;
+    throw keyError(at, key, given, `a whole number from ${least} on`);
+  };
+  if (bits !== 2 && bits !== 4 && bits !== 8) throw keyError(at, 'bits', bits, '2, 4 or 8');
+  const size = count('block_size', blockSize);
+  if ((size * bits) % 32 !== 0) throw keyError(at, 'block_size', size, 'whole words');
+  const linear: Linear = {
+    bits,
+    blockSize: size,
+    inFeatures: count('inFeatures', inFeatures),
+    outFeatures: count('outFeatures', outFeatures),
+  };
+  if (rows === undefined) return linear;
+  const turns = record(rows, at, 'rows');
+  const step = count('step', turns.step);
+  const first = count('first', turns.first, 0);
+  if (first >= step) throw keyError(at, 'first', first, `less than ${step}`);
+  return { ...linear, rows: { first, step } };
+}
+
+function stored(name: string, linear: Linear, tensors: ReadonlyMap<string, TensorEntry>, where: string): StoredLinear {
   const module = name.slice(0, -'.weight'.length);
   const suffixes = ['weight_nbits', 'weight_scales', 'weight_zero_points', 'weight_g_idx'];
   const parts = new Map(
@@ -45,6 +66,9 @@ function stored(name: string, linear: Linear, tensors: ReadonlyMap<string, Tenso
       return entry ? [[suffix, entry] as const] : [];
     }),
   );
+  for (const suffix of ['weight_nbits', 'weight_scales']) {
+    if (!parts.has(suffix)) throw badInput('A quantized linear is incomplete', { where, expected: `${module}.${suffix}`, got: 'no such tensor' }); // prettier-ignore
+  }
   return {
     name,
     shape: [linear.outFeatures, linear.inFeatures],

@@ -2,9 +2,9 @@ import { createHash } from 'node:crypto';
 import { readFile, stat } from 'node:fs/promises';
 import { badInput } from '../base/errors.js';
 import { ioError } from '../base/files.js';
-import { readSpan } from '../base/io.js';
-import { parseFile } from '../checkpoint/parse.js';
+import { readGguf } from '../formats/gguf.js';
 import { decodeUtf8 } from '../formats/json.js';
+import { inMemory } from '../formats/source.js';
 
 /** Mean squared activation of each input channel: f32 [experts, K], one row for tensors that are no stack of experts. */
 export interface Importance {
@@ -28,30 +28,34 @@ export async function readImatrix(path: string): Promise<Imatrix> {
   });
   if (size > limits.bytes) throw badInput('Too large for an importance matrix', { where: path, got: `${size} bytes` });
   const bytes = await readFile(path);
-  return bytes.subarray(0, 4).toString('latin1') === 'GGUF' ? await fromGguf(path) : parseDat(bytes, path);
+  return parseImatrix(bytes, path);
 }
 
-async function fromGguf(path: string): Promise<Imatrix> {
-  const file = await parseFile(path);
-  const type = file.gguf?.get('general.type')?.value;
+/** The same from a file's bytes. */
+export const parseImatrix = (bytes: Buffer, path: string): Imatrix =>
+  bytes.subarray(0, 4).toString('latin1') === 'GGUF' ? fromGguf(bytes, path) : parseDat(bytes, path);
+
+function fromGguf(bytes: Buffer, path: string): Imatrix {
+  const { metadata, tensors } = readGguf(inMemory(bytes, path));
+  const type = metadata.get('general.type')?.value;
   if (type !== 'imatrix') {
     throw badInput('This GGUF file is no importance matrix', { where: path, expected: 'general.type imatrix', got: JSON.stringify(type) ?? 'none' }); // prettier-ignore
   }
-  const entries = new Map(file.tensors.map((tensor) => [tensor.name, tensor]));
-  const read = async (name: string): Promise<{ values: Float32Array; shape: readonly number[] }> => {
+  const entries = new Map(tensors.map((tensor) => [tensor.name, tensor]));
+  const read = (name: string): { values: Float32Array; shape: readonly number[] } => {
     const entry = entries.get(name);
     if (entry?.encoding.kind !== 'plain' || entry.encoding.dtype !== 'f32') {
       throw badInput('A tensor of an importance matrix is missing or no f32', { where: `${path}, tensor ${name}` });
     }
-    const bytes = await readSpan(entry.span);
-    return { values: new Float32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length)), shape: entry.shape }; // prettier-ignore
+    const { offset, bytes: size } = entry.span;
+    return { values: new Float32Array(new Uint8Array(bytes.subarray(offset, offset + size)).buffer), shape: entry.shape }; // prettier-ignore
   };
   const found = new Map<string, Importance>();
   for (const name of entries.keys()) {
     if (!name.endsWith('.in_sum2')) continue;
     const tensor = name.slice(0, -'.in_sum2'.length);
-    const sums = await read(name);
-    const counts = await read(`${tensor}.counts`);
+    const sums = read(name);
+    const counts = read(`${tensor}.counts`);
     const experts = counts.values.length;
     if (experts === 0 || sums.values.length % experts !== 0) {
       throw badInput('Sums and counts of an importance matrix disagree', {
@@ -70,7 +74,7 @@ async function fromGguf(path: string): Promise<Imatrix> {
 }
 
 /** The older form: i32 entries; each i32 length, name, i32 calls, i32 values, f32 sums (over `calls`). What follows is of no use here. */
-export function parseDat(bytes: Buffer, path: string): Imatrix {
+function parseDat(bytes: Buffer, path: string): Imatrix {
   let at = 0;
   const fail = (what: string): Error => badInput(`Not an importance matrix: ${what}`, { where: `${path}, byte ${at}` });
   const int = (most: number, what: string): number => {

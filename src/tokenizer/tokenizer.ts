@@ -4,6 +4,7 @@ import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Tokenizer as NativeTokenizer } from '@anush008/tokenizers';
 import { badInput } from '../base/errors.js';
+import { requireSound } from './check.js';
 
 export interface EncodeOptions {
   /** With what the tokenizer puts around every text (BOS, EOS); default false. */
@@ -80,10 +81,12 @@ export async function makeTokenizer(
   source: () => Promise<string> = () => Promise.resolve(content.toString()),
 ): Promise<Tokenizer> {
   const [bytes, path] = [Buffer.from(content as string), where];
+  const text = decodeText(bytes, path);
+  requireSound(text, path);
   const { Tokenizer: Native } = await import('@anush008/tokenizers').then((m) => m.default ?? m);
   let native: NativeTokenizer;
   try {
-    native = Native.fromString(bytes.toString('utf8'));
+    native = Native.fromString(text);
   } catch (cause) {
     throw badInput('The tokenizer cannot be read', {
       where: path,
@@ -96,6 +99,14 @@ export async function makeTokenizer(
   native.disableTruncation();
   native.disablePadding();
   return new Tokenizer(native, path, createHash('sha256').update(bytes).digest('hex'), source);
+}
+
+function decodeText(bytes: Buffer, where: string): string {
+  try {
+    return new TextDecoder('utf-8', { fatal: true }).decode(bytes);
+  } catch (cause) {
+    throw badInput('The tokenizer is not UTF-8 text', { where, cause });
+  }
 }
 
 /** tokenizer.json in the folder, or the file itself. */

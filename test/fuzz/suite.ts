@@ -1,6 +1,6 @@
 import { expect, it } from 'vitest';
 import { fuzz, times } from './engine.js';
-import type { Job } from './targets.js';
+import type { Job } from './jobs.js';
 
 /** One test for each target. */
 export function fuzzEach(targets: readonly Job[]): void {

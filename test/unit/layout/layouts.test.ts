@@ -170,7 +170,7 @@ describe('hostile or foreign settings', () => {
       return layout.linears(stored('ct')).get('ct.linear.weight')!.bits;
     };
     expect([bits(['ct.linear']), bits(['re:.*lin']), bits(['ct.line']), bits(['re:lin'])]).toEqual([8, 8, 4, 4]);
-    expect(await badInputMessage(() => bits(['re:(']))).toMatch(/no regular expression.*re:\(/s);
+    expect(await badInputMessage(() => bits(['re:(']))).toMatch(/Not a regular expression.*\(/s);
   });
 
   test('a missing part is named', async () => {

@@ -1,16 +1,16 @@
 import { describe, expect, it } from 'vitest';
-import { parseDat } from '../../../src/targets/imatrix.js';
+import { parseImatrix } from '../../../src/targets/imatrix.js';
 import { badInputMessage } from '../../support/refusal.js';
 
 const i32 = (...numbers: number[]): Buffer => Buffer.from(Int32Array.from(numbers).buffer);
 const entry = (name: Buffer | string, values: number[]): Buffer =>
   Buffer.concat([i32(name.length), Buffer.from(name as string), i32(2, values.length), Buffer.from(Float32Array.from(values).buffer)]); // prettier-ignore
 const file = (...entries: Buffer[]): Buffer => Buffer.concat([i32(entries.length), ...entries]);
-const message = (bytes: Buffer): Promise<string> => badInputMessage(() => parseDat(bytes, 'x.dat'));
+const message = (bytes: Buffer): Promise<string> => badInputMessage(() => parseImatrix(bytes, 'x.dat'));
 
 describe('the older form of an importance matrix', () => {
   it('is read: sums over calls', () => {
-    const found = parseDat(file(entry('a', [2, 0, 6]), entry('b', [1])), 'x.dat');
+    const found = parseImatrix(file(entry('a', [2, 0, 6]), entry('b', [1])), 'x.dat');
     expect([...found].map(([name, { values }]) => [name, [...values]])).toEqual([['a', [1, 0, 3]], ['b', [0.5]]]); // prettier-ignore
   });
 
