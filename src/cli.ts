@@ -81,6 +81,7 @@ async function main(): Promise<number> {
   const sources = [typed, fromEnvironment(table, run.environment)];
   if (way.config) sources.push((await import('./base/config.js')).fromConfigFile(way.config, way.name, names, table));
   const { values, from } = resolveOptions(table, sources);
+  await requireInputsElsewhere(values);
   const common = values as Values<typeof commonOptions>;
   run.json = common.json;
   if (!common.color) run.paintOut = run.paintErr = noPaint;
@@ -106,6 +107,20 @@ async function main(): Promise<number> {
   const result = await command.run(values as never, io);
   run.log.stop();
   return finish(result);
+}
+
+/** Before a job of hours begins; its writer would learn of it at the end. */
+async function requireInputsElsewhere({
+  input,
+  paths,
+  out,
+  overwrite,
+}: Readonly<Record<string, unknown>>): Promise<void> {
+  if (overwrite !== true || typeof out !== 'string') return;
+  const { requireInputElsewhere } = await import('./base/job.js');
+  for (const path of [input, ...(Array.isArray(paths) ? (paths as unknown[]) : [])]) {
+    if (typeof path === 'string') await requireInputElsewhere(path, out);
+  }
 }
 
 function finish({ data, text, failure }: CommandResult): number {

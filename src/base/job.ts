@@ -1,6 +1,6 @@
 import { readFileSync } from 'node:fs';
-import { readdir, rm, rmdir, stat } from 'node:fs/promises';
-import { dirname, join, resolve } from 'node:path';
+import { readdir, realpath, rm, rmdir, stat } from 'node:fs/promises';
+import { dirname, join, relative, resolve, sep } from 'node:path';
 import { badInput } from './errors.js';
 import {
   exists,
@@ -239,6 +239,19 @@ export async function requireNoOutput(out: string, overwrite: boolean): Promise<
       hint: 'Choose another path with -o, or remove the folder yourself.',
     });
   }
+}
+
+/** Refuses to replace a folder by what is made of files in it: whatever else lies there would go as well. */
+export async function requireInputElsewhere(input: string, out: string): Promise<void> {
+  if (!(await exists(input)) || !(await exists(out)) || !(await stat(out)).isDirectory()) return;
+  const [from, to] = await Promise.all([realpath(input), realpath(out)]);
+  const way = relative(to, from);
+  if (way === '..' || way.startsWith(`..${sep}`)) return;
+  throw badInput('The output would replace the folder that it is made from', {
+    where: out,
+    got: `the input ${input}`,
+    hint: 'Choose another path with -o; remove the input yourself when the output is there.',
+  });
 }
 
 async function clear(folder: string): Promise<void> {

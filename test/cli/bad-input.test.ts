@@ -1,6 +1,6 @@
 import { spawnSync } from 'node:child_process';
-import { cpSync, existsSync, mkdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { cpSync, existsSync, mkdirSync, readFileSync, rmSync, symlinkSync, truncateSync, writeFileSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import { readTensors, writeTensors } from './files.js';
 import { cli, fixture, json, listing, shell, v1, workFolder, type Finished } from './support.js';
@@ -158,6 +158,19 @@ describe('outputs', () => {
     expect(forced.code).toBe(1);
     expect(forced.stderr).toContain('not a model folder');
     expect(listing(out)).toEqual(['precious.txt']);
+  });
+  it.each(makers)('%s: the folder of the input itself', async (name, args) => {
+    const out = join(folder, `own-${name}`);
+    cpSync(dirname(v1), out, { recursive: true });
+    writeFileSync(join(out, 'config.json'), '{}'); // as in the folder of a model
+    const before = listing(out);
+    symlinkSync(out, `${out}-link`);
+    for (const input of [join(out, basename(v1)), join(`${out}-link`, basename(v1))]) {
+      const { code, stderr } = await cli([name, input, '-o', out, ...args, '--overwrite']);
+      expect(code).toBe(1);
+      expect(stderr).toContain('would replace the folder that it is made from');
+    }
+    expect(listing(out)).toEqual(before);
   });
   it.each(makers)('%s: below a file', async (name, args) => {
     const { code, stderr } = await cli([name, v1, '-o', join(v1, 'x'), ...args]);
