@@ -95,6 +95,13 @@ describe('readTorch', () => {
     expect(found.notes.join('\n')).toContain('under "model"."state_dict"');
   });
 
+  it.each(['state_dict', 'model_state_dict', 'model', 'module', 'weights'])('finds weights under "%s"', (key) => {
+    const tensor = new TorchTensor(new TorchStorage('0', 'FloatStorage', 2), 0, [2], [1]);
+    const root: PyDict = new Map<PyValue, PyValue>([['epoch', 3n], [key, new Map([['w', tensor]])]]); // prettier-ignore
+    const { tensors } = stateEntries(root, new Map([['0', { offset: 0, bytes: 8 }]]), 'x.bin');
+    expect(tensors.map(({ name }) => name)).toEqual(['w']);
+  });
+
   it('keeps tied tensors on one place', () => {
     const byName = new Map(read('plain.bin').tensors.map((tensor) => [tensor.name, tensor]));
     expect(byName.get('tied')!.span).toEqual(byName.get('bfloat16')!.span);
