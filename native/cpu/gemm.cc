@@ -29,7 +29,7 @@ const GemmKernels& gemm_kernels() {
 #endif
 }
 
-// fp32 panels of any float dtype. 320 positions: a micro-panel of each operand stays in L1.
+// fp32 panels of any float dtype.
 const Panels& float_panels() {
   static const Panels panels = {
       gemm_kernels().mr,
@@ -37,7 +37,7 @@ const Panels& float_panels() {
       1,
       4,
       0x80000000,
-      320,
+      gemm_kernels().depth,
       140,
       [](void* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines, int64_t k) {
         gemm_kernels().pack(static_cast<float*>(dst), src, dtype, line_stride, position_stride, lines, k, gemm_kernels().mr);
@@ -84,15 +84,11 @@ void finish(const Product& x, float* sum, int64_t ld, int64_t i0, int64_t j0, in
 
 namespace {
 
-constexpr int64_t kRows = 1024;    // rows of A packed at a time
-constexpr int64_t kColumns = 4096;  // columns of B packed at a time
+constexpr int64_t kPacked = 1 << 23;  // elements of A packed at a time
+constexpr int64_t kTall = 96;        // rows whose sums are still in L2 when they are rounded
 
-Scratch& panel_scratch() {
-  static thread_local Scratch scratch;
-  return scratch;
-}
-
-int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t up(int64_t n, int64_t step) { return parts_of(n, step) * step; }
 
 // Few rows of A times lines of B that lie along k (weights as checkpoints store them): B is read once, unpacked.
 void multiply_few(dc_context* c, const Product& x) {
@@ -150,84 +146,60 @@ void multiply(dc_context* c, const Product& x) {
   const Panels& kernel = panels_of(x);
   if (&kernel != &float_panels() && x.k > 0) return multiply_tiles(c, x, kernel);
   if (multiply_blas(c, x)) return;
-  auto each = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-    if (c)
-      parallel_for(c, n, 1, body);
-    else if (n > 0)
-      body(0, n);
-  };
-  const int64_t mr = kernel.mr, nr = kernel.nr, bytes = kernel.bytes;
-  const int64_t depth = std::min(kernel.depth, up(std::max<int64_t>(x.k, 1), kernel.step));
+  const int64_t mr = kernel.mr, nr = kernel.nr;
+  // Pieces of k of one size, whatever else is cut: every element is summed in the same order.
+  const int64_t depth = parts_of(x.k, std::max<int64_t>(1, parts_of(x.k, kernel.depth)));
+  const int64_t m_block = std::min(x.m, std::max(kernel.rows, kPacked / std::max<int64_t>(1, x.k)) / mr * mr);
   // C itself takes the sums where it can.
   const bool direct = x.c.dtype == DC_F32 && x.c.stride[1] == 1 && x.alpha == 1 && (x.beta == 0 || x.beta == 1);
-  const int64_t m_block = std::min(kRows, x.m), n_block = std::min(kColumns, x.n);
-  static thread_local Scratch a_memory, b_memory, sums;
-  auto* a = reinterpret_cast<char*>(a_memory.take(size_t(up(m_block, mr) * depth * bytes / 4)));
-  char* b = nullptr;
-  if (x.m > kernel.rows) b = reinterpret_cast<char*>(b_memory.take(size_t(up(n_block, nr) * depth * bytes / 4)));
-  float* sum = direct ? nullptr : sums.take(size_t(m_block * n_block));
-  const int threads = c ? c->threads : 1;
+  const bool add = direct && x.beta == 1;
+  static thread_local Scratch a_memory;
+  float* a = a_memory.take(size_t(up(m_block, mr) * x.k));
 
-  for (int64_t n0 = 0; n0 < x.n; n0 += n_block) {
-    const int64_t n = std::min(n_block, x.n - n0);
-    for (int64_t m0 = 0; m0 < x.m; m0 += m_block) {
-      const int64_t m = std::min(m_block, x.m - m0);
-      float* out = direct ? data<float>(x.c) + m0 * x.c.stride[0] + n0 : sum;
-      const int64_t ldc = direct ? x.c.stride[0] : n;
-      if (x.k == 0 && !(direct && x.beta == 1))
-        for (int64_t i = 0; i < m; i++) std::fill(out + i * ldc, out + i * ldc + n, 0.0f);
+  for (int64_t m0 = 0; m0 < x.m; m0 += m_block) {
+    const int64_t m = std::min(m_block, x.m - m0), a_panels = parts_of(m, mr), b_panels = parts_of(x.n, nr);
+    parallel_for(c, a_panels, parts_of(16384, mr * std::max<int64_t>(1, x.k)), [&](int64_t begin, int64_t end) {
+      const int64_t from = begin * mr, rows = std::min(end * mr, m) - from;
       for (int64_t k0 = 0; k0 < x.k; k0 += depth) {
-        const int64_t k = std::min(depth, x.k - k0), line = up(k, kernel.step) * bytes;  // of a packed line
-        const bool last = k0 + k == x.k, accumulate = k0 > 0 || (direct && x.beta == 1);
-        auto pack_a = [&](int64_t from, int64_t to) {
-          kernel.pack_a(a + from * line, element(x.a, (m0 + from) * x.a.stride[0] + k0 * x.a.stride[1]), x.a.dtype,
-                        x.a.stride[0], x.a.stride[1], to - from, k);
-        };
-        auto pack_b = [&](char* to, int64_t from, int64_t columns) {
-          kernel.pack_b(to, element(x.b, k0 * x.b.stride[0] + (n0 + from) * x.b.stride[1]), x.b.dtype, x.b.stride[1],
-                        x.b.stride[0], columns, k);
-        };
-        auto compute = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, const char* panels) {
-          float* at = out + i0 * ldc + j0;
-          kernel.block(at, ldc, a + i0 * line, panels, rows, columns, line / bytes, accumulate);
-          if (last) finish(x, at, ldc, m0 + i0, n0 + j0, rows, columns, direct);
-        };
-        const int64_t a_panels = (m + mr - 1) / mr, b_panels = (n + nr - 1) / nr;
-        if (m <= kernel.rows) {  // one tile of rows: every panel of B is used where it was packed, in L1
-          pack_a(0, m);
-          each(b_panels, [&](int64_t begin, int64_t end) {
-            auto* panel = reinterpret_cast<char*>(panel_scratch().take(size_t(nr * line / 4)));
-            for (int64_t j = begin * nr; j < std::min(end * nr, n); j += nr) {
-              const int64_t columns = std::min(nr, n - j);
-              pack_b(panel, j, columns);
-              compute(0, m, j, columns, panel);
-            }
-          });
-          continue;
-        }
-        each(a_panels + b_panels, [&](int64_t begin, int64_t end) {
-          if (begin < a_panels) pack_a(begin * mr, std::min(std::min(end, a_panels) * mr, m));
-          if (end > a_panels) {
-            const int64_t from = (std::max(begin, a_panels) - a_panels) * nr;
-            pack_b(b + from * line, from, std::min((end - a_panels) * nr, n) - from);
-          }
-        });
-        // Tiles: rows that fit L2 once packed, by enough columns; as many of them as divide evenly among the threads, all
-        // of nearly the same size.
-        int64_t m_tiles = (m + kernel.rows - 1) / kernel.rows;
-        if (m_tiles > threads) m_tiles = std::min(up(m_tiles, threads), a_panels);
-        const int64_t n_tiles = std::max<int64_t>(1, std::min(b_panels, (threads * 4 + m_tiles - 1) / m_tiles));
-        each(m_tiles * n_tiles, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; t++) {
-            const int64_t i = t / n_tiles, j = t % n_tiles;
-            const int64_t i0 = a_panels * i / m_tiles * mr, i1 = std::min(a_panels * (i + 1) / m_tiles * mr, m);
-            const int64_t j0 = b_panels * j / n_tiles * nr, j1 = std::min(b_panels * (j + 1) / n_tiles * nr, n);
-            compute(i0, i1 - i0, j0, j1 - j0, b + j0 * line);
-          }
-        });
+        const int64_t k = std::min(depth, x.k - k0);
+        kernel.pack_a(a + a_panels * mr * k0 + from * k, element(x.a, (m0 + from) * x.a.stride[0] + k0 * x.a.stride[1]),
+                      x.a.dtype, x.a.stride[0], x.a.stride[1], rows, k);
       }
-      if (x.k == 0) finish(x, out, ldc, m0, n0, m, n, direct);
-    }
+    });
+    // A task packs its columns, for each piece of k, and takes its rows past them. With few rows a single panel, in L1.
+    const int64_t tasks = c && c->threads > 1 ? 4 * c->threads : 1;
+    int64_t columns = parts_of(b_panels, m <= kernel.rows ? 1 : gemm_kernels().wide / nr), rows = 1;
+    if (columns < tasks) columns = std::min(tasks, parts_of(b_panels, 2));
+    if (columns < tasks) rows = std::min(parts_of(tasks, columns), parts_of(m, 128));
+    auto task = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+      static thread_local Scratch b_memory, sums;
+      const int64_t n = j1 - j0, ld = direct ? x.c.stride[0] : n;
+      float* b = b_memory.take(size_t(up(n, nr) * depth));
+      float* sum = direct ? data<float>(x.c) + (m0 + i0) * ld + j0 : sums.take(size_t((i1 - i0) * n));
+      for (int64_t k0 = 0; k0 < x.k; k0 += depth) {
+        const int64_t k = std::min(depth, x.k - k0);
+        kernel.pack_b(b, element(x.b, k0 * x.b.stride[0] + j0 * x.b.stride[1]), x.b.dtype, x.b.stride[1], x.b.stride[0], n, k);
+        for (int64_t i = i0; i < i1; i += up(kTall, mr)) {
+          const int64_t some = std::min(up(kTall, mr), i1 - i);
+          if (!direct && k0 + k == x.k && x.c.stride[1] == 1)  // on their way while the sums are made
+            for (int64_t r = 0; r < some; r++)
+              for (int64_t j = 0; j < n; j += 64 / int64_t(dtype_size(x.c.dtype)))
+                __builtin_prefetch(element(x.c, (m0 + i + r) * x.c.stride[0] + j0 + j), 1, 2);
+          kernel.block(sum + (i - i0) * ld, ld, a + a_panels * mr * k0 + i * k, b, some, n, k, k0 > 0 || add);
+          if (k0 + k == x.k) finish(x, sum + (i - i0) * ld, ld, m0 + i, j0, some, n, direct);
+        }
+      }
+      if (x.k > 0) return;
+      for (int64_t i = 0; i < i1 - i0 && !add; i++) std::fill(sum + i * ld, sum + i * ld + n, 0.0f);
+      finish(x, sum, ld, m0 + i0, j0, i1 - i0, n, direct);
+    };
+    parallel_for(c, rows * columns, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) {
+        const int64_t i = t % rows, j = t / rows;
+        task(a_panels * i / rows * mr, std::min(a_panels * (i + 1) / rows * mr, m), b_panels * j / columns * nr,
+             std::min(b_panels * (j + 1) / columns * nr, x.n));
+      }
+    });
   }
 }
 

@@ -10,13 +10,13 @@ namespace {
 
 // The accumulators, one row of B and one broadcast fill the vector registers (16, or 32 with AVX-512).
 #if defined(__AVX512F__)
-constexpr int MR = 14, NV = 2;
+constexpr int MR = 14, NV = 2, DEPTH = 384, WIDE = 256;
 #elif defined(__AVX2__)
-constexpr int MR = 6, NV = 2;
+constexpr int MR = 6, NV = 2, DEPTH = 512, WIDE = 96;
 #elif defined(__aarch64__)
-constexpr int MR = 8, NV = 3;
+constexpr int MR = 8, NV = 3, DEPTH = 512, WIDE = 96;
 #else
-constexpr int MR = 6, NV = 2;
+constexpr int MR = 6, NV = 2, DEPTH = 512, WIDE = 96;
 #endif
 constexpr int NR = NV * W;
 
@@ -106,27 +106,47 @@ void pack(float* dst, const void* src, int dtype, int64_t line_stride, int64_t p
     pack_panels<DC_F16>(dst, from, line_stride, position_stride, lines, k, width);
 }
 
-// C [MR, NR] = or += one panel of A times one of B.
+// sum += a b, in this very register: GCC 12 otherwise moves accumulators about between unrolled steps, and spills some.
+inline __attribute__((always_inline)) void add_product(vf& sum, vf a, vf b) {
+#if defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#elif defined(__FMA__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum = madd(a, b, sum);
+#endif
+}
+
+// C [MR, NR] = or += one panel of A times one of B. Fetches 16 floats from `next` on for every 4 positions.
 inline __attribute__((always_inline)) void micro(float* c, int64_t ldc, const float* a, const float* b, int64_t k,
-                                                 bool accumulate) {
-  for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1);  // wanted when the sums are done
+                                                 bool accumulate, const float* next) {
+  for (int i = 0; i < MR; i++) {  // wanted when the sums are done
+    __builtin_prefetch(c + i * ldc, 1);
+    __builtin_prefetch(c + i * ldc + NR - 1, 1);
+  }
   vf acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; j++) acc[i][j] = vf{};
-#pragma GCC unroll 4
-  for (int64_t p = 0; p < k; p++) {
+  auto step = [&]() __attribute__((always_inline)) {
     vf row[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) row[j] = loadf(b + p * NR + j * W);
+    for (int j = 0; j < NV; j++) row[j] = loadf(b + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
-      const vf x = splat(a[p * MR + i]);
+      const vf x = splat(a[i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) acc[i][j] = madd(x, row[j], acc[i][j]);
+      for (int j = 0; j < NV; j++) add_product(acc[i][j], x, row[j]);
     }
+    a += MR, b += NR;
+  };
+  int64_t p = 0;
+  for (; p + 4 <= k; p += 4, next += 16) {
+    __builtin_prefetch(next, 0, 2);
+    step(), step(), step(), step();
   }
+  for (; p < k; p++) step();
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
@@ -136,21 +156,29 @@ inline __attribute__((always_inline)) void micro(float* c, int64_t ldc, const fl
     }
 }
 
+// The smaller operand stays in L2, panels of the other one come past it one by one through L1.
 void block(float* c, int64_t ldc, const float* a, const float* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
   float edge[MR * NR];
-  for (int64_t j = 0; j < n; j += NR) {
-    for (int64_t i = 0; i < m; i += MR) {
-      float* at = c + i * ldc + j;
-      if (i + MR <= m && j + NR <= n) {
-        micro(at, ldc, a + i * k, b + j * k, k, accumulate);
-        continue;
-      }
-      micro(edge, NR, a + i * k, b + j * k, k, false);
-      const int64_t rows = m - i < MR ? m - i : MR, columns = n - j < NR ? n - j : NR;
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t s = 0; s < columns; s++)
-          at[r * ldc + s] = accumulate ? at[r * ldc + s] + edge[r * NR + s] : edge[r * NR + s];
-    }
+  // Panel i of A times panel j of B, the `turn`th product of the panel that comes past: the next one of its kind is
+  // fetched while the first ones run.
+  auto one = [&](int64_t i, int64_t j, const float* next, int64_t length, int64_t turn) __attribute__((always_inline)) {
+    const float* left = a + i * k;
+    const float* right = b + j * k;
+    float* at = c + i * ldc + j;
+    next += turn * 4 * k < length ? turn * 4 * k : 0;
+    const int64_t rows = m - i < MR ? m - i : MR, columns = n - j < NR ? n - j : NR;
+    if (rows == MR && columns == NR) return micro(at, ldc, left, right, k, accumulate, next);
+    micro(edge, NR, left, right, k, false, next);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t s = 0; s < columns; s++)
+        at[r * ldc + s] = accumulate ? at[r * ldc + s] + edge[r * NR + s] : edge[r * NR + s];
+  };
+  if (m < n) {
+    for (int64_t j = 0; j < n; j += NR)
+      for (int64_t i = 0; i < m; i += MR) one(i, j, b + (j + NR) * k, NR * k, i / MR);
+  } else {
+    for (int64_t i = 0; i < m; i += MR)
+      for (int64_t j = 0; j < n; j += NR) one(i, j, a + (i + MR) * k, MR * k, j / NR);
   }
 }
 
@@ -221,7 +249,7 @@ void dots(float* out, int64_t ldo, const float* a, int64_t m, const void* b, int
 }  // namespace
 
 extern const GemmKernels DC_FOR_ISA(gemm_kernels);
-const GemmKernels DC_FOR_ISA(gemm_kernels) = {MR, NR, pack, block, dots};
+const GemmKernels DC_FOR_ISA(gemm_kernels) = {MR, NR, DEPTH, WIDE, pack, block, dots};
 
 }  // namespace dc
 #endif

@@ -6,7 +6,8 @@
 namespace dc {
 
 struct GemmKernels {
-  int mr, nr;  // rows and columns of the micro-kernel: the widths of the panels of A and B
+  int mr, nr;      // rows and columns of the micro-kernel: the widths of the panels of A and B
+  int depth, wide;  // k positions by columns of a block of B that takes less than half of L2; a panel of A fits half of L1
   // Lines of a matrix of any float dtype -> panels of `width` lines, fp32: dst[panel][p][line in panel], missing lines
   // 0. Element (line i, position p) stands at i * line_stride + p * position_stride; p < k.
   void (*pack)(float* dst, const void* src, int dtype, int64_t line_stride, int64_t position_stride, int64_t lines,
