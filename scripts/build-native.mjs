@@ -150,8 +150,8 @@ const objects = [
   ...list('native/cpu/kernels', '.cc').flatMap((source) =>
     Object.entries(isas).map(([isa, flags]) => object(source, `${flat(source)}@${isa}`, compiler, [...common, ...flags, `-DDC_ISA=${isa}`, `-DDC_ISA_${isa.toUpperCase()}`], cpuHeaders)),
   ),
-  // For tests: the kernels for AMX with its instructions emulated.
-  ...(x64 ? [object('native/cpu/kernels/gemm_amx.cc', 'cpu_kernels_gemm_amx.cc@tiles', compiler, [...common, ...isas.avx2, '-DDC_ISA=tiles', '-DDC_ISA_AMX'], cpuHeaders)] : []),
+  // For tests: the kernels for units of bf16 with their instructions emulated.
+  ...(x64 ? ['gemm_amx', 'gemm_bf16'] : []).map((name) => object(`native/cpu/kernels/${name}.cc`, `cpu_kernels_${name}.cc@tiles`, compiler, [...common, ...isas.avx2, '-DDC_ISA=tiles', '-DDC_ISA_AMX'], cpuHeaders)),
 ]; // prettier-ignore
 const rebuilt = await runJobs();
 await link(compiler, ['-shared', '-pthread', ...(options.sanitize ? ['-fsanitize=address,undefined'] : ['-s'])], join(out, 'deepseek_convert.node'), objects, rebuilt); // prettier-ignore

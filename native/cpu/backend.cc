@@ -149,7 +149,7 @@ int info_cpu(dc_context* c, char* json, size_t bytes) {
   const long page = sysconf(_SC_PAGESIZE);
   snprintf(json, bytes,
            "{\"name\":\"CPU\",\"threads\":%d,\"isa\":\"%s%s\",\"memory\":{\"total\":%.0f,\"free\":%.0f},\"blas\":%s}",
-           c->threads, dc_isa(), !dc::bf16_panels() ? "" : strcmp(dc_isa(), "avx512") ? "+tiles" : "+amx",
+           c->threads, dc_isa(), !dc::bf16_panels() ? "" : (std::string("+") + dc::bf16_panels()->name).c_str(),
            double(sysconf(_SC_PHYS_PAGES)) * page, double(sysconf(_SC_AVPHYS_PAGES)) * page, dc_blas_describe(c->blas).c_str());
   return 0;
 }

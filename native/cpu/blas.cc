@@ -65,7 +65,8 @@ bool avx512_agrees();  // selfcheck.cc
 const char* dc_isa() {
 #if defined(__x86_64__)
   static const char* isa = [] {
-    const char* wish = getenv("DEEPSEEK_CONVERT_ISA");  // for tests: "base", "avx2"; "tiles": that with emulated AMX
+    const char* wish = getenv("DEEPSEEK_CONVERT_ISA");  // for tests: "base", "avx2", "avx512" without units for bf16;
+                                                        // "tiles", "pairs": avx2 with such a unit emulated
     const bool any = !wish || !*wish;
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -158,7 +158,7 @@ Floats packed_product(const Panels& kernel, int dtype, int64_t m, int64_t n, int
 
 }  // namespace
 
-extern const Panels panels_amx, split_panels_amx, panels_tiles, split_panels_tiles;
+extern const Panels panels_amx, split_panels_amx, pair_panels_amx, panels_tiles, split_panels_tiles, pair_panels_tiles;
 
 namespace {
 
@@ -178,16 +178,26 @@ const Panels* checked(const Panels& panels, int dtype, float bound) {
 
 const Panels* bf16_panels() {
   static const Panels* const panels = [] {
-    if (!strcmp(dc_isa(), "avx512")) return amx_allowed() ? checked(panels_amx, DC_BF16, 1e-4f) : nullptr;
     const char* wish = getenv("DEEPSEEK_CONVERT_ISA");  // for tests
-    return wish && !strcmp(wish, "tiles") && !strcmp(dc_isa(), "avx2") ? checked(panels_tiles, DC_BF16, 1e-4f) : nullptr;
+    const auto wished = [&](const char* name) { return wish && !strcmp(wish, name); };
+    if (!strcmp(dc_isa(), "avx512")) {
+      const Panels* found = amx_allowed() && !wished("avx512") ? checked(panels_amx, DC_BF16, 1e-4f) : nullptr;
+      if (!found && __builtin_cpu_supports("avx512bf16") && !wished("avx512")) found = checked(pair_panels_amx, DC_BF16, 1e-4f);
+      return found;
+    }
+    if (strcmp(dc_isa(), "avx2")) return static_cast<const Panels*>(nullptr);
+    return wished("tiles")   ? checked(panels_tiles, DC_BF16, 1e-4f)
+           : wished("pairs") ? checked(pair_panels_tiles, DC_BF16, 1e-4f)
+                             : nullptr;
   }();
   return panels;
 }
 
 const Panels* split_panels() {
   static const Panels* const panels =
-      !bf16_panels() ? nullptr : checked(bf16_panels() == &panels_amx ? split_panels_amx : split_panels_tiles, DC_F32, 1e-3f);
+      bf16_panels() == &panels_amx     ? checked(split_panels_amx, DC_F32, 1e-3f)
+      : bf16_panels() == &panels_tiles ? checked(split_panels_tiles, DC_F32, 1e-3f)
+                                       : nullptr;
   return panels;
 }
 

@@ -40,11 +40,22 @@ struct Panels {
   // A. NULL where panels have no such thing.
   void (*block_bf16)(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const void* a,
                      const void* b, int64_t m, int64_t n, int64_t k) = nullptr;
+  int64_t resident = 0;  // bytes of packed lines of the second operand that stay in L2: half of what processors with the unit have
+  int64_t piece = 1;  // where k is cut at its multiples, sums keep their order
+  const char* name = "";  // of the unit
+  // block and block_bf16 for one panel of A whose lines are read where they lie, `lda` values apart, each along k: a whole number
+  // of steps, and of `group` lines. NULL where panels have no such thing.
+  int64_t group = 1;
+  void (*lines)(float* c, int64_t ldc, const uint16_t* a, int64_t lda, const void* b, int64_t m, int64_t n, int64_t k,
+                bool accumulate) = nullptr;
+  void (*lines_bf16)(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const uint16_t* a, int64_t lda,
+                     const void* b, int64_t m, int64_t n, int64_t k) = nullptr;
 };
 const Panels& float_panels();  // of any float dtypes
 // For two operands of bf16; NULL where the processor has no unit for them.
 const Panels* bf16_panels();
-// For operands of fp32 whose product may be off by 2^-16 of each term, as three products of bf16 parts on the same unit.
+// For operands of fp32 whose product may be off by 2^-16 of each term, as three products of bf16 parts on the same unit; NULL
+// where that is no faster.
 const Panels* split_panels();
 
 }  // namespace dc
