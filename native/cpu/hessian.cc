@@ -62,13 +62,14 @@ void add_lower_bf16(dc_context* c, const Panels& kernel, float* h, int64_t ldh, 
   constexpr int64_t kTogether = 4;  // squares that a thread sums at a time, in L2: most share their left operand
   // Squares of the triangle: large ones read fewer operands, many keep all threads busy.
   const int64_t width = kernel.mr, lines = up(n, width), depth = kernel.depth;
-  int64_t side = up(256, width);
+  int64_t side = up(kernel.resident < 1 << 20 ? 128 : 256, width);  // kTogether of them, and what they read, stay in L2
   auto squares = [&] { return (n + side - 1) / side * ((n + side - 1) / side + 1) / 2; };
   while (side > 2 * width && squares() < 4 * c->threads) side = up(side / 2, width);
   const int64_t flush = std::min<int64_t>(4096, std::max<int64_t>(1, (1 << 23) / lines / 1024) * 1024), most = std::min(flush, up(tokens, kernel.step));
   static thread_local Scratch pack_a, pack_b;
-  auto* a = reinterpret_cast<uint16_t*>(pack_a.take(size_t(lines * most / 2)));
   auto* b = reinterpret_cast<uint16_t*>(pack_b.take(size_t(lines * most / 2)));
+  auto* a = kernel.block_alike ? b : reinterpret_cast<uint16_t*>(pack_a.take(size_t(lines * most / 2)));
+  const auto block = kernel.block_alike ? kernel.block_alike : kernel.block;
   for (int64_t t0 = 0; t0 < tokens; t0 += flush) {
     const int64_t positions = std::min(flush, tokens - t0);
     // Panels by blocks of `depth` tokens.
@@ -77,7 +78,7 @@ void add_lower_bf16(dc_context* c, const Panels& kernel, float* h, int64_t ldh, 
       for (int64_t p = 0; p < positions; p += depth) {
         const int64_t k = std::min(depth, positions - p), line = up(k, kernel.step);
         const uint16_t* from = x + (t0 + p) * ldx + i0;
-        kernel.pack_a(a + lines * p + i0 * line, from, DC_BF16, 1, ldx, i1 - i0, k);
+        if (!kernel.block_alike) kernel.pack_a(a + lines * p + i0 * line, from, DC_BF16, 1, ldx, i1 - i0, k);
         kernel.pack_b(b + lines * p + i0 * line, from, DC_BF16, 1, ldx, i1 - i0, k);
       }
     });
@@ -102,12 +103,12 @@ void add_lower_bf16(dc_context* c, const Panels& kernel, float* h, int64_t ldh, 
             const auto [i0, i1, j0, j1] = square(t);
             float* sum = sums + (t - first) * side * side;
             if (i0 != j0) {
-              kernel.block(sum, side, left + i0 * line, right + j0 * line, i1 - i0, j1 - j0, line, p > 0);
+              block(sum, side, left + i0 * line, right + j0 * line, i1 - i0, j1 - j0, line, p > 0);
               continue;
             }
             for (int64_t i = i0; i < i1; i += width)  // what lies above the diagonal is not wanted
-              kernel.block(sum + (i - i0) * side, side, left + i * line, right + j0 * line, std::min(width, i1 - i),
-                           std::min(i + width, j1) - j0, line, p > 0);
+              block(sum + (i - i0) * side, side, left + i * line, right + j0 * line, std::min(width, i1 - i),
+                    std::min(i + width, j1) - j0, line, p > 0);
           }
         }
         for (int64_t t = first; t < last; t++) {

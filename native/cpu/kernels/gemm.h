@@ -43,6 +43,9 @@ struct Panels {
   int64_t resident = 0;  // bytes of packed lines of the second operand that stay in L2: half of what processors with the unit have
   int64_t piece = 1;  // where k is cut at its multiples, sums keep their order
   const char* name = "";  // of the unit
+  // block for A packed as B. NULL where panels have no such thing.
+  void (*block_alike)(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k,
+                      bool accumulate) = nullptr;
   // block and block_bf16 for one panel of A whose lines are read where they lie, `lda` values apart, each along k: a whole number
   // of steps, and of `group` lines. NULL where panels have no such thing.
   int64_t group = 1;

@@ -36,29 +36,41 @@ inline __attribute__((always_inline)) vu splat_pair(const uint16_t* pair) {
 // Positions that are summed from 0 on before they are added to what was summed already: in one row, thousands would lose bits.
 constexpr int64_t kPiece = 512;
 
-// Lines of a panel of A, packed or where they lie in memory, `stride` values apart.
-template <bool kPacked>
+// Lines of a panel of A: packed as A, packed as B, or where they lie in memory, `stride` values apart.
+enum Form { kPackedA, kPackedB, kInPlace };
+template <Form form>
 struct Left {
   const uint16_t* at;
-  int64_t stride;
-  Left part(int64_t line, int64_t position) const { return {at + line * stride + position * (kPacked ? kLines : 1), stride}; }
+  int64_t stride = 0;
+  // From here on: values from line to line (of 8), from pair to pair (of 16), from 32 positions to the next.
+  int64_t line() const { return form == kPackedA ? KB : form == kPackedB ? 2 : stride; }
+  static constexpr int64_t pair = form == kPackedB ? KB : 2, next = form == kInPlace ? KB : 2 * kTile;
+  Left part(int64_t i, int64_t position) const {
+    return {at + (form == kPackedB ? i / 16 * kTile + i % 16 * 2 : i * line()) + position * (form == kInPlace ? 1 : kLines), stride};
+  }
 };
 
 // `before` (NULL: 0) + 8 lines of A times a panel of B, passed to done(row, sums).
-template <bool kPacked, class Done>
-inline __attribute__((always_inline)) void micro(const float* before, int64_t ld, Left<kPacked> left, const uint16_t* b, int64_t k,
+template <Form form, class Done>
+inline __attribute__((always_inline)) void micro(const float* before, int64_t ld, Left<form> left, const uint16_t* b, int64_t k,
                                                  Done done) {
-  const int64_t stride = kPacked ? KB : left.stride;
+  const int64_t line = left.line();
   const uint16_t* a = left.at;
+  if (before)
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i++) {  // wanted when the products are done
+      __builtin_prefetch(before + i * ld);
+      __builtin_prefetch(before + i * ld + 16);
+    }
   vf sum[kRows][2 * V];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < 2 * V; j++) sum[i][j] = vf{};
-  for (int64_t p = 0; p < k; p += KB, a += kPacked ? 2 * kTile : KB, b += 2 * kTile) {
-    if (!kPacked)
+  for (int64_t p = 0; p < k; p += KB, a += left.next, b += 2 * kTile) {
+    if (form == kInPlace)
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; i++) __builtin_prefetch(a + i * stride + 8 * KB);
+      for (int i = 0; i < kRows; i++) __builtin_prefetch(a + i * line + 8 * KB);
 #pragma GCC unroll 16
     for (int pair = 0; pair < 16; pair++) {
       vu row[2 * V];
@@ -66,7 +78,7 @@ inline __attribute__((always_inline)) void micro(const float* before, int64_t ld
       for (int j = 0; j < 2 * V; j++) row[j] = vload<vu>(b + (j / V) * kTile + pair * KB + (j % V) * 2 * W);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; i++) {
-        const vu x = splat_pair(a + i * stride + 2 * pair);
+        const vu x = splat_pair(a + i * line + pair * left.pair);
 #pragma GCC unroll 4
         for (int j = 0; j < 2 * V; j++) add_pairs(sum[i][j], x, row[j]);
       }
@@ -82,8 +94,8 @@ inline __attribute__((always_inline)) void micro(const float* before, int64_t ld
 }
 
 // The same to fp32. `c` may be `before`.
-template <bool kPacked>
-void micro(float* c, int64_t ldc, const float* before, int64_t ld, Left<kPacked> a, const uint16_t* b, int64_t k) {
+template <Form form>
+void micro(float* c, int64_t ldc, const float* before, int64_t ld, Left<form> a, const uint16_t* b, int64_t k) {
   micro(before, ld, a, b, k, [&](int i, const vf* sum) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int j = 0; j < 2 * V; j++) storef(c + i * ldc + j * W, sum[j]);
@@ -91,8 +103,8 @@ void micro(float* c, int64_t ldc, const float* before, int64_t ld, Left<kPacked>
 }
 
 // C [m, n] of a panel of A and one of B. A piece of the latter stays in L1.
-template <bool kPacked>
-void square(float* c, int64_t ldc, Left<kPacked> a, const uint16_t* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
+template <Form form>
+void square(float* c, int64_t ldc, Left<form> a, const uint16_t* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
   alignas(64) float edge[kRows * kLines];
   for (int64_t p = 0; p < k; p += kPiece, b += kPiece * kLines, accumulate = true) {
     const int64_t depth = k - p < kPiece ? k - p : kPiece;
@@ -111,13 +123,13 @@ void square(float* c, int64_t ldc, Left<kPacked> a, const uint16_t* b, int64_t m
   }
 }
 
-template <bool kPacked>
-void panel_sums(float* c, int64_t ldc, Left<kPacked> a, const uint16_t* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
+template <Form form>
+void panel_sums(float* c, int64_t ldc, Left<form> a, const uint16_t* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
   for (int64_t j = 0; j < n; j += kLines) square(c + j, ldc, a, b + j * k, m, n - j < kLines ? n - j : kLines, k, accumulate);
 }
 
-template <bool kPacked>
-void panel_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, Left<kPacked> a, const uint16_t* b,
+template <Form form>
+void panel_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, Left<form> a, const uint16_t* b,
                 int64_t m, int64_t n, int64_t k) {
   alignas(64) float sums[kLines * kLines], turned[kLines * kLines], row[kLines];
   const int64_t last = (k - 1) / kPiece * kPiece, whole = (m + kRows - 1) / kRows * kRows;
@@ -130,6 +142,8 @@ void panel_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before
         micro(sums + i * kLines, kLines, so_far ? so_far + i * stride : nullptr, stride, a.part(i, p), b + p * kLines, kPiece);
     for (int64_t i = 0; i < whole; i += kRows) {
       const float* sum = so_far ? so_far + i * stride : nullptr;
+      if (!transposed)
+        for (int r = 0; r < kRows; r++) __builtin_prefetch(out + (i + r) * ldo + j, 1);
       if (transposed)
         micro(sums + i * kLines, kLines, sum, stride, a.part(i, last), b + last * kLines, k - last);
       else
@@ -146,23 +160,24 @@ void panel_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before
   }
 }
 
+template <Form form>
 void block(float* c, int64_t ldc, const void* a, const void* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
   const auto *left = static_cast<const uint16_t*>(a), *right = static_cast<const uint16_t*>(b);
   for (int64_t j = 0; j < n; j += kLines)
     for (int64_t i = 0; i < m; i += kLines)
-      square<true>(c + i * ldc + j, ldc, {left + i * k, KB}, right + j * k, m - i < kLines ? m - i : kLines,
+      square<form>(c + i * ldc + j, ldc, {left + i * k}, right + j * k, m - i < kLines ? m - i : kLines,
                    n - j < kLines ? n - j : kLines, k, accumulate);
 }
 void block_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const void* a, const void* b,
                 int64_t m, int64_t n, int64_t k) {
-  panel_bf16<true>(out, ldo, transposed, before, ld, {static_cast<const uint16_t*>(a), KB}, static_cast<const uint16_t*>(b), m, n, k);
+  panel_bf16<kPackedA>(out, ldo, transposed, before, ld, {static_cast<const uint16_t*>(a)}, static_cast<const uint16_t*>(b), m, n, k);
 }
 void lines(float* c, int64_t ldc, const uint16_t* a, int64_t lda, const void* b, int64_t m, int64_t n, int64_t k, bool accumulate) {
-  panel_sums<false>(c, ldc, {a, lda}, static_cast<const uint16_t*>(b), m, n, k, accumulate);
+  panel_sums<kInPlace>(c, ldc, {a, lda}, static_cast<const uint16_t*>(b), m, n, k, accumulate);
 }
 void lines_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, const uint16_t* a, int64_t lda,
                 const void* b, int64_t m, int64_t n, int64_t k) {
-  panel_bf16<false>(out, ldo, transposed, before, ld, {a, lda}, static_cast<const uint16_t*>(b), m, n, k);
+  panel_bf16<kInPlace>(out, ldo, transposed, before, ld, {a, lda}, static_cast<const uint16_t*>(b), m, n, k);
 }
 
 }  // namespace
@@ -173,7 +188,7 @@ constexpr const char* kName = "bf16";
 constexpr const char* kName = "pairs";
 #endif
 extern const Panels DC_FOR_ISA(pair_panels);
-const Panels DC_FOR_ISA(pair_panels) = {kLines, kLines, KB, 2, 0x80008000, 512, 256, pack_a, pack<tile_b>, block, block_bf16, 1 << 19, kPiece, kName, kRows, lines, lines_bf16};
+const Panels DC_FOR_ISA(pair_panels) = {kLines, kLines, KB, 2, 0x80008000, 512, 256, pack_a, pack<tile_b>, block<kPackedA>, block_bf16, 1 << 19, kPiece, kName, block<kPackedB>, kRows, lines, lines_bf16};
 
 }  // namespace dc
 #endif

@@ -39,15 +39,16 @@ inline void transpose_16(uint16_t* dst, const uint16_t* src, int64_t src_stride)
     for (int y = 0; y < 16; y += 8) transpose_8(dst + y * KB + x * 2, KB, src + x * src_stride + y * 2, src_stride);
 }
 
-// 32 positions of 16 lines that lie side by side -> row r of the tile holds positions 2r and 2r + 1 of each line.
+// Two positions of 16 lines that lie side by side -> a row of a tile, both positions of each line.
+inline void pair_position(uint16_t* dst, const uint16_t* src, int64_t position_stride) {
+  const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+  const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + position_stride));
+  const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm256_permute2x128_si256(low, high, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + 16), _mm256_permute2x128_si256(low, high, 0x31));
+}
 inline void pair_positions(uint16_t* dst, const uint16_t* src, int64_t position_stride) {
-  for (int r = 0; r < 16; r++, src += 2 * position_stride, dst += KB) {
-    const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
-    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + position_stride));
-    const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm256_permute2x128_si256(low, high, 0x20));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + 16), _mm256_permute2x128_si256(low, high, 0x31));
-  }
+  for (int r = 0; r < 16; r++) pair_position(dst + r * KB, src + 2 * r * position_stride, position_stride);
 }
 
 // Row i of a tile of A: the 32 positions of line i. m lines of n positions exist; the rest is 0 already.
@@ -93,7 +94,19 @@ void pack(void* dst, const void* src, int, int64_t line_stride, int64_t position
   // Memory in order.
   if (line_stride == 1)
     for (int64_t p0 = 0; p0 < k; p0 += KB)
-      for (int64_t i0 = 0; i0 < lines; i0 += kLines) two_tiles(i0, p0);
+      for (int64_t i0 = 0; i0 < lines; i0 += kLines) {
+        if (tile != tile_b || lines - i0 < kLines || k - p0 < KB) {
+          two_tiles(i0, p0);
+          continue;
+        }
+        // Both tiles at once: their positions share cache lines, which may be gone the second time.
+        const auto* from = static_cast<const uint16_t*>(src) + p0 * position_stride + i0;
+        auto* to = static_cast<uint16_t*>(dst) + i0 * up(k, KB) + p0 * kLines;
+        for (int r = 0; r < 16; r++, from += 2 * position_stride, to += KB) {
+          pair_position(to, from, position_stride);
+          pair_position(to + kTile, from + 16, position_stride);
+        }
+      }
   else
     for (int64_t i0 = 0; i0 < lines; i0 += kLines)
       for (int64_t p0 = 0; p0 < k; p0 += KB) two_tiles(i0, p0);
