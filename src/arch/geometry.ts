@@ -11,7 +11,7 @@ export interface GeometryOptions {
   readonly set: CalibrationSet;
   /** Of the hidden states. */
   readonly dtype: 'f32' | 'bf16';
-  /** Sequences a batch; default: about 2,048 tokens on the CPU, 16,384 on a GPU. */
+  /** Sequences a batch; default: about 4,096 tokens on the CPU, 16,384 on a GPU. */
   readonly batchRows?: number;
   /** Bytes of device memory that states and suspended batches may take; default: 60% of what is free. */
   readonly budget?: number;
@@ -51,7 +51,7 @@ function suspendedWidth(model: Model): number {
 
 /** Batches by the device, what is held of them by its memory: the values are the same however much that is. */
 export function planGeometry({ open, env, set, dtype, batchRows, budget, twice = false }: GeometryOptions): Geometry {
-  const perBatch = env.device.kind === 'cpu' ? 2048 : 16384;
+  const perBatch = env.device.kind === 'cpu' ? 4096 : 16384;
   const rows = batchRows ?? Math.max(1, Math.min(set.n, Math.floor(perBatch / set.seqLen)));
   const batches: Batch[] = [];
   for (let from = 0; from < set.n; from += rows) batches.push({ from, rows: Math.min(rows, set.n - from) });
