@@ -224,7 +224,7 @@ async function warnOfUnknownVariables(log: ProgressLog): Promise<void> {
   const tables = await Promise.all(Object.values(commands).map(async ({ load }) => (await load()).command));
   const known = new Set(
     ['BUILD', 'BLAS', 'CUDA_LIBRARIES', 'ISA', 'LOCK_WAIT', 'TARGET_ARCH', 'TEST_CUDA', 'TEST_SEED'].map(
-      environmentName,
+      (name) => prefix + name,
     ),
   );
   for (const table of [commonOptions, ...tables.flatMap((t) => [t.arguments, t.options])]) {

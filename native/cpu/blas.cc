@@ -7,12 +7,27 @@
 #include <vector>
 
 static std::vector<std::string> tried;
+static std::string passed_over;
 
-static bool load(const std::string& name, dc_blas* blas) {
+// Older OpenBLAS knows no AVX-512 kernels for newer AMD processors: with those for AVX2 it reaches half of what our own do.
+static bool narrower(void* library) {
+  if (strcmp(dc_isa(), "avx512") != 0) return false;
+  const auto core = reinterpret_cast<const char* (*)()>(dlsym(library, "openblas_get_corename"));
+  const std::string name = core ? core() : "";
+  for (const char* narrow : {"Haswell", "Zen", "Excavator", "Steamroller", "Piledriver", "Sandybridge", "Nehalem", "Prescott"})
+    if (name == narrow) {
+      passed_over = name;
+      return true;
+    }
+  return false;
+}
+
+static bool load(const std::string& name, dc_blas* blas, bool wished) {
   tried.push_back(name);
   // Libraries are kept: an unloaded OpenBLAS leaves threads behind.
   void* library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) return false;
+  if (!wished && narrower(library)) return false;
   auto find = [&](const char* symbol) { return dlsym(library, symbol); };
   blas->sgemm = reinterpret_cast<decltype(blas->sgemm)>(find("cblas_sgemm"));
   blas->ssyrk = reinterpret_cast<decltype(blas->ssyrk)>(find("cblas_ssyrk"));
@@ -38,7 +53,7 @@ const dc_blas* dc_blas_find(int threads) {
     }
     auto* blas = new dc_blas();
     for (const auto& name : names)
-      if (load(name, blas)) {
+      if (load(name, blas, wish && *wish)) {
         found = blas;
         break;
       }
@@ -53,7 +68,9 @@ std::string dc_blas_describe(const dc_blas* blas) {
   json += blas ? "\"" + blas->path + "\"" : "null";
   json += ",\"tried\":[";
   for (size_t i = 0; i < tried.size(); i++) json += (i ? ",\"" : "\"") + tried[i] + "\"";
-  return json + "]}";
+  json += "]";
+  if (!blas && !passed_over.empty()) json += ",\"passedOver\":\"" + passed_over + "\"";
+  return json + "}";
 }
 
 #if defined(__x86_64__)

@@ -13,7 +13,8 @@ struct dc_blas {
   void (*set_threads)(int);
   std::string path;
 };
-// The library to use, or NULL. DEEPSEEK_CONVERT_BLAS=none switches the search off; =path names a library.
+// The library to use, or NULL: none found, or none whose kernels are as wide as ours. DEEPSEEK_CONVERT_BLAS=none switches the
+// search off; =path names a library, which is then used whatever its kernels.
 const dc_blas* dc_blas_find(int threads);
-std::string dc_blas_describe(const dc_blas*);  // JSON: {"path", "tried": [...]}
+std::string dc_blas_describe(const dc_blas*);  // JSON: {"path", "tried": [...], "passedOver": its kernels}
 const char* dc_isa();                          // the instruction set in use: "avx512", "avx2", "base" ...

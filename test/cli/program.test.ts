@@ -219,6 +219,7 @@ describe('doctor', () => {
     expect(code).toBe(4);
     expect(stdout).toMatch(/Native core +failed/);
     expect(stderr).toContain('npm run build:native');
+    expect(stderr).not.toContain('no option of any command');
   });
   it('exits with 4 when the native core does not load', async () => {
     const broken = join(folder, 'broken');
