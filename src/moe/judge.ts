@@ -44,14 +44,18 @@ export function loadOf(idx: Int32Array, active: number, experts: number): Load {
   };
 }
 
-/** What the router does on tokens that it was not fitted to. */
-export interface RouterJudgement {
-  readonly load: Load;
+/** How the experts that are chosen compare with the best ones. */
+export interface Kept {
   /** Share of the routed experts' energy that the chosen ones keep, and that the best choice would keep. */
   readonly kept: number;
   readonly oracleKept: number;
   /** Share of the best K experts that are chosen. */
   readonly overlap: number;
+}
+
+/** What the router does on tokens that it was not fitted to. */
+export interface RouterJudgement extends Kept {
+  readonly load: Load;
 }
 
 /** The K experts with the largest energies, f32 [T, R], of each token (ties to the lower index), as far as a limit lets it: i32 [T, K]. */
@@ -67,10 +71,19 @@ export async function bestExperts(s: Scope, energy: Tensor, { active, limit }: C
 
 /** `energy` f32 [T, R]: the energies of the experts on the tokens `x` [T, C]. */
 export async function judgeRouter(x: Tensor, energy: Tensor, router: Router, choice: Choice): Promise<RouterJudgement> {
-  const { active } = choice;
   using s = new Scope(x.device);
-  const [tokens, experts] = energy.shape as [number, number];
   const chosen = await choose(s, scoresOf(s, x, router), choice).int32();
+  return {
+    load: loadOf(chosen, choice.active, energy.dim(1)),
+    ...(await keptBy(energy, chosen, choice)),
+  };
+}
+
+/** Of `chosen` [T, K], the experts of each token, by their energies f32 [T, R]. */
+export async function keptBy(energy: Tensor, chosen: Int32Array, choice: Choice): Promise<Kept> {
+  const { active } = choice;
+  const [tokens, experts] = energy.shape as [number, number];
+  using s = new Scope(energy.device);
   const values = await energy.float32();
   const best = await (await bestExperts(s, energy, choice)).int32();
   let [all, kept, oracle, both] = [0, 0, 0, 0];
@@ -88,7 +101,6 @@ export async function judgeRouter(x: Tensor, energy: Tensor, router: Router, cho
     }
   }
   return {
-    load: loadOf(chosen, active, experts),
     kept: kept / Math.max(all, 1e-30),
     oracleKept: oracle / Math.max(all, 1e-30),
     overlap: both / (tokens * active),

@@ -178,8 +178,18 @@ function requireLimit(
     throw badUsage('A group is scored by its two best experts: it needs two', { got, expected: `--groups up to ${Math.floor(experts / 2)}` }); // prettier-ignore
   }
   const least = Math.ceil(active / size);
-  if (Number.isSafeInteger(topGroups) && topGroups >= least && topGroups <= groups) return;
-  throw badUsage(topGroups < least ? 'The best groups hold fewer experts than a token takes' : 'More best groups than there are', { got, expected: `--top-groups from ${least} to ${groups}` }); // prettier-ignore
+  if (Number.isSafeInteger(topGroups) && topGroups >= least && topGroups < groups) return;
+  const what =
+    topGroups === groups
+      ? 'All groups at once limit nothing'
+      : topGroups < least
+        ? 'The best groups hold fewer experts than a token takes'
+        : 'More best groups than there are';
+  throw badUsage(what, {
+    got,
+    expected: least < groups ? `--top-groups from ${least} to ${groups - 1}` : `--active up to ${experts - size}: more take experts of every group`, // prettier-ignore
+    ...(topGroups === groups && { hint: 'Without --groups and --top-groups the choice is the same.' }),
+  });
 }
 
 /** The layers that stay dense, ascending, as far as the container can have them. */

@@ -1,9 +1,9 @@
 import type { MoeLayerSpec } from '../../nn/moe.js';
-import { binary, gather, normAdd } from '../../tensor/ops.js';
+import { binary, copyInto, gather, normAdd, reduce } from '../../tensor/ops.js';
 import { Scope, type Tensor } from '../../tensor/tensor.js';
-import { loadOf, type Load } from '../judge.js';
+import { keptBy, loadOf, type Kept, type Load } from '../judge.js';
 import { importance, keepLargest, type ExpertUse } from './importance.js';
-import { chooseExperts, eachPart, routedOutput, type RoutedWeights } from './layer.js';
+import { allOutputs, chooseExperts, eachPart, routedOutput, rowsFor, type RoutedWeights } from './layer.js';
 
 /** |y' - y|^2 / |y|^2 of the routed experts' output. */
 export interface SurgeryErrors {
@@ -28,6 +28,7 @@ interface Judged {
 export async function judgeLayer({ m, before, after, use, seed, groups, x }: Judged): Promise<{
   readonly errors: SurgeryErrors;
   readonly load: { readonly before: Load; readonly after: Load };
+  readonly router: { readonly before: Kept; readonly after: Kept };
 }> {
   const keep = after.moe.experts.length;
   const pruned = async (by: 'reap' | 'frequency' | 'random') => {
@@ -43,6 +44,7 @@ export async function judgeLayer({ m, before, after, use, seed, groups, x }: Jud
       random: await pruned('random'),
     },
     load: { before: await loadOn(m, before, x), after: await loadOn(after.moe, after.weights, x) },
+    router: { before: await keptOn(m, before, x), after: await keptOn(after.moe, after.weights, x) },
   };
 }
 
@@ -81,4 +83,24 @@ async function loadOn(m: MoeLayerSpec, w: RoutedWeights, x: Tensor): Promise<Loa
     chosen.set(await chooseExperts(s, m, w, part).idx.int32(), from * m.route.topK);
   });
   return loadOf(chosen, m.route.topK, m.experts.length);
+}
+
+/** Tokens on which all experts are run, to know the best ones. */
+const comparedTokens = 2048;
+
+/** Energies are |E(x)|^2, without the router's weight; limits to groups hold for the best ones as well. */
+export async function keptOn(m: MoeLayerSpec, w: RoutedWeights, x: Tensor): Promise<Kept> {
+  const { topK: active, groups = 1, topGroups = groups } = m.route;
+  const experts = m.experts.length;
+  using scope = new Scope(x.device);
+  const tokens = Math.min(x.dim(0), comparedTokens);
+  const energy = scope.empty('f32', [tokens, experts]);
+  const chosen = new Int32Array(tokens * active);
+  const part = async (s: Scope, rows: Tensor, from: number): Promise<void> => {
+    const squares = reduce(s, 'sumsq', allOutputs(s, m, w, rows).view(-1, rows.dim(1)), 1);
+    copyInto(energy.slice(0, from, from + rows.dim(0)), squares.view(experts, rows.dim(0)).transpose());
+    chosen.set(await chooseExperts(s, m, w, rows).idx.int32(), from * active);
+  };
+  await eachPart(x.slice(0, 0, tokens), w, part, rowsFor(experts, x.dim(1)));
+  return await keptBy(energy, chosen, { active, ...(topGroups < groups && { limit: { groups, topGroups } }) });
 }

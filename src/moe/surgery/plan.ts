@@ -24,10 +24,11 @@ export interface SurgeryPlan {
   readonly notes: readonly string[];
 }
 
-/** Multiply-adds for one token and weights, before and after; routed and shared experts alone, and everything. */
+/** FLOP of one token (routed and shared experts alone, and everything), bytes of weights that it reads, and weights: before and after. */
 export interface SurgeryCost {
   readonly ffnFlops: readonly [number, number];
   readonly flops: readonly [number, number];
+  readonly bytes: readonly [number, number];
   readonly parameters: readonly [number, number];
 }
 
@@ -69,7 +70,7 @@ export function planSurgery(open: OpenModel, { kind, keep }: Pick<SurgeryOptions
     tensors,
     inputBytes: [...checkpoint.tensors.values()].reduce((sum, { span }) => sum + span.bytes, 0),
     outputBytes: tensors.reduce((sum, tensor) => sum + bytesOf(tensor), 0),
-    cost: costOf(model, output),
+    cost: costOf(open, tensors, output),
     notes,
   };
 }
@@ -186,23 +187,37 @@ function storedAs(open: OpenModel, names: readonly string[]): FloatDType {
   return types.size === 1 ? [...types][0]! : 'f32';
 }
 
-function costOf(before: Model, after: Model): SurgeryCost {
-  const count = ({ blocks, head }: Model) => {
+/** Bytes of a weight as it is stored in the input, with its share of scales. */
+function storedBytes({ tensors, checkpoint }: OpenModel, name: string): number {
+  const { entry, linear, sources } = tensors.get(name)!;
+  const count = elementCount(entry.shape);
+  if (linear) return sources.reduce((sum, part) => sum + (checkpoint.tensors.get(part)?.span.bytes ?? 0), 0) / count;
+  return entry.encoding.kind === 'plain' ? dtypeSize(entry.encoding.dtype) : entry.span.bytes / count;
+}
+
+function costOf(open: OpenModel, made: readonly OutputTensor[], after: Model): SurgeryCost {
+  const before = open.model;
+  const written = new Map(made.map(({ planned }) => [planned.name, dtypeSize(planned.dtype)]));
+  const count = ({ blocks, head, tied, outer }: Model, bytesEach: (name: string) => number) => {
     let [ffn, rest, parameters] = [0, head.inFeatures * head.outFeatures, head.inFeatures * head.outFeatures];
+    let bytes = rest * bytesEach(tied ? outer[0]!.name : `${head.name}.weight`);
     for (const { linears, moe } of blocks) {
-      for (const { role, inFeatures, outFeatures } of linears.flat()) {
+      for (const { name, role, inFeatures, outFeatures } of linears.flat()) {
         const size = inFeatures * outFeatures;
+        const read = role === 'expert' ? (size * moe!.active) / moe!.experts : size;
         parameters += size;
-        if (role === 'attention' || role === 'other') rest += size;
-        else ffn += role === 'expert' ? (size * moe!.active) / moe!.experts : size;
+        if (role === 'attention' || role === 'other') rest += read;
+        else ffn += read;
+        bytes += read * bytesEach(`${name}.weight`);
       }
     }
-    return { ffn, all: ffn + rest, parameters };
+    return { ffn, all: ffn + rest, parameters, bytes };
   };
-  const [a, b] = [count(before), count(after)];
+  const [a, b] = [count(before, (name) => storedBytes(open, name)), count(after, (name) => written.get(name)!)];
   return {
     ffnFlops: [2 * a.ffn, 2 * b.ffn],
     flops: [2 * a.all, 2 * b.all],
+    bytes: [a.bytes, b.bytes],
     parameters: [a.parameters, b.parameters],
   };
 }
@@ -226,7 +241,7 @@ export function describeSurgery({
   return [
     `${kind}: ${before} -> ${after} experts a layer, ${active} active${grouped}`,
     `${formatBytes(inputBytes)} -> ${formatBytes(outputBytes)}, ${tensors.length} tensors; ${ratio(cost.parameters)} of the weights`,
-    `per token: ${ratio(cost.ffnFlops)} of the feed-forward FLOP, ${ratio(cost.flops)} of all FLOP: a token takes as many experts as before`,
+    `per token: ${ratio(cost.ffnFlops)} of the feed-forward FLOP, ${ratio(cost.flops)} of all FLOP, ${ratio(cost.bytes)} of the weight bytes read: a token takes as many experts as before`,
     ...notes,
   ];
 }

@@ -1,5 +1,5 @@
 import { mean } from '../report.js';
-import type { Load } from '../judge.js';
+import type { Kept, Load } from '../judge.js';
 import type { SurgeryErrors } from './judge.js';
 import type { SurgeryPlan } from './plan.js';
 
@@ -17,6 +17,8 @@ export interface SurgeryLayer {
   readonly unused: number;
   readonly errors: SurgeryErrors;
   readonly load: { readonly before: Load; readonly after: Load };
+  /** The experts that tokens choose beside those with the largest outputs, |E(x)|^2, among as many as there are then. */
+  readonly router: { readonly before: Kept; readonly after: Kept };
 }
 
 export interface SurgeryReport {
@@ -39,12 +41,18 @@ export function surgeryTotals(layers: readonly SurgeryLayer[]) {
     entropy: over(({ load }) => load[of].entropy),
     dead: all(({ load }) => load[of].dead),
   });
+  const routers = (of: 'before' | 'after') => ({
+    kept: over(({ router }) => router[of].kept),
+    oracleKept: over(({ router }) => router[of].oracleKept),
+    overlap: over(({ router }) => router[of].overlap),
+  });
   return {
     error: over(({ errors }) => errors.output),
     reap: over(({ errors }) => errors.reap),
     frequency: over(({ errors }) => errors.frequency),
     random: over(({ errors }) => errors.random),
     load: { before: loads('before'), after: loads('after') },
+    router: { before: routers('before'), after: routers('after') },
     unused: all(({ unused }) => unused),
   };
 }
@@ -57,9 +65,12 @@ export function surgerySummary({ plan, layers }: SurgeryReport): string[] {
   const [experts] = plan.experts;
   const load = ({ maxVio, entropy, dead }: (typeof t.load)['before']) =>
     `MaxVio ${maxVio.toFixed(2)}, entropy ${entropy.toFixed(3)}, ${dead} dead`;
+  const router = ({ kept, oracleKept, overlap }: (typeof t.router)['before']) =>
+    `keeps ${percent(kept)} of the energy (best possible ${percent(oracleKept)}), finds ${percent(overlap)} of the best experts`;
   return [
     `Layer error (routed output, held-out tokens): ${percent(t.error)}; pruned by REAP ${percent(t.reap)}, by frequency ${percent(t.frequency)}, at random ${percent(t.random)}`,
     `Load before: ${load(t.load.before)}; after: ${load(t.load.after)}`,
+    `Router before: ${router(t.router.before)}; after: ${router(t.router.after)}`,
     ...(t.unused > 0 ? [`${t.unused} of ${experts * layers.length} experts saw no calibration token: they count as worth nothing. More or more varied text may know better.`] : []),
   ]; // prettier-ignore
 }

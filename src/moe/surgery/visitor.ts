@@ -84,7 +84,7 @@ export class SurgeryVisitor implements BlockVisitor, Disposable {
     const use = await measureUse(m, before, fit);
     const members = await this.#choose(m, before, fit, use, seed + block.index);
     this.#converted = await this.#convert(this.#scope, block, members, use, fit, before);
-    const { errors, load } = await judgeLayer({
+    const { errors, load, router } = await judgeLayer({
       ...{ m, before, after: this.#converted, use, seed: seed + block.index, groups: plan.groups },
       x: x.slice(0, picked.fit, picked.fit + picked.held),
     });
@@ -100,6 +100,7 @@ export class SurgeryVisitor implements BlockVisitor, Disposable {
       unused: use.counts.filter((n) => n === 0).length,
       errors,
       load,
+      router,
     };
   }
 

@@ -314,8 +314,10 @@ describe('refusals', () => {
     expect(await refused({ limit: limit(3, 2) })).toContain('do not divide into equal groups');
     expect(await refused({ limit: limit(8, 4) })).toContain('needs two');
     expect(await refused({ active: 3, limit: limit(4, 1) })).toMatch(
-      /fewer experts than a token takes[^]*--top-groups from 2 to 4/,
+      /fewer experts than a token takes[^]*--top-groups from 2 to 3/,
     );
+    expect(await refused({ limit: limit(4, 4) })).toMatch(/limit nothing[^]*--top-groups from 1 to 3[^]*the choice is the same/); // prettier-ignore
+    expect(await refused({ active: 7, limit: limit(4, 3) })).toMatch(/fewer experts than a token takes[^]*--active up to 6/); // prettier-ignore
     expect(await refused({ limit: limit(4, 5) })).toContain('More best groups than there are');
     expect(await refused({ container: 'qwen2_moe', limit: limit(4, 2) })).toMatch(/qwen2_moe cannot limit routing to groups[^]*--container glm4_moe/); // prettier-ignore
     expect(await refused({ balance: 0.001 })).toContain('at least 0.01');

@@ -169,6 +169,26 @@ describe('groups, biases, and what else a model holds', () => {
   });
 });
 
+describe('the cost', () => {
+  it('counts the bytes of weights that a token reads', async () => {
+    const open = await openModel(moe6m);
+    const perToken = (experts: number): number => {
+      let bytes = 0;
+      for (const [name, { entry }] of open.tensors) {
+        if (entry.shape.length !== 2 || (name.includes('embed_tokens') && open.tensors.has('lm_head.weight'))) continue;
+        const count = entry.shape[0]! * entry.shape[1]!;
+        if (name.includes('.experts.'))
+          bytes += (count * 2) / 8; // 2 of 8 experts a token, whatever is left of them
+        else bytes += name.endsWith('mlp.gate.weight') ? (count * experts) / 8 : count;
+      }
+      return bytes * 2;
+    };
+    const { cost } = await previewSurgery(job('cost'));
+    expect(cost.bytes).toEqual([perToken(8), perToken(6)]);
+    await open.close();
+  });
+});
+
 describe('quality and durability', () => {
   it('errs less than pruning at random, and the report says by how much', async () => {
     const calibration = { source: [fixture('samples.jsonl')], samples: 16, seqLen: 128, seed: 0 };

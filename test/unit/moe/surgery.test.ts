@@ -5,7 +5,8 @@ import { openModel } from '../../../src/arch/open.js';
 import { WeightReader } from '../../../src/arch/weights.js';
 import { ward } from '../../../src/moe/surgery/cluster.js';
 import { importance, keepLargest, measureUse } from '../../../src/moe/surgery/importance.js';
-import { routedOutput, routedWeights, type RoutedWeights } from '../../../src/moe/surgery/layer.js';
+import { keptOn } from '../../../src/moe/surgery/judge.js';
+import { chooseExperts, routedOutput, routedWeights, type RoutedWeights } from '../../../src/moe/surgery/layer.js'; // prettier-ignore
 import { mergeNetworks, mergeRows } from '../../../src/moe/surgery/merge.js';
 import { searchExperts } from '../../../src/moe/surgery/search.js';
 import { run } from '../../../src/nn/run.js';
@@ -109,6 +110,59 @@ describe('the search', () => {
     const losses = await Promise.all(pairs.map((set) => lossOf(m, weights, x, set)));
     const own = await lossOf(m, weights, x, kept);
     expect(losses.filter((loss) => loss < own).length).toBeLessThanOrEqual(2); // greedy: one of the best three of 16
+  });
+});
+
+describe('the router beside the best choice', () => {
+  /** All sets of k of the numbers below n. */
+  const setsOf = (n: number, k: number, from = 0): number[][] =>
+    k === 0 ? [[]] : Array.from({ length: n - from }, (_, i) => from + i).flatMap((e) => setsOf(n, k - 1, e + 1).map((rest) => [e, ...rest])); // prettier-ignore
+  const silu = (x: number) => x / (1 + Math.exp(-x));
+
+  it.each([
+    ['qwen2_moe', {}, 1, 1],
+    ['glm4_moe', {}, 1, 1],
+    ['deepseek_v3', { n_group: 4, topk_group: 2, num_experts_per_tok: 3 }, 4, 2],
+  ] as const)('is what trying every set of experts says (%s)', async (name, change, groups, open) => {
+    for (const { m, weights, x } of await layersOf(
+      archCase(name, { config: (c) => Object.assign(c, change) }),
+      2,
+      16,
+    )) {
+      const [tokens, hidden] = x.shape as [number, number];
+      const [experts, active] = [m.experts.length, m.route.topK];
+      const [values, gate, up, down] = await Promise.all([x, weights.gate, weights.up, weights.down].map((t) => t.float32())) as [Float32Array, Float32Array, Float32Array, Float32Array]; // prettier-ignore
+      const width = weights.gate.dim(1);
+      const chosen = await chooseExperts(scope, m, weights, x).idx.int32();
+      let [all, kept, best, both] = [0, 0, 0, 0];
+      for (let t = 0; t < tokens; t++) {
+        const energy = Array.from({ length: experts }, (_, e) => {
+          const h = Array.from({ length: width }, (_, i) => {
+            let [g, u] = [0, 0];
+            for (let c = 0; c < hidden; c++) {
+              g += gate[(e * width + i) * hidden + c]! * values[t * hidden + c]!;
+              u += up[(e * width + i) * hidden + c]! * values[t * hidden + c]!;
+            }
+            return silu(g) * u;
+          });
+          let sum = 0;
+          for (let c = 0; c < hidden; c++) sum += h.reduce((y, v, i) => y + v * down[(e * hidden + c) * width + i]!, 0) ** 2; // prettier-ignore
+          return sum;
+        });
+        const total = (set: readonly number[]) => set.reduce((sum, e) => sum + energy[e]!, 0);
+        const allowed = setsOf(experts, active).filter((set) => new Set(set.map((e) => Math.floor((e * groups) / experts))).size <= (groups > 1 ? open : 1e9)); // prettier-ignore
+        const top = allowed.reduce((a, b) => (total(b) > total(a) ? b : a));
+        const own = [...chosen.subarray(t * active, (t + 1) * active)];
+        all += total(energy.map((_, e) => e));
+        kept += total(own);
+        best += total(top);
+        both += own.filter((e) => top.includes(e)).length;
+      }
+      const found = await keptOn(m, weights, x);
+      expect(found.overlap).toBeCloseTo(both / (tokens * active), 12);
+      expect(found.kept).toBeCloseTo(kept / all, 5);
+      expect(found.oracleKept).toBeCloseTo(best / all, groups > 1 ? 2 : 5); // within groups the best are approached
+    }
   });
 });
 
