@@ -79,7 +79,6 @@ const isas = x64
       base: ['-mtune=generic'],
       avx2: ['-mavx2', '-mfma', '-mf16c'],
       avx512: ['-mavx2', '-mfma', '-mf16c', '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq'],
-      amx: ['-mavx2', '-mfma', '-mf16c', '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mavx512bf16', '-mamx-tile', '-mamx-bf16'],
     }
   : { base: [] }; // prettier-ignore
 
@@ -144,14 +143,19 @@ async function link(command, args, file, objects, rebuilt) {
   renameSync(temporary, file); // by rename: a process that has the old one loaded keeps it
 }
 
+// Products on the processor's units for bf16.
+const units = ['native/cpu/kernels/gemm_amx.cc', 'native/cpu/kernels/gemm_bf16.cc'];
+const bf16 = x64 ? [...isas.avx512, '-mavx512bf16', '-mamx-tile', '-mamx-bf16'] : [];
+const kernel = (source, isa, flags) =>
+  object(source, `${flat(source)}@${isa}`, compiler, [...common, ...flags, `-DDC_ISA=${isa}`], cpuHeaders); // prettier-ignore
 const flat = (source) => source.replace(/^native\//, '').replaceAll('/', '_');
 const objects = [
   ...[...list('native', '.cc'), ...list('native/cpu', '.cc')].map((source) => object(source, flat(source), compiler, common, cpuHeaders)),
-  ...list('native/cpu/kernels', '.cc').flatMap((source) =>
-    Object.entries(isas).map(([isa, flags]) => object(source, `${flat(source)}@${isa}`, compiler, [...common, ...flags, `-DDC_ISA=${isa}`, `-DDC_ISA_${isa.toUpperCase()}`], cpuHeaders)),
+  ...list('native/cpu/kernels', '.cc').filter((source) => !units.includes(source)).flatMap((source) =>
+    Object.entries(isas).map(([isa, flags]) => kernel(source, isa, flags)),
   ),
-  // For tests: the kernels for units of bf16 with their instructions emulated.
-  ...(x64 ? ['gemm_amx', 'gemm_bf16'] : []).map((name) => object(`native/cpu/kernels/${name}.cc`, `cpu_kernels_${name}.cc@tiles`, compiler, [...common, ...isas.avx2, '-DDC_ISA=tiles', '-DDC_ISA_AMX'], cpuHeaders)),
+  // With their instructions emulated as well: tests run them so on any processor.
+  ...(x64 ? units : []).flatMap((source) => [kernel(source, 'amx', bf16), kernel(source, 'tiles', [...isas.avx2, '-Os'])]),
 ]; // prettier-ignore
 const rebuilt = await runJobs();
 await link(compiler, ['-shared', '-pthread', ...(options.sanitize ? ['-fsanitize=address,undefined'] : ['-s'])], join(out, 'deepseek_convert.node'), objects, rebuilt); // prettier-ignore

@@ -102,7 +102,7 @@ bool avx512_agrees() {
     if (!(std::fabs(u - v) <= 0.01f * std::fabs(u))) return false;
   }
   if (most2 != most5 || !(std::fabs(total2 - total5) <= 1e-4)) return false;
-  std::vector<uint8_t> stored(512);
+  std::vector<uint8_t> stored(1024);  // 512 values of any encoding: up to 34 bytes for 32
   const Floats from = noise(stored.size(), 6);
   for (size_t i = 0; i < stored.size(); i++) stored[i] = uint8_t(float_bits(from[i]) >> 8 & 0x3F);  // scales stay finite
   for (int encoding = 0; encoding <= DC_ENC_MXFP4; encoding++) {

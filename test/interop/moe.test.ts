@@ -8,7 +8,7 @@ import { runMoe } from '../../src/moe/run.js';
 import { runSurgery } from '../../src/moe/surgery/run.js';
 import { quantize } from '../../src/quant/run.js';
 import { defaultRecipe } from '../../src/quant/scheme.js';
-import { fixture, testEnv, trainedModel } from '../arch/support.js';
+import { archCase, fixture, testEnv, trainedModel } from '../arch/support.js';
 import { ourLogits, python, relativeError, someTokens, workFolder } from './support.js';
 
 const env = testEnv();
@@ -19,9 +19,24 @@ const dense = trainedModel('v1.0', 'v1.0_checkpoint.bin');
 
 interface Checked {
   readonly mixture: string;
+  readonly model_type: string;
   readonly all_on_relative: number;
   readonly names: Record<string, string[]>;
   readonly generated: number[];
+}
+
+/** What transformers says of containers of `input`: that they are it with all experts on, no name too many or too few. */
+async function containersChecked(input: string, outs: readonly string[]): Promise<Checked[]> {
+  const script = fixture('moe/check_container.py');
+  const { stdout } = await promisify(execFile)(process.env.INTEROP_PYTHON ?? 'python3', [script, input, ...outs]);
+  const checked = stdout.trim().split('\n').map((line) => JSON.parse(line) as Checked); // prettier-ignore
+  expect(checked.map(({ mixture }) => mixture)).toEqual(outs);
+  for (const { mixture, all_on_relative, names, generated } of checked) {
+    expect(all_on_relative, mixture).toBeLessThan(1e-4);
+    expect(names).toEqual({});
+    expect(generated).toHaveLength(4);
+  }
+  return checked;
 }
 
 test.skipIf(!dense)('transformers loads every container of dense-6m, computes the dense model with all experts on, and generates', async () => {
@@ -38,16 +53,28 @@ test.skipIf(!dense)('transformers loads every container of dense-6m, computes th
     await runMoe({ ...common, container: 'glm4_moe', active: 4, ...form, out }, env);
     outs.push(out);
   }
-  const script = fixture('moe/check_container.py');
-  const { stdout } = await promisify(execFile)(process.env.INTEROP_PYTHON ?? 'python3', [script, dense!, ...outs]);
-  const checked = stdout.trim().split('\n').map((line) => JSON.parse(line) as Checked);
-  expect(checked.map(({ mixture }) => mixture)).toEqual(outs);
-  for (const { mixture, all_on_relative, names, generated } of checked) {
-    expect(all_on_relative, mixture).toBeLessThan(1e-4);
-    expect(names).toEqual({});
-    expect(generated).toHaveLength(4);
-  }
+  await containersChecked(dense!, outs);
 }); // prettier-ignore
+
+test.each([
+  ['qwen3', ['qwen3_moe', 'glm4_moe']], // norms on q and k
+  ['qwen2', ['qwen2_moe', 'glm4_moe']], // biases on q, k, v
+  ['mistral', ['mixtral']], // a sliding window
+] as const)('transformers computes %s from its containers with all experts on', async (name, containers) => {
+  const plain = { use_sliding_window: false, layer_types: ['full_attention', 'full_attention'] };
+  const input = archCase(name, { config: (config) => name === 'qwen2' && Object.assign(config, plain) });
+  const outs: string[] = [];
+  for (const container of containers) {
+    const out = join(work, `${name}-${container}`);
+    // Four parts of 12 neurons: transformers' grouped product wants rows of 16 bytes.
+    const experts = container === 'qwen3_moe' || container === 'mixtral' ? 4 : 3;
+    const text = { source: 'self' as const, samples: 32, seqLen: 32, seed: 0 };
+    await runMoe({ input, out, method: 'split', container, experts, active: 2, rounds: 0, steps: 2, refit: false, calibration: text, tool, commandLine: 'test' }, env); // prettier-ignore
+    outs.push(out);
+  }
+  const checked = await containersChecked(input, outs);
+  expect(checked.map(({ model_type }) => model_type)).toEqual(containers);
+});
 
 describe.skipIf(!dense)('where routing is limited to groups, transformers computes our logits', () => {
   const louder = join(work, 'louder');

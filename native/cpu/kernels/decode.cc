@@ -4,7 +4,6 @@
 #include "../cpu.h"
 #include "vec.h"
 
-#if !defined(DC_ISA_AMX)  // no better than the AVX-512 one
 namespace dc {
 namespace {
 
@@ -152,4 +151,3 @@ extern const DecodeKernels DC_FOR_ISA(decode_kernels);
 const DecodeKernels DC_FOR_ISA(decode_kernels) = {decode_blocks, decode_f8, decode_f4};
 
 }  // namespace dc
-#endif

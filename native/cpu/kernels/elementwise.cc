@@ -6,7 +6,6 @@
 #include "../cpu.h"
 #include "vec.h"
 
-#if !defined(DC_ISA_AMX)  // no better than the AVX-512 one
 namespace dc {
 namespace {
 
@@ -359,4 +358,3 @@ const ElementKernels DC_FOR_ISA(element_kernels) = {
 };
 
 }  // namespace dc
-#endif

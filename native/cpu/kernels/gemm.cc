@@ -4,7 +4,6 @@
 #include "../cpu.h"
 #include "vec.h"
 
-#if !defined(DC_ISA_AMX)  // no better than the AVX-512 one
 namespace dc {
 namespace {
 
@@ -253,4 +252,3 @@ extern const GemmKernels DC_FOR_ISA(gemm_kernels);
 const GemmKernels DC_FOR_ISA(gemm_kernels) = {MR, NR, DEPTH, WIDE, pack, block, dots};
 
 }  // namespace dc
-#endif

@@ -3,7 +3,6 @@
 // same with the tile instructions emulated.
 #include "gemm.h"
 
-#if defined(DC_ISA_AMX)
 #include "tiles.h"
 #if !defined(__AMX_TILE__)
 #include "soft_tiles.h"
@@ -194,4 +193,3 @@ const Panels DC_FOR_ISA(panels) = {kLines, kLines, KB, 2, 0x80008000, 512, 256, 
 const Panels DC_FOR_ISA(split_panels) = {kLines, kLines, KB, 4, 0x80008000, 256, 256, pack_parts<tile_a>, pack_parts<tile_b>, block<2>, nullptr, 1 << 20, KB, kName};
 
 }  // namespace dc
-#endif

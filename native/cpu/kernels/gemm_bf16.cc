@@ -3,7 +3,6 @@
 // as "tiles", the instruction in plain loops, for tests.
 #include "gemm.h"
 
-#if defined(DC_ISA_AMX)
 #include "tiles.h"
 
 namespace dc {
@@ -71,7 +70,9 @@ inline __attribute__((always_inline)) void micro(const float* before, int64_t ld
     if (form == kInPlace)
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; i++) __builtin_prefetch(a + i * line + 8 * KB);
+#if defined(__AVX512BF16__)  // else small rather than fast
 #pragma GCC unroll 16
+#endif
     for (int pair = 0; pair < 16; pair++) {
       vu row[2 * V];
 #pragma GCC unroll 4
@@ -93,9 +94,9 @@ inline __attribute__((always_inline)) void micro(const float* before, int64_t ld
   for (int i = 0; i < kRows; i++) done(i, sum[i]);
 }
 
-// The same to fp32. `c` may be `before`.
+// The same to fp32: once for each form, for it is large. `c` may be `before`.
 template <Form form>
-void micro(float* c, int64_t ldc, const float* before, int64_t ld, Left<form> a, const uint16_t* b, int64_t k) {
+__attribute__((noinline, noclone)) void micro(float* c, int64_t ldc, const float* before, int64_t ld, Left<form> a, const uint16_t* b, int64_t k) {
   micro(before, ld, a, b, k, [&](int i, const vf* sum) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int j = 0; j < 2 * V; j++) storef(c + i * ldc + j * W, sum[j]);
@@ -132,6 +133,7 @@ template <Form form>
 void panel_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before, int64_t ld, Left<form> a, const uint16_t* b,
                 int64_t m, int64_t n, int64_t k) {
   alignas(64) float sums[kLines * kLines], turned[kLines * kLines], row[kLines];
+  const bool at_once = form == kInPlace && !transposed;  // rounded from the registers: a second large function
   const int64_t last = (k - 1) / kPiece * kPiece, whole = (m + kRows - 1) / kRows * kRows;
   for (int64_t j = 0; j < n; j += kLines, b += kLines * k) {
     const int64_t width = n - j < kLines ? n - j : kLines;
@@ -142,11 +144,11 @@ void panel_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before
         micro(sums + i * kLines, kLines, so_far ? so_far + i * stride : nullptr, stride, a.part(i, p), b + p * kLines, kPiece);
     for (int64_t i = 0; i < whole; i += kRows) {
       const float* sum = so_far ? so_far + i * stride : nullptr;
-      if (!transposed)
+      if (at_once)
         for (int r = 0; r < kRows; r++) __builtin_prefetch(out + (i + r) * ldo + j, 1);
-      if (transposed)
+      if (!at_once)
         micro(sums + i * kLines, kLines, sum, stride, a.part(i, last), b + last * kLines, k - last);
-      else
+      else if constexpr (form == kInPlace)
         micro(sum, stride, a.part(i, last), b + last * kLines, k - last, [&](int r, const vf* of) __attribute__((always_inline)) {
           if (i + r >= m) return;
 #pragma GCC unroll 4
@@ -154,9 +156,11 @@ void panel_bf16(uint16_t* out, int64_t ldo, bool transposed, const float* before
           round_row(out + (i + r) * ldo + j, row, width);
         });
     }
-    if (!transposed) continue;
-    transpose_block(turned, sums);
-    for (int64_t r = 0; r < width; r++) round_row(out + (j + r) * ldo, turned + r * kLines, m);
+    if (transposed) transpose_block(turned, sums);
+    if (transposed)
+      for (int64_t r = 0; r < width; r++) round_row(out + (j + r) * ldo, turned + r * kLines, m);
+    else if (!at_once)
+      for (int64_t r = 0; r < m; r++) round_row(out + r * ldo + j, sums + r * kLines, width);
   }
 }
 
@@ -191,4 +195,3 @@ extern const Panels DC_FOR_ISA(pair_panels);
 const Panels DC_FOR_ISA(pair_panels) = {kLines, kLines, KB, 2, 0x80008000, 512, 256, pack_a, pack<tile_b>, block<kPackedA>, block_bf16, 1 << 19, kPiece, kName, block<kPackedB>, kRows, lines, lines_bf16};
 
 }  // namespace dc
-#endif
