@@ -76,7 +76,7 @@ const common = [
 // native/cpu/kernels/X.cc is compiled once per instruction set, with DC_ISA naming it; the rest once, for any machine.
 const isas = x64
   ? {
-      base: ['-mtune=generic'],
+      base: ['-mtune=generic', '-O2'], // small rather than fast: for processors without AVX2
       avx2: ['-mavx2', '-mfma', '-mf16c'],
       avx512: ['-mavx2', '-mfma', '-mf16c', '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq'],
     }

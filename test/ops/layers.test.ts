@@ -410,6 +410,11 @@ onDevices('gradients against finite differences', (device, rng) => {
     }
   }
   const make = (...shape: number[]) => ({ shape, values: rounded('f32', rng.normals(shape.reduce((a, b) => a * b))) });
+  /** No steps across 0, where relu2 has a second derivative that jumps: differences are not of fourth order there. */
+  const clear = ({ shape, values }: ReturnType<typeof make>) => ({
+    shape,
+    values: values.map((x) => (Math.abs(x) < 2 ** -5 ? x + 0.25 : x)),
+  });
 
   test('rmsnorm', () =>
     check(
@@ -423,7 +428,7 @@ onDevices('gradients against finite differences', (device, rng) => {
     ));
   test.each(['silu', 'gelu', 'gelu_tanh', 'relu2'] as const)('swiglu with %s', (kind) =>
     check(
-      [make(3, 11), make(3, 11)],
+      [clear(make(3, 11)), make(3, 11)],
       (s, g, u) => swiglu(s, g, u, kind),
       (s, dy, g, u) => Object.values(swigluBackward(s, dy, g, u, kind)),
     ),
