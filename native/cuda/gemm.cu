@@ -6,13 +6,13 @@
 namespace dc {
 namespace {
 
-template <class T>
-__global__ void add_bias(T* C, int64_t row, int64_t column, int64_t batch_stride, dc_tensor bias, int64_t M, int64_t N, int64_t batch) {
+template <class T, bool ADD>
+__global__ void put_bias(T* C, int64_t row, int64_t column, int64_t batch_stride, dc_tensor bias, int64_t M, int64_t N, int64_t batch) {
   const int64_t n = batch * M * N;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t b = i / (M * N), r = i / N % M, j = i % N;
     T& y = C[b * batch_stride + r * row + j * column];
-    y = from_float<T>(to_float(y) + load(bias.data, bias.dtype, j * bias.stride[0]));
+    y = from_float<T>((ADD ? to_float(y) : 0.f) + load(bias.data, bias.dtype, j * bias.stride[0]));
   }
 }
 
@@ -313,10 +313,18 @@ using namespace dc;
 
 extern "C" int dc_cuda_gemm(dc_context* c, const dc_call* call) {
   const dc_tensor &C = call->t[0], &A = call->t[1], &B = call->t[2], &bias = call->t[3];
-  if (gemm(c, C, A, B, call->f[0], call->f[1], int(call->i[0]))) return 1;
-  if (!present(bias) || count(C) == 0) return 0;
-  const int d = C.rank == 3 ? 1 : 0;
-  DC_FLOAT(C.dtype, T, add_bias<T><<<grid_for(c, count(C), 256), 256, 0, c->stream>>>(data<T>(C), C.stride[d], C.stride[d + 1], d ? C.stride[0] : 0, bias, C.dim[d], C.dim[d + 1], d ? C.dim[0] : 1));
+  const double beta = call->f[1];
+  const bool biased = present(bias) && count(C) != 0;
+  const int d = C.rank == 3 ? 1 : 0, blocks = grid_for(c, count(C), 256);
+  const int64_t batch_stride = d ? C.stride[0] : 0, batch = d ? C.dim[0] : 1;
+  // The product is added to what C holds before it is rounded; a bias added behind it would be rounded twice.
+  if (biased && beta == 0) {
+    DC_FLOAT(C.dtype, T, put_bias<T, false><<<blocks, 256, 0, c->stream>>>(data<T>(C), C.stride[d], C.stride[d + 1], batch_stride, bias, C.dim[d], C.dim[d + 1], batch));
+    if (launched(c, "gemm bias")) return 1;
+  }
+  if (gemm(c, C, A, B, call->f[0], biased && beta == 0 ? 1 : beta, int(call->i[0]))) return 1;
+  if (!biased || beta == 0) return 0;
+  DC_FLOAT(C.dtype, T, put_bias<T, true><<<blocks, 256, 0, c->stream>>>(data<T>(C), C.stride[d], C.stride[d + 1], batch_stride, bias, C.dim[d], C.dim[d + 1], batch));
   return launched(c, "gemm bias");
 }
 

@@ -25,6 +25,7 @@ export const distillOptions = {
     '2M',
     (given) => (given === '0' ? 0 : readScaled(given, 'a number of tokens: 200000, 200K, 2M')),
   ),
+  distillPasses: integer({ min: 1, max: 1000, default: 1, section, help: 'How often those tokens are gone through.' }),
   distillTrain: choice(distillParts, {
     default: 'full',
     section,
@@ -82,6 +83,7 @@ export function distillationOf(given: Given, job: MoeOptions, io: Io): MixtureTr
   }
   return {
     ...{ tokens, part, lr: given.distillLr ?? rates[part], batch: given.distillBatch, hidden: given.distillHidden },
+    passes: given.distillPasses,
     rank: given.distillRank,
     routerRate: given.distillRouter,
     failOnAlarm: given.failOnGradientAlarm,

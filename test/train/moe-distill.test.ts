@@ -41,7 +41,7 @@ const job = (name: string, more: Partial<MoeOptions> = {}): MoeOptions => ({
 });
 const rates = { router: 0.02, scales: 0.01, lora: 0.003, full: 0.002 } as const;
 const training = (part: MixtureTraining['part'], more: Partial<MixtureTraining> = {}): MixtureTraining => ({
-  ...{ part, tokens: 3072, batch: 8, lr: rates[part], hidden: 1, rank: 4, routerRate: 0, failOnAlarm: false },
+  ...{ part, tokens: 3072, passes: 1, batch: 8, lr: rates[part], hidden: 1, rank: 4, routerRate: 0, failOnAlarm: false },
   ...more,
 });
 const bytes = (name: string) => readFileSync(join(folder, name, 'model.safetensors'));

@@ -13,8 +13,10 @@ export type DistillPart = (typeof distillParts)[number];
 /** How a mixture learns from the dense model that it was made of. */
 export interface MixtureTraining {
   readonly part: DistillPart;
-  /** Trained on in all; what the text does not hold once is gone through again. */
+  /** Of text; what the text does not hold is gone through again. */
   readonly tokens: number;
+  /** How often as many are trained on. */
+  readonly passes: number;
   /** Windows of text a step. */
   readonly batch: number;
   /** How far a value moves a step, in parts of the root mean square of its tensor. */

@@ -96,7 +96,7 @@ async function textOf(options: DistillMixtureOptions, teacher: OpenModel, env: J
   const samples = wanted + Math.min(Math.ceil(wanted / 15), Math.ceil(heldTokens / seqLen));
   const set = await calibrationTokens(teacher, { ...calibration, samples, seqLen }, env);
   // That it is shorter than asked for is no fault here.
-  const notices = set.n < samples ? [`The text to distill on holds ${count(set.n * set.seqLen)} tokens: ${count(tokens)} go through it several times. With --calibration self beside it the model writes the rest (docs/moe.md: less is lost).`] : [...set.notices]; // prettier-ignore
+  const notices = set.n < samples ? [`The text to distill on holds ${count(set.n * set.seqLen)} tokens: ${count(tokens * options.passes)} go through it several times. With --calibration self beside it the model writes the rest (docs/moe.md: less is lost).`] : [...set.notices]; // prettier-ignore
   for (const notice of notices) env.log.info(notice);
   env.log.info(`Distillation: ${set.description}`);
   return { set, notices };
@@ -112,14 +112,14 @@ function fingerprint(
   env: JobEnv,
   dtype: string,
 ): Record<string, Json> {
-  const { part, tokens, batch, lr, hidden, rank, routerRate, seed } = options;
+  const { part, tokens, passes, batch, lr, hidden, rank, routerRate, seed } = options;
   return {
     command: 'moe --distill-tokens',
     tool: options.tool.version,
     input: teacher.checkpoint.fingerprint,
     mixture: mixture.checkpoint.fingerprint,
     making,
-    recipe: { part, tokens, batch, lr, hidden, routerRate, seed, ...(part === 'lora' && { rank }) },
+    recipe: { part, tokens, passes, batch, lr, hidden, routerRate, seed, ...(part === 'lora' && { rank }) },
     calibration: { text: set.hash, description: set.description },
     computing: { device: env.device.kind, dtype },
     shardSize: options.shardSize ?? null,
@@ -144,7 +144,7 @@ async function made(run: Run): Promise<Made> {
 
 async function trained(run: Run, blocks: readonly LearningBlock[]): Promise<EndToEndOutcome> {
   const { options, env, job, set, held, teacher, mixture, dtype, microBatch } = run;
-  const { batch, lr, seed, hidden, tokens } = options;
+  const { batch, lr, seed, hidden, tokens, passes } = options;
   const values = blocks.flatMap(({ parameters }) => parameters.map(({ value }) => value));
   const path = job.statePath('mixture.bin');
   const known = job.data(stage);
@@ -154,7 +154,7 @@ async function trained(run: Run, blocks: readonly LearningBlock[]): Promise<EndT
   }
   using scope = new Scope(env.device);
   const model = trainedModel(mixture.model, options);
-  const maxSteps = Math.ceil(tokens / (batch * set.seqLen));
+  const maxSteps = Math.ceil((tokens * passes) / (batch * set.seqLen));
   const epochs = Math.ceil(maxSteps / Math.ceil((set.n - held) / batch));
   const watch = alarmWatch(env, options.failOnAlarm, '--distill-lr');
   using training = new EndToEnd({
