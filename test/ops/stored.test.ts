@@ -20,8 +20,8 @@ const open1 = (name: string) => openCheckpoint(fixture(name), { configOptional: 
 async function load(device: Device, entries: readonly TensorEntry[], config: object = {}): Promise<Float32Array[]> {
   const tensors = new Map(entries.map((entry) => [entry.name, entry]));
   const weights = storedWeights(tensors, detectLayout(config as Record<string, unknown>, 'test'));
-  const handles = new Map<string, Awaited<ReturnType<typeof open>>>();
-  const file = async (path: string) => handles.get(path) ?? handles.set(path, await open(path)).get(path)!;
+  const handles = new Map<string, ReturnType<typeof open>>();
+  const file = (path: string) => handles.get(path) ?? handles.set(path, open(path)).get(path)!;
   const loader = new TensorLoader({ tensors: weights, file }, device);
   const out: Float32Array[] = [];
   try {
@@ -32,7 +32,7 @@ async function load(device: Device, entries: readonly TensorEntry[], config: obj
       out.push(await into.float32());
     }
   } finally {
-    for (const handle of handles.values()) await handle.close();
+    for (const handle of handles.values()) await (await handle).close();
   }
   return out;
 }

@@ -41,7 +41,17 @@ const job = (name: string, more: Partial<MoeOptions> = {}): MoeOptions => ({
 });
 const rates = { router: 0.02, scales: 0.01, lora: 0.003, full: 0.002 } as const;
 const training = (part: MixtureTraining['part'], more: Partial<MixtureTraining> = {}): MixtureTraining => ({
-  ...{ part, tokens: 3072, passes: 1, batch: 8, lr: rates[part], hidden: 1, rank: 4, routerRate: 0, failOnAlarm: false },
+  ...{
+    part,
+    tokens: 3072,
+    passes: 1,
+    batch: 8,
+    lr: rates[part],
+    hidden: 1,
+    rank: 4,
+    routerRate: 0,
+    failOnAlarm: false,
+  },
   ...more,
 });
 const bytes = (name: string) => readFileSync(join(folder, name, 'model.safetensors'));
@@ -77,6 +87,7 @@ describe('a distilled mixture', async () => {
   await runMoe(job('mixture'), env);
   const before = tensorsOf('mixture');
   const config = readFileSync(join(folder, 'mixture', 'config.json'), 'utf8');
+  let once = '';
 
   test.each([
     ['full', /self_attn|experts|layernorm/, 0.97],
@@ -86,6 +97,7 @@ describe('a distilled mixture', async () => {
   ] as const)('%s: it comes closer to the dense model, in the same tensors', async (part, parts, bound) => {
     const { distilled } = await moeInStages(job(part), { distill: training(part) }, undefined, env); // prettier-ignore
     const { heldOut, training: trained, tokens } = distilled!;
+    once = distilled!.calibration;
     expect(heldOut.after).toBeLessThan(bound * heldOut.before);
     expect(tokens).toBe(3072);
     expect(trained.steps).toHaveLength(8);
@@ -106,6 +118,15 @@ describe('a distilled mixture', async () => {
     expect(distilled!.heldOut.after).toBeLessThan(0.97 * distilled!.heldOut.before);
     expect(changed('along', before)).toEqual(expect.arrayContaining([...changed('full', before), ...changed('router', before)])); // prettier-ignore
     expect(changed('full', before)).not.toEqual(expect.arrayContaining(changed('router', before)));
+  });
+
+  test('the same text goes several times through where it is asked to', async () => {
+    const { distilled } = await moeInStages(job('twice'), { distill: training('full', { passes: 2 }) }, undefined, env); // prettier-ignore
+    const { heldOut, training: trained, tokens, passes, calibration } = distilled!;
+    expect([trained.steps.length, Math.round(passes)]).toEqual([16, 2]);
+    expect(tokens).toBeGreaterThan(1.8 * 3072); // the last batch of a pass may be smaller
+    expect(calibration).toBe(once);
+    expect(heldOut.after).toBeLessThan(0.97 * heldOut.before);
   });
 
   test('is the mixture where every step makes it worse', async () => {
