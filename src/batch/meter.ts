@@ -10,24 +10,38 @@ export class Meter {
   #since = performance.now();
   #stage = '';
   #done = 0;
+  /** How far each stage has come, with this worker or those before it, and which it has been in itself. */
+  readonly #reached: Map<string, number>;
+  readonly #own = new Set<string>();
   #used = { read: 0, written: 0 };
 
   constructor(
     private readonly metrics: Metrics,
     /** Of the job; the label is not called `job`, which is what Prometheus calls its own. */
     private readonly name: string,
-  ) {}
+    /** Of the worker that this one goes on for. */
+    before?: Meter,
+  ) {
+    this.#reached = new Map(before ? before.#reached : []);
+  }
 
   step({ stage, done, total, data }: ProgressStep): void {
-    // A worker that goes on where another stopped begins in the middle: its first step is one step.
-    if (stage !== this.#stage || done < this.#done) [this.#stage, this.#done] = [stage, Math.max(0, done - 1)];
-    this.metrics.add('steps_total', { stage }, done - this.#done);
+    // A worker that goes on where another stopped begins in the middle: its first step is one step, and those that the
+    // other had finished but was killed before it told of.
+    if (stage !== this.#stage || done < this.#done) {
+      const told = this.#own.has(stage) ? undefined : this.#reached.get(stage);
+      [this.#stage, this.#done] = [stage, Math.max(0, Math.min(done - 1, told ?? done))];
+    }
+    const steps = done - this.#done;
+    this.metrics.add('steps_total', { stage }, steps);
     this.#done = done;
+    this.#reached.set(stage, done);
+    this.#own.add(stage);
     this.metrics.changed();
     this.#time(stage);
     const isBlock = data?.block !== undefined;
-    if (isBlock) this.metrics.add('blocks_total', { stage }, 1);
-    if (typeof data?.tokens === 'number') this.metrics.add('tokens_total', { stage }, isBlock ? data.tokens / total : data.tokens); // prettier-ignore
+    if (isBlock) this.metrics.add('blocks_total', { stage }, steps);
+    if (typeof data?.tokens === 'number') this.metrics.add('tokens_total', { stage }, isBlock ? (data.tokens * steps) / total : data.tokens); // prettier-ignore
   }
 
   #time(stage: string): void {

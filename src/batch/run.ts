@@ -251,6 +251,9 @@ class Run {
     }
   }
 
+  /** Of the last worker of each job, or of each of its shards. */
+  readonly #meters = new Map<string, Meter>();
+
   readonly #places: Places = {
     take: () => (this.signal.aborted ? undefined : this.#freeSlots.shift()),
     give: (slot) => {
@@ -265,7 +268,9 @@ class Run {
 
   /** Runs our own program for a job; `shard` where it solves one of the job's shards. */
   async #step(job: Job, argv: readonly string[], shard?: number): Promise<Outcome> {
-    const meter = new Meter(this.metrics, job.name);
+    const key = `${job.name} ${shard ?? ''}`;
+    const meter = new Meter(this.metrics, job.name, this.#meters.get(key));
+    this.#meters.set(key, meter);
     const say = (event: string, facts: Readonly<Record<string, unknown>>) =>
       this.state.event(event, { job: job.name, ...facts }).catch(() => undefined); // the end of the job tells of a full disk
     const worker = new Worker({

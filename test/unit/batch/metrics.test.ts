@@ -30,6 +30,20 @@ describe('metrics of a batch', () => {
     expect(value(metrics, 'tokens_total{stage="score"}')).toBe(700);
   });
 
+  it('count what a killed worker had finished and could not tell any more', () => {
+    const metrics = new Metrics('1');
+    const block = (done: number) => ({ stage: 'quantize', done, total: 4, data: { block: `layers.${done - 1}`, tokens: 1000 } }); // prettier-ignore
+    const first = new Meter(metrics, 'a');
+    first.step(block(1));
+    const second = new Meter(metrics, 'a', first); // block 2 was durable
+    [3, 4].forEach((done) => second.step(block(done)));
+    for (const name of ['blocks_total', 'steps_total']) expect(value(metrics, `${name}{stage="quantize"}`)).toBe(4);
+    expect(value(metrics, 'tokens_total{stage="quantize"}')).toBe(1000);
+    const third = new Meter(metrics, 'a', second); // begins anew, with two rounds: all that is done is counted
+    [1, 2, 3, 4, 1].forEach((done) => third.step(block(done)));
+    expect(value(metrics, 'blocks_total{stage="quantize"}')).toBe(9);
+  });
+
   it('give all the time of a worker to its stages', () => {
     const clock = vi.spyOn(performance, 'now');
     const metrics = new Metrics('1');
