@@ -223,7 +223,7 @@ async function warnOfUnknownVariables(log: ProgressLog): Promise<void> {
   if (set.length === 0) return;
   const tables = await Promise.all(Object.values(commands).map(async ({ load }) => (await load()).command));
   const known = new Set(
-    ['BUILD', 'BLAS', 'CUDA_LIBRARIES', 'ISA', 'LOCK_WAIT', 'TARGET_ARCH', 'TEST_CUDA', 'TEST_SEED'].map(
+    ['BUILD', 'BLAS', 'COMMIT', 'CUDA_LIBRARIES', 'ISA', 'LOCK_WAIT', 'TARGET_ARCH', 'TEST_CUDA', 'TEST_SEED'].map(
       (name) => prefix + name,
     ),
   );

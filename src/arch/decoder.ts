@@ -173,7 +173,7 @@ function* through(residual: Residual, norm: NormSpec, layer: Layer, state: Tenso
   const { x, leave } = residual.enter(state, ctx);
   const h = normalise(norm, x, ctx);
   if (x !== state) drop(ctx.scope, [x]);
-  const y = yield* layer.forward(h, ctx);
+  const y = yield* layer.forward(h, ctx, () => drop(ctx.scope, [h]));
   drop(ctx.scope, [h], [y]);
   return leave(y);
 }

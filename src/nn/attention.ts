@@ -42,13 +42,14 @@ export function selfAttention(a: AttentionSpec): Layer & { readonly grouped: Att
     tensors: [...linearTensors([a.q, a.k, a.v, a.o]), ...norms.map(normTensor)],
     linears: [[a.q, a.k, a.v], [a.o]],
     cached: (tokens) => 2 * a.kvHeads * a.headDim * Math.min(tokens, a.window ?? tokens),
-    forward: (x, ctx) => forward(a, x, ctx),
+    forward: (x, ctx, used) => forward(a, x, ctx, used),
   };
 }
 
-function* forward(a: AttentionSpec, x: Tensor, ctx: ForwardContext): Calls<Tensor> {
+function* forward(a: AttentionSpec, x: Tensor, ctx: ForwardContext, used?: () => void): Calls<Tensor> {
   const { scope, batch, length } = ctx;
   const [qRaw, kRaw, v] = (yield* linear([a.q, a.k, a.v], x)) as [Tensor, Tensor, Tensor];
+  used?.();
 
   const renorm = (norm: NormSpec | undefined, y: Tensor, others: Tensor[]): Tensor => {
     if (!norm) return y;

@@ -20,8 +20,11 @@ export interface Layer {
   readonly linears: readonly (readonly LinearSpec[])[];
   /** Attention only: values that the cache of one sequence holds after `tokens` tokens. */
   readonly cached?: (tokens: number) => number;
-  /** x [B S, C], already normalised -> [B S, C], without the residual. */
-  forward(x: Tensor, ctx: ForwardContext): Calls<Tensor>;
+  /**
+   * x [B S, C], already normalised -> [B S, C], without the residual. `used` may be called when x is used up: what is then
+   * still to come can be the larger part of the memory.
+   */
+  forward(x: Tensor, ctx: ForwardContext, used?: () => void): Calls<Tensor>;
 }
 
 export function linearSpec(

@@ -18,12 +18,13 @@ export function gatedMlp(ffn: FfnSpec): Layer & { readonly ffn: FfnSpec } {
     ffn,
     tensors: linearTensors([ffn.gate, ffn.up, ffn.down]),
     linears: [[ffn.gate, ffn.up], [ffn.down]],
-    forward: (x, ctx) => forward(ffn, x, ctx),
+    forward: (x, ctx, used) => forward(ffn, x, ctx, used),
   };
 }
 
-function* forward(ffn: FfnSpec, x: Tensor, ctx: ForwardContext): Calls<Tensor> {
+function* forward(ffn: FfnSpec, x: Tensor, ctx: ForwardContext, used?: () => void): Calls<Tensor> {
   const [gate, up] = yield* linear([ffn.gate, ffn.up], x);
+  used?.();
   const h = swiglu(ctx.scope, gate!, up!, ffn.activation, ffn.limit);
   drop(ctx.scope, [gate, up]);
   const [y] = yield* linear([ffn.down], h);

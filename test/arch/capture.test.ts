@@ -85,3 +85,24 @@ test('calls show what transformers has there: inputs of linears, queries and key
   }
   await open.close();
 });
+
+test('what a linear was given is freed when it has answered, before the block is through', async () => {
+  const open = await openModel(fixture('v1.0', 'v1.0_checkpoint.bin'));
+  using scope = new Scope(env.device);
+  const weights = await new WeightReader(open, env.device, 'f32').block(0, scope);
+  const ctx = forwardContext(scope, open.model, weights, 1, 8);
+  const x = scope.zeros('f32', [8, open.model.hidden]);
+  const given: [name: string, x: Tensor][] = [];
+  const seen: Record<string, boolean[]> = {};
+  run(open.model.blocks[0]!.forward(x, ctx), ctx, (call): undefined => {
+    if (call.kind === 'linear') given.push([call.linears[0]!.name.split('.').at(-1)!, call.x]);
+    const last = given.at(-1);
+    if (call.kind === 'attention' || last?.[0] === 'down_proj') {
+      seen[call.kind === 'attention' ? 'attention' : last![0]] = given.map(([, one]) => one.storage.freed);
+    }
+  });
+  expect(given.map(([name]) => name)).toEqual(['q_proj', 'o_proj', 'gate_proj', 'down_proj']);
+  expect(seen).toEqual({ attention: [true], down_proj: [true, true, true, false] });
+  expect(given.every(([, one]) => one.storage.freed)).toBe(true);
+  await open.close();
+});
